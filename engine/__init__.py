@@ -1,0 +1,1 @@
+"""The trainer: configuration, model, data order, strategies, checkpoints, reports."""

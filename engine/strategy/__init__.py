@@ -1,0 +1,1 @@
+"""How a training step is run: one small interface, one file for each way."""

@@ -1,0 +1,1 @@
+"""Programs around training: download, prepare, plan, inspect."""
