@@ -1,0 +1,377 @@
+"""The typed configuration tree, the presets, and the command line made from them.
+
+Precedence, weakest first: defaults, `--preset`, `--config FILE` (or the run that is resumed), flags.
+"""
+import argparse
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message says which, why, and what to use instead."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The shape of the GPT."""
+
+    n_layer: int = field(default=1, metadata={"help": "transformer blocks"})
+    n_head: int = field(default=8, metadata={"help": "attention heads a block"})
+    n_embd: int = field(default=128, metadata={"help": "width of the residual stream"})
+    block_size: int = field(default=128, metadata={"help": "context length, in tokens"})
+    vocab_size: int = field(default=50304, metadata={"help": "rows of the embedding (r50k's 50257 rounded up to 64)"})
+    positions: Literal["learned", "rotary"] = field(default="learned", metadata={"help": "position encoding"})
+    activation: Literal["gelu_tanh", "gelu", "relu"] = field(default="gelu_tanh", metadata={"help": "of the MLP"})
+    bias: bool = field(default=True, metadata={"help": "biases on the output projection and the MLP"})
+    qkv_bias: bool = field(default=True, metadata={"help": "biases on query, key and value"})
+    head_bias: bool = field(default=False, metadata={"help": "a bias on the language-model head"})
+    tie_head: bool = field(default=True, metadata={"help": "share the head's matrix with the token embedding"})
+    norm_eps: float = field(default=1e-5, metadata={"help": "LayerNorm's epsilon"})
+    z_loss: float = field(default=0.0, metadata={"help": "weight of the squared log-partition in the loss (PaLM, 2022)"})
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        require(
+            self.n_embd % self.n_head == 0,
+            f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}); "
+            f"{max(h for h in range(1, self.n_head + 1) if self.n_embd % h == 0)} heads would do",
+        )
+        if self.positions == "rotary":
+            require(self.head_dim % 2 == 0, f"rotary positions need an even head width, got {self.head_dim}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Where the tokens are and how they are cut."""
+
+    train_file: str = field(default="data/train/pile_train.bin", metadata={"help": "prepared training tokens"})
+    val_file: str = field(default="data/val/pile_dev.bin", metadata={"help": "prepared validation tokens"})
+    document_masking: bool = field(default=False, metadata={"help": "attention stops at <|endoftext|>"})
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW, its batch and its schedule."""
+
+    max_steps: int = field(default=1000, metadata={"help": "optimizer steps in all"})
+    batch_tokens: int = field(default=4096, metadata={"help": "tokens a step, over all processes and accumulation"})
+    micro_batch_size: int = field(default=0, metadata={"help": "sequences a forward pass; 0: the largest that fits"})
+    lr: float = field(default=1e-3, metadata={"help": "peak learning rate"})
+    schedule: Literal["cosine", "wsd", "step"] = field(default="cosine", metadata={"help": "learning-rate schedule"})
+    warmup_steps: int = field(default=50, metadata={"help": "linear warm-up"})
+    min_lr: float = field(default=1e-4, metadata={"help": "where cosine and wsd end, and where step drops to"})
+    decay_steps: int = field(default=0, metadata={"help": "wsd: length of the final decay; 0: a fifth of max_steps"})
+    lr_decay_step: int = field(default=50_000, metadata={"help": "step: the last step at the peak rate"})
+    weight_decay: float = field(default=0.1, metadata={"help": "decoupled, on matrices only"})
+    beta1: float = field(default=0.9, metadata={"help": "decay of the first moment"})
+    beta2: float = field(default=0.95, metadata={"help": "decay of the second moment"})
+    adam_eps: float = field(default=1e-8, metadata={"help": "AdamW's epsilon"})
+    grad_clip: float = field(default=1.0, metadata={"help": "largest global gradient norm; 0: no clipping"})
+    max_bad_steps: int = field(default=5, metadata={"help": "non-finite steps in a row that stop the run"})
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_tokens", "lr", "max_bad_steps"):
+            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("micro_batch_size", "warmup_steps", "min_lr", "decay_steps", "weight_decay", "grad_clip"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
+        require(self.min_lr <= self.lr, f"min_lr ({self.min_lr:g}) is above lr ({self.lr:g})")
+
+
+@dataclass(kw_only=True, slots=True)
+class StrategyConfig:
+    """How a step is run, and what is given up for memory."""
+
+    strategy: Literal["auto", "resident", "zero"] = field(
+        default="auto", metadata={"help": "auto: resident in one process, DeepSpeed ZeRO in several"}
+    )
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = field(default="auto", metadata={"help": "of the computation"})
+    kernels: Literal["auto", "triton", "torch"] = field(default="auto", metadata={"help": "kernel backend"})
+    compile: bool = field(default=False, metadata={"help": "torch.compile the model"})
+    activation_checkpointing: bool = field(default=False, metadata={"help": "recompute every block in the backward pass"})
+    zero_stage: int = field(default=1, metadata={"help": "DeepSpeed ZeRO stage, 0 to 3"})
+    offload: Literal["none", "optimizer", "params"] = field(
+        default="none", metadata={"help": "ZeRO: what lives in host memory (params: optimizer too, stage 3)"}
+    )
+    nvme_path: str = field(default="", metadata={"help": "ZeRO stage 3: offload to this folder instead of host memory"})
+    deepspeed_config: str = field(default="", metadata={"help": "JSON file merged over the derived DeepSpeed config"})
+
+    def __post_init__(self) -> None:
+        require(0 <= self.zero_stage <= 3, f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
+        if self.offload == "params":
+            require(self.zero_stage == 3, f"--offload params needs --zero_stage 3, got {self.zero_stage}")
+        if self.offload == "optimizer":
+            require(self.zero_stage >= 1, "--offload optimizer needs --zero_stage 1, 2 or 3")
+        if self.nvme_path:
+            require(self.offload != "none", "--nvme_path needs --offload optimizer or params")
+            require(self.zero_stage == 3, f"--nvme_path needs --zero_stage 3, got {self.zero_stage}")
+        if self.strategy == "resident":
+            require(self.offload == "none", f"--offload {self.offload} is ZeRO's: use --strategy zero")
+
+
+@dataclass(kw_only=True, slots=True)
+class ReportConfig:
+    """What is shown, measured and kept while training."""
+
+    log_interval: int = field(default=10, metadata={"help": "steps between printed lines"})
+    eval_interval: int = field(default=250, metadata={"help": "steps between validations; 0: only at the end"})
+    eval_tokens: int = field(default=65_536, metadata={"help": "tokens of each validation, the same every time"})
+    save_interval: int = field(default=250, metadata={"help": "steps between checkpoints; 0: only at the end"})
+    keep_checkpoints: int = field(default=2, metadata={"help": "newest checkpoints kept, beside the best; 0: all"})
+    sample_prompt: str = field(default="The", metadata={"help": "what the sample at each validation continues"})
+    sample_tokens: int = field(default=48, metadata={"help": "length of that sample; 0: none"})
+    tensorboard: bool = field(default=True, metadata={"help": "write TensorBoard events"})
+
+    def __post_init__(self) -> None:
+        require(self.log_interval > 0, f"log_interval must be positive, got {self.log_interval}")
+        for name in ("eval_interval", "save_interval", "keep_checkpoints", "sample_tokens"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        require(self.eval_tokens > 0, f"eval_tokens must be positive, got {self.eval_tokens}")
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """One training run."""
+
+    preset: str = field(default="13m", metadata={"help": "the named starting point"})
+    run_dir: str = field(default="", metadata={"help": "where the run is written; empty: runs/<preset>"})
+    seed: int = field(default=1337, metadata={"help": "of the initial weights, the data order and the samples"})
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def __post_init__(self) -> None:
+        if not self.run_dir:
+            self.run_dir = f"runs/{self.preset}"
+        tokens, block = self.optimizer.batch_tokens, self.model.block_size
+        require(
+            tokens % block == 0,
+            f"batch_tokens ({tokens}) must be a multiple of block_size ({block}); {max(1, round(tokens / block)) * block} would do",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+
+_GPT2 = dict(block_size=1024, positions="learned", activation="gelu_tanh")
+_GPT2_TRAINING = dict(batch_tokens=524_288, max_steps=20_000, lr=6e-4, min_lr=6e-5, warmup_steps=700)
+_BIG_REPORT = dict(eval_interval=250, eval_tokens=1_048_576, save_interval=250)
+_CLASSIC = dict(
+    positions="learned", activation="relu", bias=True, qkv_bias=False, head_bias=True, tie_head=False
+)  # train-llm-from-scratch
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "13m": {
+        "model": dict(n_layer=1, n_head=8, n_embd=128, block_size=128, **_CLASSIC),
+        "optimizer": dict(batch_tokens=4096, max_steps=1000, lr=2e-3, min_lr=2e-4, warmup_steps=50),
+    },
+    "gpt2": {
+        "model": dict(n_layer=12, n_head=12, n_embd=768, **_GPT2),
+        "optimizer": _GPT2_TRAINING,
+        "report": _BIG_REPORT,
+    },
+    "gpt2-medium": {
+        "model": dict(n_layer=24, n_head=16, n_embd=1024, **_GPT2),
+        "optimizer": _GPT2_TRAINING | dict(lr=4e-4, min_lr=4e-5),
+        "report": _BIG_REPORT,
+    },
+    "gpt2-large": {
+        "model": dict(n_layer=36, n_head=20, n_embd=1280, **_GPT2),
+        "optimizer": _GPT2_TRAINING | dict(lr=3e-4, min_lr=3e-5),
+        "report": _BIG_REPORT,
+    },
+    "gpt2-xl": {
+        "model": dict(n_layer=48, n_head=25, n_embd=1600, **_GPT2),
+        "optimizer": _GPT2_TRAINING | dict(lr=2e-4, min_lr=2e-5),
+        "report": _BIG_REPORT,
+    },
+    "2b": {
+        "model": dict(n_layer=24, n_head=20, n_embd=2560, block_size=2048, positions="rotary", activation="gelu_tanh"),
+        "optimizer": _GPT2_TRAINING | dict(lr=2e-4, min_lr=2e-5, max_steps=80_000, warmup_steps=1000),
+        "strategy": dict(activation_checkpointing=True),
+        "report": _BIG_REPORT,
+    },
+    "3b": {
+        "model": dict(n_layer=64, n_head=16, n_embd=2048, block_size=512, **_CLASSIC),
+        "optimizer": _GPT2_TRAINING | dict(lr=2e-4, min_lr=2e-5, max_steps=80_000, warmup_steps=1000),
+        "strategy": dict(activation_checkpointing=True),
+        "report": _BIG_REPORT,
+    },
+}
+
+
+@dataclass(frozen=True)
+class _Flag:
+    """A leaf of the tree: `section` is empty for the fields of Config itself."""
+
+    section: str
+    name: str
+    kind: Any
+    help: str
+    default: Any
+
+
+def _flags() -> dict[str, _Flag]:
+    flags: dict[str, _Flag] = {}
+
+    def collect(cls: type, section: str) -> None:
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(hints[f.name]):
+                collect(hints[f.name], f.name)
+            else:
+                assert f.name not in flags, f"two settings are called {f.name}"
+                flags[f.name] = _Flag(section, f.name, hints[f.name], f.metadata.get("help", ""), f.default)
+
+    collect(Config, "")
+    return flags
+
+
+def _convert(flag: _Flag, value: Any) -> Any:
+    """Check `value`, a string from the command line or a value from JSON, against the field's type."""
+    kind, text = flag.kind, str(value).strip()
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        require(text in choices, f"{flag.name} must be one of {', '.join(choices)}; got {text!r}{_meant(text, choices)}")
+        return text
+    if kind is bool:
+        truth = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+        require(text.lower() in truth, f"{flag.name} must be true or false, got {text!r}")
+        return truth[text.lower()]
+    if kind is str:
+        require(isinstance(value, str), f"{flag.name} must be a string, got {value!r}")
+        return value
+    try:
+        if kind is int:
+            number = float(text.replace("_", "")) if not text.lstrip("+-").replace("_", "").isdigit() else int(text)
+            require(number == int(number), f"{flag.name} must be a whole number, got {text!r}")
+            return int(number)
+        return float(text)
+    except (ValueError, OverflowError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{flag.name} must be a {'whole number' if kind is int else 'number'}, got {text!r}") from None
+
+
+def _meant(word: str, known: typing.Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def from_dict(tree: dict[str, Any], source: str = "config") -> Config:
+    """Build a Config from a (partial) nested dict; ConfigError names an unknown key and the nearest known one."""
+    flags = _flags()
+    sections = {f.section for f in flags.values()} - {""}
+    values: dict[str, dict[str, Any]] = {section: {} for section in sections | {""}}
+    for key, value in tree.items():
+        entries = value.items() if key in sections and isinstance(value, dict) else [(key, value)]
+        section = key if key in sections else ""
+        for name, leaf in entries:
+            if name not in flags or flags[name].section != section:
+                where = f"{section}.{name}" if section else name
+                known = [f.name for f in flags.values() if f.section == section] + ([] if section else list(sections))
+                raise ConfigError(f"{source}: unknown setting {where!r}{_meant(name, known)}")
+            values[section][name] = _convert(flags[name], leaf)
+    hints = typing.get_type_hints(Config)
+    return Config(**values[""], **{section: hints[section](**values[section]) for section in sections})
+
+
+def merge(*trees: dict[str, Any]) -> dict[str, Any]:
+    """Return the nested dicts laid over one another, later ones winning."""
+    merged: dict[str, Any] = {}
+    for tree in trees:
+        for key, value in tree.items():
+            both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+            merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def preset(name: str) -> dict[str, Any]:
+    require(name in PRESETS, f"unknown preset {name!r}; known: {', '.join(PRESETS)}{_meant(name, PRESETS)}")
+    return {"preset": name, **PRESETS[name]}
+
+
+def load_file(path: str | Path) -> dict[str, Any]:
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is no JSON: {error}") from None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(message)
+
+
+def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
+    """Return the configuration that the command line asks for, and what is no part of it: `resume`, `local_rank`.
+
+    `resume` is None, "latest", or the path of a checkpoint. Dashes and underscores in flags are the same.
+    ConfigError: an unknown flag (with the nearest name), a value of the wrong type, settings that exclude each other.
+    """
+    flags = _flags()
+    parser = _Parser(
+        prog="engine/train.py", description="Train a GPT.", allow_abbrev=False, formatter_class=argparse.HelpFormatter
+    )
+    parser.add_argument("--config", metavar="FILE", help="a JSON configuration, such as a run's config.json")
+    parser.add_argument("--resume", nargs="?", const="latest", metavar="CHECKPOINT", help="go on with run_dir's newest checkpoint, or this one")
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    for flag in flags.values():
+        choices = typing.get_args(flag.kind) if typing.get_origin(flag.kind) is Literal else PRESETS if flag.name == "preset" else ()
+        shown = f" ({', '.join(choices)})" if choices else ""
+        options = {"nargs": "?", "const": "true"} if flag.kind is bool else {}
+        metavar = {int: "N", float: "X", bool: "true|false"}.get(flag.kind, "NAME" if choices else "TEXT")
+        parser.add_argument(f"--{flag.name}", help=f"{flag.help}{shown} [{flag.default}]".replace("%", "%%"), metavar=metavar, **options)
+    dashed = [f"--{a[2:].partition('=')[0].replace('-', '_')}{a[a.index('='):] if '=' in a else ''}" if a.startswith("--") else a for a in arguments]
+    given, unknown = parser.parse_known_args(dashed)
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0]
+        raise ConfigError(f"unknown flag {unknown[0]!r}{_meant(name, flags)}")
+    chosen: dict[str, Any] = {}
+    for name, flag in flags.items():
+        value = getattr(given, name)
+        if value is not None:
+            where = chosen.setdefault(flag.section, {}) if flag.section else chosen
+            where[name] = _convert(flag, value)
+    base = load_file(given.config) if given.config else {}
+    if given.resume:
+        base = merge(base, _resumed(given.resume, chosen))
+    name = chosen.get("preset", base.get("preset", "13m"))
+    config = from_dict(merge(preset(name), base, chosen), given.config or "command line")
+    return config, types.SimpleNamespace(resume=given.resume, local_rank=given.local_rank)
+
+
+def _resumed(checkpoint: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    """The saved configuration of the run that `--resume` names, where there is one yet."""
+    if checkpoint == "latest":
+        run_dir = Path(chosen.get("run_dir") or f"runs/{chosen.get('preset', '13m')}")
+        saved = run_dir / "config.json"
+        return load_file(saved) if saved.exists() else {}
+    saved = Path(checkpoint) / "config.json"
+    require(saved.exists(), f"--resume {checkpoint}: no checkpoint there ({saved} is missing)")
+    return load_file(saved)
