@@ -8,7 +8,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=["engine", "engine.strategy", "kernels", "tools", "benchmarks"],
-    package_data={"engine": ["vocabulary/*.tiktoken"], "kernels": ["configs/*.json"]},
+    package_data={"engine": ["vocabulary/*.tiktoken"], "kernels": ["configs/*.json"], "tools": ["code_point_classes.txt"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.9; platform_system == 'Linux'",
