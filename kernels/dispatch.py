@@ -1,0 +1,245 @@
+"""Which implementation of each op runs on which chip: one table, one decision per op, made once and with its reason.
+
+    PILESMITH_KERNELS=triton|torch   overrides every decision (and the config field of the same meaning)
+    PILESMITH_CHIP=cuda:75           decides as if the device were that chip; it still runs on the one that is there
+
+Kernel files take `triton`, `tl`, `custom_op` and `wrap_triton` from here, so that they import and work without Triton.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+
+    class _Absent:
+        """Stands in for `triton` and `tl` at import: kernels stay plain functions that nothing calls."""
+
+        constexpr = object
+
+        @staticmethod
+        def jit(function: Callable | None = None, **_options) -> Callable:
+            return function if function is not None else _Absent.jit
+
+    triton = tl = _Absent()  # type: ignore[assignment]
+
+TRITON_PRESENT = hasattr(triton, "__version__")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """What a chip can do, as far as our kernels care.
+
+    name: what people call it; target: the compile target, or "cpu"; dtype: the number format to train in;
+    tensor_cores: reached through `tl.dot`; shared_bytes: shared memory that one block may have;
+    relaxed_atomics: ptxas accepts Triton's atomics; triton: Triton compiles for it and is worth using there;
+    sdpa: PyTorch's best fused attention there ("flash", "efficient" or "none").
+    """
+
+    name: str
+    target: str
+    dtype: str
+    tensor_cores: bool
+    shared_bytes: int
+    relaxed_atomics: bool = True
+    triton: bool = True
+    sdpa: str = "flash"
+
+    @property
+    def bf16(self) -> bool:
+        """Whether bf16 is native, as `torch.cuda.is_bf16_supported(including_emulation=False)` has it."""
+        return self.dtype == "bfloat16"
+
+    @property
+    def warp_size(self) -> int:
+        """Threads of a warp: 64 on AMD up to gfx9, else 32."""
+        return 64 if self.target.startswith("hip:gfx9") else 32
+
+
+def _chip(target: str, name: str, dtype: str, tensor_cores: bool, shared_kib: int, **more) -> Chip:
+    return Chip(
+        target=target, name=name, dtype=dtype, tensor_cores=tensor_cores, shared_bytes=shared_kib << 10, **more
+    )
+
+
+CHIPS: dict[str, Chip] = {
+    c.target: c
+    for c in (
+        _chip("cuda:90", "H100", "bfloat16", True, 227),
+        _chip("cuda:89", "RTX 4090", "bfloat16", True, 99),
+        _chip("cuda:86", "RTX 3090", "bfloat16", True, 99),
+        _chip("cuda:80", "A100", "bfloat16", True, 163),
+        _chip("cuda:75", "T4", "float16", False, 64, sdpa="efficient"),
+        _chip("cuda:70", "V100", "float16", False, 96, sdpa="efficient"),
+        _chip("cuda:61", "GTX 1080 Ti", "float32", False, 48, relaxed_atomics=False, triton=False, sdpa="efficient"),
+        _chip("cuda:60", "P100", "float16", False, 48, relaxed_atomics=False, triton=False, sdpa="efficient"),
+        _chip("hip:gfx942", "MI300X", "bfloat16", True, 64),
+        _chip("hip:gfx90a", "MI250", "bfloat16", True, 64),
+        _chip("hip:gfx1030", "RX 6900 XT", "float16", False, 64, sdpa="none"),
+        _chip("hip:gfx906", "Radeon VII", "float16", False, 64, triton=False, sdpa="none"),
+        # bf16 on a CPU is right and many times slower than fp32.
+        _chip("cpu", "CPU", "float32", False, 0, triton=False),
+    )
+}
+
+# Ops whose Triton kernels are worth having only where tl.dot reaches matrix cores; every other op is bound by memory.
+OPS: dict[str, bool] = {
+    "attention": True,
+    "attention_decode": True,
+    "rotary": False,
+    "layer_norm": False,
+    "softmax": False,
+    "cross_entropy": False,
+    "bias_activation": False,
+    "adamw": False,
+}
+
+_preference = "auto"
+_forced_target: str | None = None
+_chips: dict[torch.device, Chip] = {}
+_decisions: dict[tuple[str, torch.device], tuple[str, str]] = {}
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 before the first import of a kernel)."""
+    return TRITON_PRESENT and triton.knobs.runtime.interpret
+
+
+def set_backend(preference: str) -> None:
+    """Prefers "triton" or "torch" for every op where it can run; "auto" lets the table decide.
+
+    Raises ValueError for anything else. The environment variable PILESMITH_KERNELS goes before it.
+    """
+    global _preference
+    _check_preference(preference, "backend")
+    _preference = preference
+    _decisions.clear()
+
+
+@contextmanager
+def use_backend(preference: str) -> Iterator[None]:
+    """`set_backend` for the length of a with block."""
+    before = _preference
+    set_backend(preference)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def force_chip(target: str | None) -> None:
+    """Decides as if every device were the chip `target` (a key of CHIPS); None: as the device is.
+
+    Raises ValueError for a chip that the table does not have. The same as the environment variable PILESMITH_CHIP.
+    """
+    global _forced_target
+    if target is not None and target not in CHIPS:
+        raise ValueError(f"PILESMITH_CHIP={target}: no such chip; the table has {', '.join(CHIPS)}")
+    _forced_target = target
+    _chips.clear()
+    _decisions.clear()
+
+
+@torch.compiler.assume_constant_result
+def chip(device: torch.device) -> Chip:
+    """The row of the table for a device; an unlisted GPU gets the nearest older row with its own shared memory."""
+    if device not in _chips:
+        if _forced_target is None and "PILESMITH_CHIP" in os.environ:
+            force_chip(os.environ["PILESMITH_CHIP"])
+        _chips[device] = CHIPS[_forced_target] if _forced_target else _look_up(device)
+    return _chips[device]
+
+
+@torch.compiler.assume_constant_result
+def backend(op: str, device: torch.device) -> str:
+    """"triton" or "torch": what runs `op` on `device`, decided at the first call."""
+    key = op, device
+    if key not in _decisions:
+        _decisions[key] = _decide(op, device)
+    return _decisions[key][0]
+
+
+def decisions(device: torch.device) -> list[tuple[str, str, str]]:
+    """(op, backend, reason) for every op, to be printed once at start."""
+    return [(op, backend(op, device), _decisions[op, device][1]) for op in OPS]
+
+
+def _check_preference(preference: str, what: str) -> None:
+    if preference not in ("auto", "triton", "torch"):
+        raise ValueError(f"{what}={preference}: should be auto, triton or torch")
+
+
+def _look_up(device: torch.device) -> Chip:
+    if device.type != "cuda":
+        return CHIPS["cpu"]
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        target = "hip:" + properties.gcnArchName.split(":")[0]
+        # An AMD chip outside the table keeps PyTorch's kernels: nothing of ours was compiled for it.
+        row = CHIPS.get(target, replace(CHIPS["hip:gfx906"], target=target, sdpa="flash"))
+        return replace(row, name=properties.name)
+    capability = properties.major * 10 + properties.minor
+    known = max((n for n in _cuda_capabilities() if n <= capability), default=min(_cuda_capabilities()))
+    row = replace(CHIPS[f"cuda:{known}"], name=properties.name)
+    optin_bytes = getattr(properties, "shared_memory_per_block_optin", row.shared_bytes)
+    return row if known == capability else replace(row, shared_bytes=min(row.shared_bytes, optin_bytes))
+
+
+def _cuda_capabilities() -> list[int]:
+    return [int(target.removeprefix("cuda:")) for target in CHIPS if target.startswith("cuda:")]
+
+
+def _decide(op: str, device: torch.device) -> tuple[str, str]:
+    preference, who = _preference, "the config"
+    if os.environ.get("PILESMITH_KERNELS"):
+        preference, who = os.environ["PILESMITH_KERNELS"], "PILESMITH_KERNELS"
+        _check_preference(preference, who)
+    here = chip(device)
+    if preference == "torch":
+        return "torch", f"{who} says torch"
+    if not TRITON_PRESENT:
+        return "torch", "Triton is not installed"
+    if device.type != "cuda":
+        if not interpreting():
+            return "torch", f"{device.type} has no Triton"
+        if preference != "triton":
+            return "torch", "the interpreter runs only when asked for"
+        return "triton", f"{who} says triton, interpreted"
+    if preference == "triton":
+        return "triton", f"{who} says triton"
+    if not here.triton:
+        return "torch", f"{here.name} ({here.target}): Triton does not serve this chip"
+    if OPS[op] and not here.tensor_cores:
+        return "torch", f"{here.name} ({here.target}): no tensor cores through Triton"
+    return "triton", f"Triton {triton.__version__} on {here.name} ({here.target})"
+
+
+def custom_op(name: str, *, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], torch.library.CustomOpDef]:
+    """Registers a function that launches Triton kernels as the op pilesmith::`name`.
+
+    The function's type hints are the schema; kernels inside are launched as `wrap_triton(kernel)[grid](...)`.
+    The result has `register_fake` (always give one) and `register_autograd`, as torch.library has them. On a GPU the
+    op is a `triton_op`, so that Inductor sees the kernels; under the interpreter, where that cannot work, an opaque
+    `custom_op`. Neither breaks a `fullgraph` compile. Outputs must not alias inputs.
+    """
+
+    def register(function: Callable) -> torch.library.CustomOpDef:
+        opaque = interpreting() or not TRITON_PRESENT
+        make = torch.library.custom_op if opaque else torch.library.triton_op
+        return make(f"pilesmith::{name}", function, mutates_args=mutates_args)
+
+    return register
+
+
+def wrap_triton(kernel: Callable) -> Callable:
+    """`torch.library.wrap_triton`, or the kernel itself under the interpreter.
+
+    The name is torch's own on purpose: it looks for calls of this name to know which kernels an op depends on.
+    """
+    return kernel if interpreting() else torch.library.wrap_triton(kernel)
