@@ -10,8 +10,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from kernels.dispatch import backend, chip
 
-# Up to here a boolean mask (B, 1, T, T) for all heads is smaller than the activations and costs no time.
-_DENSE_MASK_LENGTH = 256
+# Up to these lengths one boolean mask (B, 1, T, T) for all heads beats a call for each document, and, in a compiled
+# graph, which cannot depend on where documents end, the chunked products; it is then smaller than the activations.
+_DENSE_MASK_LENGTH = 128
+_DENSE_MASK_LENGTH_COMPILED = 1024
 
 
 def attention(
@@ -85,9 +87,10 @@ def _attention_documents(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, sca
     B, T = q.shape[:2]
     if chip(q.device).sdpa == "none":
         return _chunked(q, k, v, doc_start, True, scale)[0]
-    if T <= _DENSE_MASK_LENGTH:
+    compiling = torch.compiler.is_compiling()
+    if T <= (_DENSE_MASK_LENGTH_COMPILED if compiling else _DENSE_MASK_LENGTH):
         return _sdpa(q, k, v, scale, mask=_visible(doc_start, 0, T, q.device))
-    if torch.compiler.is_compiling():  # lengths of documents are data, and would break the graph
+    if compiling:
         return _chunked(q, k, v, doc_start, True, scale)[0]
     lengths = _document_lengths(doc_start)
     if len(lengths) == B:
