@@ -1,0 +1,159 @@
+"""The GPUs that people train on, as data: memory, bandwidth, peak arithmetic, host link.
+
+Peaks are the vendors' published figures for dense matrix products with fp32 accumulation, which is what training uses:
+never the sparse figure, never GeForce's doubled rate with fp16 accumulation. Where a chip has no such unit, the entry
+is the rate at which PyTorch multiplies that dtype there.
+"""
+import difflib
+import re
+from dataclasses import dataclass
+
+import torch
+
+GB, GiB, TFLOPS = 10**9, 2**30, 10**12
+# One direction, all lanes, after line coding.
+PCIE3_X16, PCIE4_X8, PCIE4_X16, PCIE5_X8, PCIE5_X16 = 15.75e9, 15.75e9, 31.5e9, 31.5e9, 63.0e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One GPU as one device of torch.
+
+    target: what kernels are compiled for, as in kernels/dispatch.py. memory_bytes: what the driver offers to a program,
+    a little below the label (`label_gb`), the more so where error correction takes its sixteenth. bandwidth_bytes_s: of
+    the device memory. bf16_flops (0 where bf16 is not native), fp16_flops, fp32_flops: peak FLOP/s, fp32 without TF32.
+    pcie_bytes_s: to the host, one direction. device_names: further names that drivers give it. source: of the figures.
+    """
+
+    name: str
+    target: str
+    label_gb: int
+    memory_bytes: int
+    bandwidth_bytes_s: float
+    bf16_flops: float
+    fp16_flops: float
+    fp32_flops: float
+    pcie_bytes_s: float
+    device_names: tuple[str, ...] = ()
+    source: str = ""
+
+    def peak_flops(self, dtype: torch.dtype | str) -> float:
+        """Peak FLOP/s in `dtype`: a torch dtype, or "bf16", "fp16", "fp32". Emulated bf16 runs at the rate of fp32."""
+        name = _DTYPES.get(dtype, dtype)
+        return getattr(self, f"{name}_flops") or self.fp32_flops
+
+
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def _card(
+    name: str, target: str, label_gb: int, gib: float, bandwidth_gb: float, peaks: tuple[float, float, float],
+    pcie: float, source: str, *device_names: str,
+) -> Card:  # fmt: skip
+    """`gib`: total_memory as torch reports it; `peaks`: TFLOPS of bf16, fp16, fp32."""
+    bf16, fp16, fp32 = (peak * TFLOPS for peak in peaks)
+    return Card(
+        name=name, target=target, label_gb=label_gb, memory_bytes=int(gib * GiB), bandwidth_bytes_s=bandwidth_gb * GB,
+        bf16_flops=bf16, fp16_flops=fp16, fp32_flops=fp32, pcie_bytes_s=pcie, device_names=device_names, source=source,
+    )  # fmt: skip
+
+
+_AMPERE_GEFORCE = "NVIDIA Ampere GA102 whitepaper, FP16 tensor with FP32 accumulate"
+_ADA_GEFORCE = "NVIDIA Ada whitepaper, FP16 tensor with FP32 accumulate"
+_BLACKWELL_GEFORCE = "NVIDIA RTX Blackwell whitepaper, FP16 tensor with FP32 accumulate"
+
+# The table by which people have chosen a card for two billion parameters, in its order.
+CLASSIC: tuple[Card, ...] = (
+    _card("A100 40GB", "cuda:80", 40, 39.38, 1555, (312, 312, 19.5), PCIE4_X16, "NVIDIA A100 datasheet",
+          "A100-SXM4-40GB", "A100-PCIE-40GB"),
+    _card("V100", "cuda:70", 16, 15.77, 900, (0, 125, 15.7), PCIE3_X16, "NVIDIA V100 datasheet, SXM2",
+          "V100-SXM2-16GB"),
+    _card("RTX 3090", "cuda:86", 24, 23.56, 936, (71.2, 71.2, 35.6), PCIE4_X16, _AMPERE_GEFORCE),
+    _card("Quadro RTX 8000", "cuda:75", 48, 47.40, 672, (0, 130.5, 16.3), PCIE3_X16,
+          "NVIDIA Turing whitepaper; Quadro accumulates in FP32 at the full rate"),
+    _card("T4", "cuda:75", 16, 14.56, 320, (0, 65, 8.1), PCIE3_X16, "NVIDIA Turing whitepaper"),
+    _card("RX 6900 XT", "hip:gfx1030", 16, 15.98, 512, (0, 46.08, 23.04), PCIE4_X16,
+          "AMD product page; packed FP16, no matrix cores"),
+    _card("Radeon VII", "hip:gfx906", 16, 15.98, 1024, (0, 27.7, 13.8), PCIE3_X16,
+          "AMD product page; packed FP16, no matrix cores", "Vega 20"),
+    _card("P100", "cuda:60", 16, 15.89, 732, (0, 9.3, 9.3), PCIE3_X16,
+          "NVIDIA P100 datasheet, PCIe; FP16 is multiplied with FP32 arithmetic", "P100-PCIE-16GB"),
+    _card("GTX 1080 Ti", "cuda:61", 11, 10.91, 484, (0, 11.3, 11.3), PCIE3_X16,
+          "NVIDIA product page; FP16 is multiplied with FP32 arithmetic"),
+    _card("RTX 3080", "cuda:86", 10, 9.77, 760, (59.5, 59.5, 29.8), PCIE4_X16, _AMPERE_GEFORCE),
+)  # fmt: skip
+
+CARDS: tuple[Card, ...] = CLASSIC + (
+    _card("V100 PCIe", "cuda:70", 16, 15.77, 900, (0, 112, 14.0), PCIE3_X16, "NVIDIA V100 datasheet, PCIe",
+          "V100-PCIE-16GB"),
+    _card("V100 32GB", "cuda:70", 32, 31.74, 900, (0, 125, 15.7), PCIE3_X16, "NVIDIA V100 datasheet, SXM2",
+          "V100-SXM2-32GB"),
+    _card("P100 SXM2", "cuda:60", 16, 15.89, 732, (0, 10.6, 10.6), PCIE3_X16,
+          "NVIDIA P100 datasheet, SXM2; FP16 is multiplied with FP32 arithmetic", "P100-SXM2-16GB"),
+    _card("RTX 3080 Ti", "cuda:86", 12, 11.76, 912, (68.2, 68.2, 34.1), PCIE4_X16, _AMPERE_GEFORCE),
+    _card("RTX 3090 Ti", "cuda:86", 24, 23.56, 1008, (80.0, 80.0, 40.0), PCIE4_X16, _AMPERE_GEFORCE),
+    _card("RTX A6000", "cuda:86", 48, 47.43, 768, (154.8, 154.8, 38.7), PCIE4_X16, "NVIDIA RTX A6000 datasheet, half of the sparse figure"),
+    _card("A10G", "cuda:86", 24, 22.06, 600, (70, 70, 35), PCIE4_X16, "NVIDIA A10G datasheet"),
+    _card("A100 80GB", "cuda:80", 80, 79.15, 2039, (312, 312, 19.5), PCIE4_X16, "NVIDIA A100 datasheet",
+          "A100-SXM4-80GB", "A100 80GB PCIe"),
+    _card("RTX 4060", "cuda:89", 8, 7.63, 272, (30.2, 30.2, 15.1), PCIE4_X8, _ADA_GEFORCE),
+    _card("RTX 4060 Ti", "cuda:89", 16, 15.57, 288, (44.1, 44.1, 22.1), PCIE4_X8, _ADA_GEFORCE),
+    _card("RTX 4070", "cuda:89", 12, 11.60, 504, (58.3, 58.3, 29.1), PCIE4_X16, _ADA_GEFORCE),
+    _card("RTX 4070 Super", "cuda:89", 12, 11.60, 504, (70.9, 70.9, 35.5), PCIE4_X16, _ADA_GEFORCE),
+    _card("RTX 4070 Ti", "cuda:89", 12, 11.60, 504, (80.2, 80.2, 40.1), PCIE4_X16, _ADA_GEFORCE),
+    _card("RTX 4070 Ti Super", "cuda:89", 16, 15.57, 672, (88.2, 88.2, 44.1), PCIE4_X16, _ADA_GEFORCE),
+    _card("RTX 4080", "cuda:89", 16, 15.57, 716.8, (97.5, 97.5, 48.7), PCIE4_X16, _ADA_GEFORCE),
+    _card("RTX 4080 Super", "cuda:89", 16, 15.57, 736, (104.4, 104.4, 52.2), PCIE4_X16, _ADA_GEFORCE),
+    _card("RTX 4090", "cuda:89", 24, 23.51, 1008, (165.2, 165.2, 82.6), PCIE4_X16, _ADA_GEFORCE),
+    _card("L4", "cuda:89", 24, 22.03, 300, (121, 121, 30.3), PCIE4_X16, "NVIDIA L4 datasheet, half of the sparse figure"),
+    _card("L40S", "cuda:89", 48, 44.39, 864, (362.05, 362.05, 91.6), PCIE4_X16, "NVIDIA L40S datasheet"),
+    _card("RTX 5060 Ti", "cuda:120", 16, 15.47, 448, (47.4, 47.4, 23.7), PCIE5_X8, _BLACKWELL_GEFORCE),
+    _card("RTX 5070", "cuda:120", 12, 11.50, 672, (61.7, 61.7, 30.9), PCIE5_X16, _BLACKWELL_GEFORCE),
+    _card("RTX 5070 Ti", "cuda:120", 16, 15.47, 896, (87.9, 87.9, 43.9), PCIE5_X16, _BLACKWELL_GEFORCE),
+    _card("RTX 5080", "cuda:120", 16, 15.47, 960, (112.6, 112.6, 56.3), PCIE5_X16, _BLACKWELL_GEFORCE),
+    _card("RTX 5090", "cuda:120", 32, 31.36, 1792, (209.5, 209.5, 104.8), PCIE5_X16, _BLACKWELL_GEFORCE),
+    _card("H100", "cuda:90", 80, 79.10, 3350, (989.4, 989.4, 66.9), PCIE5_X16, "NVIDIA H100 whitepaper, SXM5", "H100 80GB HBM3"),
+    _card("H100 PCIe", "cuda:90", 80, 79.10, 2000, (756, 756, 51.2), PCIE5_X16, "NVIDIA H100 whitepaper, PCIe"),
+    _card("H100 NVL", "cuda:90", 94, 93.0, 3900, (835, 835, 60), PCIE5_X16, "NVIDIA H100 datasheet, half of the sparse figure"),
+    _card("H200", "cuda:90", 141, 139.80, 4800, (989.4, 989.4, 66.9), PCIE5_X16, "NVIDIA H200 datasheet, half of the sparse figure"),
+    _card("MI210", "hip:gfx90a", 64, 63.98, 1638, (181, 181, 22.6), PCIE4_X16, "AMD Instinct MI210 datasheet"),
+    _card("MI250X", "hip:gfx90a", 64, 63.98, 1638, (191.5, 191.5, 23.9), PCIE4_X16,
+          "AMD Instinct MI250X datasheet, one of its two dies: what torch sees as a device"),
+    _card("MI300X", "hip:gfx942", 192, 191.98, 5300, (1307.4, 1307.4, 163.4), PCIE5_X16, "AMD Instinct MI300X datasheet"),
+)  # fmt: skip
+
+_FAMILY = re.compile(r"\b(nvidia|amd|geforce|tesla|quadro|radeon|instinct|rtx|gtx|rx)(?=\d|\b)")
+
+
+def _canonical(name: str) -> str:
+    """"NVIDIA GeForce RTX 3090", "rtx3090" and "3090" are all "3090"; an appended "Ti" or "Laptop GPU" stays."""
+    lowered = name.lower().replace("radeon vii", "radeonvii")
+    return re.sub(r"[^a-z0-9]", "", _FAMILY.sub(" ", lowered))
+
+
+def find(device_name: str) -> Card | None:
+    """Return the card whose name this is, as `torch.cuda.get_device_name` says it; None for one that is not listed.
+
+    A name shared by two memory sizes gives the listed one: ask the device for its memory.
+    """
+    wanted = _canonical(device_name)
+    return next((card for card in CARDS if wanted in map(_canonical, (card.name, *card.device_names))), None)
+
+
+def get(name: str) -> Card:
+    """Return the card that a person calls `name`: "rtx3090", "RTX 3090" or "3090". ValueError with the nearest names."""
+    card = find(name)
+    if card is None:
+        names = {_canonical(card.name): card.name for card in CARDS}
+        wanted = _canonical(name)
+        near = [key for key in names if wanted and (key.startswith(wanted) or wanted.startswith(key))]
+        near = near or difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
+        meant = f"did you mean {' or '.join(names[key] for key in near)}?" if near else f"known: {', '.join(names.values())}"
+        raise ValueError(f"unknown GPU {name!r}; {meant}")
+    return card
+
+
+def peak_flops(device_name: str, dtype: torch.dtype | str) -> float | None:
+    """Return the peak FLOP/s of a device in `dtype` with fp32 accumulation, or None where the card is not listed."""
+    card = find(device_name)
+    return card.peak_flops(dtype) if card else None

@@ -1,0 +1,84 @@
+"""The card table: names as drivers and people write them, and figures that agree with one another."""
+import pytest
+import torch
+
+from engine.cards import CARDS, CLASSIC, GiB, find, get, peak_flops
+from kernels.dispatch import CHIPS
+
+
+@pytest.mark.parametrize(
+    ("device_name", "name"),
+    [
+        ("NVIDIA GeForce RTX 3090", "RTX 3090"),
+        ("NVIDIA GeForce RTX 3090 Ti", "RTX 3090 Ti"),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", "RTX 4070 Ti Super"),
+        ("NVIDIA GeForce GTX 1080 Ti", "GTX 1080 Ti"),
+        ("Quadro RTX 8000", "Quadro RTX 8000"),
+        ("Tesla T4", "T4"),
+        ("Tesla V100-SXM2-16GB", "V100"),
+        ("Tesla V100-SXM2-32GB", "V100 32GB"),
+        ("Tesla P100-PCIE-16GB", "P100"),
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+        ("NVIDIA A100 80GB PCIe", "A100 80GB"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA RTX A6000", "RTX A6000"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H200", "H200"),
+        ("AMD Radeon RX 6900 XT", "RX 6900 XT"),
+        ("AMD Radeon VII", "Radeon VII"),
+        ("AMD Instinct MI300X", "MI300X"),
+    ],
+)
+def test_a_drivers_name_finds_its_card(device_name, name):
+    assert find(device_name).name == name
+
+
+@pytest.mark.parametrize("name", ["cpu", "", "NVIDIA GeForce RTX 3080 Laptop GPU", "NVIDIA A10", "NVIDIA GeForce RTX 2060"])
+def test_an_unlisted_device_is_unknown_rather_than_guessed(name):
+    assert find(name) is None
+    assert peak_flops(name, torch.float32) is None
+
+
+def test_people_may_leave_out_the_family_and_spaces():
+    assert get("rtx3090") is get("RTX 3090") is get("3090")
+    assert get("radeonvii") is get("Radeon VII")
+    assert get("a100-40gb").label_gb == 40
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("a100", "A100 40GB or A100 80GB"), ("rtx3091", "RTX 3090"), ("H10", "H100")])
+def test_a_misspelt_card_names_the_nearest(typed, meant):
+    with pytest.raises(ValueError, match=meant):
+        get(typed)
+
+
+def test_every_name_means_one_card():
+    for card in CARDS:
+        assert get(card.name) is card
+        for name in card.device_names:
+            assert find(name) is card
+
+
+def test_the_classic_table_comes_first_and_in_its_order():
+    assert [card.label_gb for card in CLASSIC] == [40, 16, 24, 48, 16, 16, 16, 16, 11, 10]
+    assert CARDS[: len(CLASSIC)] == CLASSIC
+
+
+def test_figures_agree_with_one_another():
+    for card in CARDS:
+        assert 0.89 * card.label_gb <= card.memory_bytes / GiB <= card.label_gb, card.name
+        assert card.fp16_flops >= card.fp32_flops > 1e12, card.name
+        assert card.bf16_flops in (0, card.fp16_flops), card.name
+        assert 2e11 < card.bandwidth_bytes_s < 6e12 and 1e10 < card.pcie_bytes_s < card.bandwidth_bytes_s, card.name
+        if card.target in CHIPS:
+            assert CHIPS[card.target].bf16 == (card.bf16_flops > 0), card.name
+
+
+def test_peaks_are_dense_and_accumulate_in_fp32():
+    assert peak_flops("NVIDIA GeForce RTX 3090", torch.bfloat16) == 71.2e12  # not 142 (fp16 accumulation) nor 284 (sparse)
+    assert peak_flops("NVIDIA GeForce RTX 4090", torch.bfloat16) == pytest.approx(165.2e12)
+    assert peak_flops("NVIDIA H100 80GB HBM3", torch.bfloat16) == pytest.approx(989.4e12)
+    assert peak_flops("NVIDIA L4", "bf16") == 121e12
+    assert peak_flops("Tesla T4", torch.float16) == 65e12
+    assert peak_flops("Tesla T4", torch.bfloat16) == peak_flops("Tesla T4", torch.float32)  # emulated
