@@ -1,1 +1,62 @@
-"""How a training step is run: one small interface, one file for each way."""
+"""How a training step is run: one small interface, one file for each way.
+
+The loop calls `forward_backward`, `step`, and for a checkpoint `state` and `load_state`; it knows nothing of their inside.
+"""
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.config import Config, ConfigError
+from engine.data import Batch
+from engine.distributed import Processes
+from engine.model import GPT
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """grad_norm: global, before clipping. skipped: the gradients or the loss were not finite and nothing was updated."""
+
+    grad_norm: float
+    skipped: bool
+
+
+class Strategy(Protocol):
+    """`module` is the model to call, for training, validation and samples; `describe` says how the step is run."""
+
+    module: Callable[..., Tensor]
+
+    def describe(self) -> str: ...
+
+    def forward_backward(self, batches: list[Batch]) -> Tensor:
+        """Accumulate the gradients of these micro-batches; return this process's mean loss, fp32, on the device."""
+
+    def step(self, lr: float, loss: Tensor) -> StepResult:
+        """Update the weights with learning rate `lr` unless the gradients or `loss` are not finite."""
+
+    def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield, parameter by parameter, its name and whole fp32 `weight`, `exp_avg`, `exp_avg_sq`; all processes call it."""
+
+    def load_state(self, read: Callable[[str, str], Tensor]) -> None:
+        """Take `read(parameter name, key)` for every parameter and key that `state` yields."""
+
+    def counters(self) -> dict[str, Any]:
+        """Return the numbers that belong to the state: updates done, loss scale."""
+
+    def load_counters(self, counters: dict[str, Any]) -> None: ...
+
+
+def build(config: Config, model: GPT, processes: Processes, device: torch.device, dtype: torch.dtype, grad_accum: int) -> Strategy:
+    """Return the strategy that `config` asks for; "auto" is resident in one process and ZeRO in several."""
+    wanted = config.strategy.strategy
+    if wanted == "zero" or (wanted == "auto" and (processes.world_size > 1 or config.strategy.offload != "none")):
+        try:
+            from engine.strategy.zero import Zero  # deepspeed takes seconds to import: only where it is used
+        except ImportError as error:
+            raise ConfigError(f"ZeRO needs DeepSpeed, which does not import: {error}; pip install deepspeed") from None
+        return Zero(config, model, processes, device, dtype, grad_accum)
+    from engine.strategy.resident import Resident
+
+    return Resident(config, model, processes, device, dtype)

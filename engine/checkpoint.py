@@ -1,0 +1,185 @@
+"""Checkpoints: folders that are complete or absent, in one format for every strategy and any number of processes.
+
+run_dir/checkpoints/step_00000100/
+    config.json                    the resolved configuration
+    model.safetensors              the weights, fp32, under the model's own names
+    optimizer-00000.safetensors …  "<parameter>/exp_avg" and "<parameter>/exp_avg_sq", fp32, in files of about 2 GiB
+    state.json                     step, tokens, losses, the strategy's counters, which file holds what
+
+Everything is written and synced in a temporary folder, which is then renamed.
+"""
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.config import Config
+from engine.distributed import Processes
+from engine.strategy import Strategy
+
+FORMAT = 1
+SHARD_BYTES = 2 << 30
+_NAME = re.compile(r"step_(\d{8})")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message says which, why, and what to do."""
+
+
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    folder = Path(run_dir) / "checkpoints"
+    return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name)) if folder.is_dir() else []
+
+
+def newest(run_dir: str | Path) -> Path | None:
+    return (checkpoints(run_dir) or [None])[-1]
+
+
+def best(run_dir: str | Path) -> Path | None:
+    """Return the checkpoint with the lowest validation loss, or None where none has one."""
+    scored = [(loss, p) for p in checkpoints(run_dir) if (loss := read_state(p)["val_loss"]) is not None]
+    return min(scored)[1] if scored else None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's state.json; CheckpointError where it is missing or from a newer version."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is no checkpoint of this engine: {error}") from None
+    if state["format"] > FORMAT:
+        raise CheckpointError(f"{path} has format {state['format']}, this version reads up to {FORMAT}: update pilesmith")
+    return state
+
+
+def save(config: Config, strategy: Strategy, processes: Processes, progress: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint for progress["step"] finished steps and remove those no longer kept; all processes call it.
+
+    `progress` is JSON: step, tokens, val_loss and what else the loop wants back. CheckpointError, on every process,
+    where the disk refuses; the earlier checkpoints are then untouched.
+    """
+    folder = Path(config.run_dir) / "checkpoints"
+    final = folder / f"step_{progress['step']:08d}"
+    writer = _Writer(folder / f".{final.name}.partial") if processes.main else None
+    for name, tensors in strategy.state():  # collective: every process goes through it, whatever happens on the first
+        if writer:
+            writer.add(name, tensors)
+    error = None
+    if writer:
+        counters = strategy.counters()
+        state = {"format": FORMAT, "world_size": processes.world_size, "counters": counters} | progress
+        error = writer.finish(config, state, final)
+        if error is None:
+            _remove_old(config.run_dir, keep)
+    if processes.world_size > 1:
+        shared = [error]
+        dist.broadcast_object_list(shared, src=0)
+        error = shared[0]
+    if error is not None:
+        raise CheckpointError(f"could not write {final}: {error}; the checkpoints before it are untouched")
+    return final
+
+
+def load(path: Path, strategy: Strategy) -> dict[str, Any]:
+    """Put a checkpoint's weights, moments and counters into `strategy`; return its state.json."""
+    state = read_state(path)
+    files = {name: safe_open(path / name, framework="pt") for name in {"model.safetensors", *state["shards"].values()}}
+
+    def read(parameter: str, key: str) -> Tensor:
+        name = "model.safetensors" if key == "weight" else state["shards"].get(f"{parameter}/{key}")
+        entry = parameter if key == "weight" else f"{parameter}/{key}"
+        try:
+            return files[name].get_tensor(entry)
+        except Exception:  # safetensors raises its own error type, KeyError for the missing shard
+            raise CheckpointError(f"{path} has no {entry!r}: it belongs to another model") from None
+
+    strategy.load_counters(state["counters"])
+    strategy.load_state(read)
+    return state
+
+
+class _Writer:
+    """Collects tensors into safetensors files in a temporary folder; the first failure is kept for `finish`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.error = folder, None
+        self.weights: dict[str, Tensor] = {}
+        self.moments: dict[str, Tensor] = {}
+        self.shards: dict[str, str] = {}
+        for leftover in folder.parent.glob(".*.partial"):  # of a save that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        self._attempt(lambda: folder.mkdir(parents=True))
+
+    def add(self, name: str, tensors: dict[str, Tensor]) -> None:
+        if self.error is not None:
+            return
+        self.weights[name] = tensors["weight"].detach().to("cpu", torch.float32).contiguous()
+        for key, value in tensors.items():
+            if key != "weight":
+                self.moments[f"{name}/{key}"] = value.detach().to("cpu", torch.float32).contiguous()
+        if sum(t.nbytes for t in self.moments.values()) >= SHARD_BYTES:
+            self._flush()
+
+    def finish(self, config: Config, state: dict[str, Any], final: Path) -> OSError | None:
+        model = {"model_config": json.dumps(config.to_dict()["model"])}
+        self._attempt(lambda: save_file(self.weights, self.folder / "model.safetensors", metadata=model))
+        self._flush()
+        self._attempt(lambda: config.save(self.folder / "config.json"))
+        self._attempt(lambda: (self.folder / "state.json").write_text(json.dumps(state | {"shards": self.shards}, indent=1)))
+        self._attempt(lambda: _commit(self.folder, final))
+        if self.error is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        return self.error
+
+    def _flush(self) -> None:
+        if self.moments:
+            name = f"optimizer-{len(set(self.shards.values())):05d}.safetensors"
+            self._attempt(lambda: save_file(self.moments, self.folder / name))
+            self.shards |= {entry: name for entry in self.moments}
+            self.moments = {}
+
+    def _attempt(self, action: Callable[[], Any]) -> None:
+        if self.error is None:
+            try:
+                action()
+            except Exception as error:  # safetensors wraps the system's error in its own type
+                self.error = error
+
+
+def _commit(folder: Path, final: Path) -> None:
+    """Sync everything, then rename: after a power cut the checkpoint is there whole or not at all."""
+    for path in (*folder.iterdir(), folder):
+        _sync(path)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(folder, final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_old(run_dir: str, keep: int) -> None:
+    if keep:
+        kept = set(checkpoints(run_dir)[-keep:]) | {best(run_dir)}
+        for path in checkpoints(run_dir):
+            if path not in kept:
+                # Renamed first: a removal that is interrupted must not leave half a checkpoint under a good name.
+                doomed = path.with_name(f".{path.name}.partial")
+                os.rename(path, doomed)
+                shutil.rmtree(doomed)

@@ -1,0 +1,52 @@
+"""Which device and number format a run uses, each with its reason."""
+import os
+from typing import Literal
+
+import torch
+
+from engine.config import require
+from kernels import dispatch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(wanted: str, local_rank: int = 0) -> tuple[torch.device, str]:
+    """Return the device for "auto", "cpu", "cuda" or "cuda:N", and why. ConfigError where it is not there."""
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", local_rank), torch.cuda.get_device_name(local_rank)
+        return torch.device("cpu"), f"no GPU found; {torch.get_num_threads()} threads"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        device = None
+    require(device is not None and device.type in ("cpu", "cuda"), f"--device must be auto, cpu, cuda or cuda:N, got {wanted!r}")
+    if device.type == "cpu":
+        return device, f"asked for; {torch.get_num_threads()} threads"
+    require(torch.cuda.is_available(), f"--device {wanted}: this PyTorch ({torch.__version__}) sees no GPU; try --device cpu")
+    index = local_rank if device.index is None else device.index
+    count = torch.cuda.device_count()
+    require(index < count, f"--device {wanted}: there are {count} GPUs, numbered from 0")
+    return torch.device("cuda", index), f"{torch.cuda.get_device_name(index)}, asked for"
+
+
+def choose_dtype(wanted: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> tuple[torch.dtype, str]:
+    """Return the dtype of the computation and why, from what the chip can really do (emulated bf16 does not count)."""
+    if wanted != "auto":
+        return DTYPES[wanted], "asked for"
+    chip = dispatch.chip(device)
+    reason = {
+        "bfloat16": f"{chip.name} multiplies bf16",
+        "float16": f"{chip.name} has no bf16 of its own: fp16 with loss scaling",
+        "float32": "16-bit numbers are slower here",
+    }
+    return getattr(torch, chip.dtype), reason[chip.dtype]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes held so far: PyTorch's allocator on a GPU, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)

@@ -1,0 +1,175 @@
+"""DeepSpeed ZeRO stages 0-3, with optimizer or parameters in host memory or on NVMe, in any number of processes."""
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor
+
+from engine.config import Config, ConfigError, load_file, merge
+from engine.data import Batch
+from engine.distributed import Processes
+from engine.model import GPT
+from engine.optimizer import parameter_groups
+from engine.strategy import StepResult
+from engine.strategy.activations import checkpoint_blocks
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# gloo does what this extension does, and building it takes over a minute at the first run on a CPU.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+BUCKET_ELEMENTS = 50_000_000  # DeepSpeed's own 5e8 costs about 1 GB a bucket
+
+
+def deepspeed_config(config: Config, dtype: torch.dtype, micro_batch_size: int, grad_accum: int, world_size: int) -> dict[str, Any]:
+    """Return the DeepSpeed configuration that follows from ours, with `--deepspeed_config FILE` laid over it."""
+    strategy = config.strategy
+    where = {"device": "nvme", "nvme_path": strategy.nvme_path} if strategy.nvme_path else {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    zero: dict[str, Any] = {
+        "stage": strategy.zero_stage,
+        "overlap_comm": world_size > 1,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+        "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+    }
+    if strategy.offload != "none":
+        zero["offload_optimizer"] = where
+    if strategy.offload == "params":
+        zero["offload_param"] = where
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": grad_accum,
+        "train_batch_size": micro_batch_size * grad_accum * world_size,
+        "gradient_clipping": config.optimizer.grad_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW is as fast and needs no compiler
+        "steps_per_print": 10**9,
+    }
+    if dtype == torch.bfloat16:
+        derived |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    elif dtype == torch.float16:
+        derived |= {"fp16": {"enabled": True, "initial_scale_power": 16, "hysteresis": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return merge(derived, load_file(strategy.deepspeed_config)) if strategy.deepspeed_config else derived
+
+
+class Zero:
+    def __init__(
+        self, config: Config, model: GPT, processes: Processes, device: torch.device, dtype: torch.dtype, grad_accum: int
+    ) -> None:
+        if config.strategy.zero_stage == 0 and dtype != torch.float32:
+            raise ConfigError("--zero_stage 0 computes wrong updates in 16 bits: use --zero_stage 1, which is right on one card too")
+        processes.connect(device)
+        self.device, self.dtype = device, dtype
+        self.stage, self.offload, self.grad_accum = config.strategy.zero_stage, config.strategy.offload, grad_accum
+        if config.strategy.activation_checkpointing:
+            checkpoint_blocks(model)
+        self.checkpointing = config.strategy.activation_checkpointing
+        options = config.optimizer
+        micro_batch_size = options.batch_tokens // config.model.block_size // processes.world_size // grad_accum
+        settings = deepspeed_config(config, dtype, micro_batch_size, grad_accum, processes.world_size)
+        if processes.main:
+            path = Path(config.run_dir) / "deepspeed.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(settings, indent=2) + "\n")
+        groups = parameter_groups(model, options.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.adam_eps, fused=True)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        if self.stage > 0:
+            self.engine.optimizer.check_grad_overflow = True  # in fp32 too: a non-finite gradient skips the step
+        self.module = self.engine
+        self.parameters = dict(self.engine.module.named_parameters())
+        self.updates = 0
+
+    def describe(self) -> str:
+        moved = {"none": "", "optimizer": ", optimizer in host memory", "params": ", optimizer and parameters in host memory"}
+        recomputed = "; every block recomputed in the backward pass" if self.checkpointing else ""
+        return f"DeepSpeed ZeRO stage {self.stage}{moved[self.offload]}, {self.engine.world_size} processes{recomputed}"
+
+    def forward_backward(self, batches: list[Batch]) -> Tensor:
+        total = torch.zeros((), device=self.device)
+        for number, batch in enumerate(batches, start=1):
+            batch = batch.to(self.device)
+            loss = self.engine(batch.tokens, batch.targets, doc_start=batch.doc_start)
+            self.engine.backward(loss)
+            if number < len(batches):
+                self.engine.step()  # only counts: the update comes at the accumulation's boundary
+            total += loss.detach().float()
+        return total / len(batches)
+
+    def step(self, lr: float, loss: Tensor) -> StepResult:
+        self._set_lr(lr)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values()]) if self.stage == 0 else None
+        if norm is not None and not torch.isfinite(norm):
+            self.engine.optimizer.zero_grad(set_to_none=True)  # the step below then finds nothing to do
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm() if norm is None else norm)
+        skipped = not math.isfinite(norm) or bool(getattr(self.engine.optimizer, "overflow", False))
+        if self.updates == 0 and not skipped and self.stage in (1, 2):
+            self._link_moments()
+        self.updates += not skipped
+        return StepResult(grad_norm=norm, skipped=skipped)
+
+    def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for name, parameter in self.parameters.items():
+            if self.stage == 0:
+                moments = {key: self.engine.optimizer.state[parameter][key] for key in MOMENTS} if self.updates else {}
+                yield name, {"weight": parameter.detach()} | moments
+            else:
+                moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS} if self.updates else {}
+                yield name, {"weight": safe_get_full_fp32_param(parameter)} | moments
+
+    def load_state(self, read: Callable[[str, str], Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            if self.stage == 0:
+                parameter.data.copy_(read(name, "weight"))
+            else:
+                safe_set_full_fp32_param(parameter, read(name, "weight").to(self.device))
+        # DeepSpeed makes the moments, and copies fp32 weights to the model's own, only within a step: take one that
+        # changes nothing, then put the saved moments in the place of its zeros.
+        self._set_lr(0.0)
+        tokens = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        for _ in range(self.grad_accum):
+            self.engine.backward(self.engine(tokens, tokens) * 0.0)
+            self.engine.step()
+        if not self.updates:
+            return
+        if self.stage in (1, 2):
+            self._link_moments()
+        for name, parameter in self.parameters.items():
+            for key in MOMENTS:
+                value = read(name, key).to(self.device)
+                if self.stage == 0:
+                    self.engine.optimizer.state[parameter][key].copy_(value)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, key)
+        for state in getattr(self.engine.optimizer, "optimizer", self.engine.optimizer).state.values():
+            state["step"].fill_(self.updates)
+
+    def _link_moments(self) -> None:
+        """DeepSpeed links parameters to their moments after its first group's first step, too early for the others."""
+        self.engine.optimizer._hp_optimizer_states_linked = False
+        self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def counters(self) -> dict[str, Any]:
+        scale = {"value": float(self.engine.optimizer.cur_scale), "good_steps": 0} if self.dtype == torch.float16 else None
+        return {"updates": self.updates, "loss_scale": scale}
+
+    def load_counters(self, counters: dict[str, Any]) -> None:
+        self.updates = counters["updates"]
+        if self.dtype == torch.float16 and counters["loss_scale"]:
+            self.engine.optimizer.loss_scaler.cur_scale = counters["loss_scale"]["value"]
+
+    def _set_lr(self, lr: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
