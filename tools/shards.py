@@ -50,7 +50,7 @@ def read_note(shard: Path) -> Note | None:
     if stat.st_size != note.bytes:
         return None
     if stat.st_mtime_ns != note.mtime_ns:
-        if hash_file(shard).hexdigest() != note.sha256:
+        if hash_file(shard) != note.sha256:
             return None
         note.mtime_ns = stat.st_mtime_ns
         write_note(shard, note)
@@ -73,10 +73,10 @@ def publish(temporary: Path, shard: Path, note: Note) -> None:
     os.replace(temporary, shard)
 
 
-def hash_file(path: Path) -> "hashlib._Hash":
-    """Return the running SHA-256 of the bytes of `path`."""
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of the bytes of `path` in hexadecimal digits."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256")
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ShardWriter:
