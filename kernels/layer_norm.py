@@ -4,6 +4,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.aot import Case
+from kernels.dispatch import CHIPS, backend, chip, custom_op, tl, triton, wrap_triton
+from kernels.rows import (
+    COLUMN_SUMS_TILE,
+    WIDEST_TILE,
+    _column_sums_kernel,
+    column_sums,
+    persistent_programs,
+    pipeline_stages,
+    row_tile,
+    shipped_dtypes,
+    tiles_of_gpt_widths,
+)
+
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
     """Normalise the last dimension to mean 0 and variance 1, then scale and shift it.
@@ -11,7 +25,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: fl
     x (..., C), any strides; weight (C,), bias (C,) or None. Statistics in fp32. Returns (..., C) in x's dtype.
     (Ba, Kiros and Hinton, Layer Normalization, 2016)
     """
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+    if backend("layer_norm", x.device) == "torch":
+        return _layer_norm_torch(x, weight, bias, eps)
+    return _layer_norm_op(_rows(x), None, weight, bias, eps)[0].view(x.shape)
 
 
 def add_layer_norm(
@@ -21,5 +37,460 @@ def add_layer_norm(
 
     x and residual (..., C); weight and bias as in `layer_norm`. Returns (y, s), both differentiable.
     """
-    s = x + residual
-    return F.layer_norm(s, weight.shape, weight, bias, eps), s
+    if backend("layer_norm", x.device) == "torch":
+        s = x + residual
+        return _layer_norm_torch(s, weight, bias, eps), s
+    y, s, _, _ = _layer_norm_op(_rows(x), _rows(residual), weight, bias, eps)
+    return y.view(x.shape), s.view(x.shape)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as (rows, C) with columns side by side, copied only where no view can be that."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _layer_norm_torch(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias, eps)
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,  # (n_rows, n_cols), rows x_stride apart
+    residual_ptr,  # the same, or None
+    weight_ptr,  # (n_cols,)
+    bias_ptr,  # (n_cols,) or None
+    y_ptr,  # (n_rows, n_cols)
+    sum_ptr,  # (n_rows, n_cols), x + residual; None without a residual
+    mean_ptr,  # fp32 (n_rows,)
+    rstd_ptr,  # fp32 (n_rows,)
+    x_stride,
+    residual_stride,
+    n_rows,
+    n_cols,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK)
+    row_mask, col_mask = rows < n_rows, cols < n_cols
+    mask = row_mask[:, None] & col_mask[None, :]
+    x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + rows[:, None] * residual_stride + cols[None, :], mask=mask, other=0.0)
+        total = (x + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + rows[:, None] * n_cols + cols[None, :], total, mask=mask)
+        # What the backward pass will read, rounding included.
+        x = total.to(tl.float32)
+    mean = tl.sum(x, axis=1) / n_cols
+    centred = tl.where(mask, x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / n_cols + eps)
+    tl.store(mean_ptr + rows, mean, mask=row_mask)
+    tl.store(rstd_ptr + rows, rstd, mask=row_mask)
+    y = centred * rstd[:, None] * tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + rows[:, None] * n_cols + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _forward_wide_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    sum_ptr,
+    mean_ptr,
+    rstd_ptr,
+    x_stride,
+    residual_stride,
+    n_rows,
+    n_cols,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`_forward_kernel` for rows that do not fit a tile: one program a row (ROWS is 1), three walks over it."""
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * x_stride
+    y_ptr += row * n_cols
+    partial = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n_cols, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + row * residual_stride + cols, mask=cols < n_cols, other=0.0)
+            total = (x + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
+            tl.store(sum_ptr + row * n_cols + cols, total, mask=cols < n_cols)
+            x = total.to(tl.float32)
+        partial += x
+    if residual_ptr is not None:
+        # Every thread reads back the columns that it wrote.
+        x_ptr = sum_ptr + row * n_cols
+    mean = tl.sum(partial, axis=0) / n_cols
+    partial = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n_cols, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+        centred = tl.where(cols < n_cols, x - mean, 0.0)
+        partial += centred * centred
+    rstd = tl.rsqrt(tl.sum(partial, axis=0) / n_cols + eps)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+    for start in range(0, n_cols, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        mask = cols < n_cols
+        x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        y = (x - mean) * rstd * tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_y_ptr,  # (n_rows, n_cols), rows grad_y_stride apart
+    grad_sum_ptr,  # the same, or None: the gradient that reaches the sum directly
+    x_ptr,  # (n_rows, n_cols), rows x_stride apart: what was normalised
+    weight_ptr,  # (n_cols,)
+    mean_ptr,  # fp32 (n_rows,)
+    rstd_ptr,  # fp32 (n_rows,)
+    grad_x_ptr,  # (n_rows, n_cols)
+    partial_ptr,  # fp32 (programs, 1 or 2, n_cols): sums of this program's rows for weight and, if SUMS is 2, bias
+    grad_y_stride,
+    grad_sum_stride,
+    x_stride,
+    n_rows,
+    n_cols,
+    SUMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    program = tl.program_id(0)
+    cols = tl.arange(0, BLOCK)
+    col_mask = cols < n_cols
+    weight = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    grad_weight = tl.zeros((BLOCK,), tl.float32)
+    grad_bias = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(program * ROWS, n_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
+        rows = (start + tl.arange(0, ROWS)).to(tl.int64)
+        row_mask = rows < n_rows
+        mask = row_mask[:, None] & col_mask[None, :]
+        x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        grad_y = tl.load(grad_y_ptr + rows[:, None] * grad_y_stride + cols[None, :], mask=mask, other=0.0)
+        grad_y = grad_y.to(tl.float32)
+        mean = tl.load(mean_ptr + rows, mask=row_mask, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)[:, None]
+        normal = tl.where(mask, (x - mean) * rstd, 0.0)
+        grad_weight += tl.sum(grad_y * normal, axis=0)
+        if SUMS == 2:
+            grad_bias += tl.sum(grad_y, axis=0)
+        grad_normal = grad_y * weight
+        along = tl.sum(grad_normal * normal, axis=1) / n_cols
+        average = tl.sum(grad_normal, axis=1) / n_cols
+        grad_x = (grad_normal - normal * along[:, None] - average[:, None]) * rstd
+        if grad_sum_ptr is not None:
+            grad_sum = tl.load(grad_sum_ptr + rows[:, None] * grad_sum_stride + cols[None, :], mask=mask, other=0.0)
+            grad_x += grad_sum.to(tl.float32)
+        grad_x_pointers = grad_x_ptr + rows[:, None] * n_cols + cols[None, :]
+        tl.store(grad_x_pointers, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+    partial_ptr += program.to(tl.int64) * SUMS * n_cols
+    tl.store(partial_ptr + cols, grad_weight, mask=col_mask)
+    if SUMS == 2:
+        tl.store(partial_ptr + n_cols + cols, grad_bias, mask=col_mask)
+
+
+@triton.jit
+def _backward_wide_kernel(
+    grad_y_ptr,
+    grad_sum_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    grad_x_ptr,
+    grad_y_stride,
+    grad_sum_stride,
+    x_stride,
+    n_cols,
+    BLOCK: tl.constexpr,
+):
+    """The gradient of the input for rows that do not fit a tile: one program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * x_stride
+    grad_y_ptr += row * grad_y_stride
+    mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
+    along = tl.zeros((BLOCK,), tl.float32)
+    average = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n_cols, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        mask = cols < n_cols
+        normal = (tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+        grad_normal = tl.load(grad_y_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        grad_normal *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        along += grad_normal * normal
+        average += grad_normal
+    along_row = tl.sum(along, axis=0) / n_cols
+    average_row = tl.sum(average, axis=0) / n_cols
+    for start in range(0, n_cols, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        mask = cols < n_cols
+        normal = (tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+        grad_normal = tl.load(grad_y_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        grad_normal *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        grad_x = (grad_normal - normal * along_row - average_row) * rstd
+        if grad_sum_ptr is not None:
+            grad_sum = tl.load(grad_sum_ptr + row * grad_sum_stride + cols, mask=mask, other=0.0)
+            grad_x += grad_sum.to(tl.float32)
+        tl.store(grad_x_ptr + row * n_cols + cols, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_wide_sums_kernel(
+    grad_y_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    partial_ptr,  # fp32 (programs of axis 1, SUMS, n_cols)
+    grad_y_stride,
+    x_stride,
+    n_rows,
+    n_cols,
+    SUMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sums over rows for weight and bias, a block of columns and every few rows a program."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(1)
+    grad_weight = tl.zeros((BLOCK,), tl.float32)
+    grad_bias = tl.zeros((BLOCK,), tl.float32)
+    for start in range(program * ROWS, n_rows, tl.num_programs(1) * ROWS):
+        rows = (start + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        grad_y = tl.load(grad_y_ptr + rows[:, None] * grad_y_stride + cols[None, :], mask=mask, other=0.0)
+        grad_y = grad_y.to(tl.float32)
+        mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
+        grad_weight += tl.sum(grad_y * (x - mean) * rstd, axis=0)
+        grad_bias += tl.sum(grad_y, axis=0)
+    partial_ptr += program.to(tl.int64) * SUMS * n_cols
+    tl.store(partial_ptr + cols, grad_weight, mask=cols < n_cols)
+    if SUMS == 2:
+        tl.store(partial_ptr + n_cols + cols, grad_bias, mask=cols < n_cols)
+
+
+WIDE_TILE = {"ROWS": 1, "BLOCK": 4096}
+WIDE_SUMS_TILE = {"ROWS": 8, "BLOCK": 512}
+
+
+@custom_op("layer_norm")
+def _layer_norm_op(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n_rows, n_cols = x.shape
+    y, s, mean, rstd = _outputs(x, residual)
+    rows, block, num_warps = row_tile(n_cols)
+    kernel, tile = _forward_kernel, {"ROWS": rows, "BLOCK": block}
+    if n_cols > WIDEST_TILE:
+        kernel, tile, num_warps = _forward_wide_kernel, WIDE_TILE, 8
+    wrap_triton(kernel)[(triton.cdiv(n_rows, tile["ROWS"]),)](
+        x,
+        residual,
+        weight,
+        bias,
+        y,
+        s if residual is not None else None,
+        mean,
+        rstd,
+        x.stride(0),
+        residual.stride(0) if residual is not None else 0,
+        n_rows,
+        n_cols,
+        eps,
+        **tile,
+        num_warps=num_warps,
+    )
+    return y, s, mean, rstd
+
+
+@_layer_norm_op.register_fake
+def _(x, residual, weight, bias, eps):
+    return _outputs(x, residual)
+
+
+def _outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the sum (empty without a residual, for an op returns tensors only), mean and rstd."""
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    y = x.new_empty(x.shape, dtype=dtype)
+    s = x.new_empty(0 if residual is None else x.shape, dtype=dtype)
+    return y, s, x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@custom_op("layer_norm_backward")
+def _layer_norm_backward_op(
+    grad_y: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    n_rows, n_cols = x.shape
+    grad_x, grad_weight, grad_bias = _gradients(x, weight, has_bias)
+    grad_sum_stride = grad_sum.stride(0) if grad_sum is not None else 0
+    sums = 2 if has_bias else 1
+    if n_cols <= WIDEST_TILE:
+        rows, block, num_warps = row_tile(n_cols)
+        programs = min(persistent_programs(x.device, num_warps), triton.cdiv(n_rows, rows))
+        partial = x.new_empty((programs, sums, n_cols), dtype=torch.float32)
+        streams = 2 if grad_sum is None else 3
+        bytes_per_stage = streams * rows * block * x.element_size()
+        stages = pipeline_stages(chip(x.device).shared_bytes, bytes_per_stage, num_warps)
+        wrap_triton(_backward_kernel)[(programs,)](
+            grad_y,
+            grad_sum,
+            x,
+            weight,
+            mean,
+            rstd,
+            grad_x,
+            partial,
+            grad_y.stride(0),
+            grad_sum_stride,
+            x.stride(0),
+            n_rows,
+            n_cols,
+            SUMS=sums,
+            ROWS=rows,
+            BLOCK=block,
+            STAGES=stages,
+            num_warps=num_warps,
+        )
+    else:
+        wrap_triton(_backward_wide_kernel)[(n_rows,)](
+            grad_y,
+            grad_sum,
+            x,
+            weight,
+            mean,
+            rstd,
+            grad_x,
+            grad_y.stride(0),
+            grad_sum_stride,
+            x.stride(0),
+            n_cols,
+            BLOCK=WIDE_TILE["BLOCK"],
+            num_warps=8,
+        )
+        programs = min(32, triton.cdiv(n_rows, WIDE_SUMS_TILE["ROWS"]))
+        partial = x.new_empty((programs, sums, n_cols), dtype=torch.float32)
+        wrap_triton(_backward_wide_sums_kernel)[(triton.cdiv(n_cols, WIDE_SUMS_TILE["BLOCK"]), programs)](
+            grad_y,
+            x,
+            mean,
+            rstd,
+            partial,
+            grad_y.stride(0),
+            x.stride(0),
+            n_rows,
+            n_cols,
+            SUMS=sums,
+            **WIDE_SUMS_TILE,
+            num_warps=4,
+        )
+    column_sums(partial, grad_weight, grad_bias if has_bias else None)
+    return grad_x, grad_weight, grad_bias
+
+
+@_layer_norm_backward_op.register_fake
+def _(grad_y, grad_sum, x, weight, mean, rstd, has_bias):
+    return _gradients(x, weight, has_bias)
+
+
+def _gradients(x: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    grad_bias = weight.new_empty(weight.shape if has_bias else 0)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), grad_bias
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, residual, weight, bias, _ = inputs
+    _, s, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x if residual is None else s, weight, mean, rstd)
+    ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad_y, grad_sum, _mean, _rstd):
+    x, weight, mean, rstd = ctx.saved_tensors
+    x_dtype, residual_dtype = ctx.dtypes
+    grad_sum = None if residual_dtype is None else grad_sum
+    grad_weight = grad_bias = None
+    if grad_y is None:
+        grad_x = grad_sum
+    else:
+        grad_sum = None if grad_sum is None else _rows(grad_sum)
+        grad_x, grad_weight, grad_bias = _layer_norm_backward_op(
+            _rows(grad_y), grad_sum, x, weight, mean, rstd, ctx.bias_dtype is not None
+        )
+    if grad_x is None:
+        return None, None, None, None, None
+    grad_residual = None if residual_dtype is None else grad_x.to(residual_dtype)
+    grad_bias = None if ctx.bias_dtype is None or grad_bias is None else grad_bias.to(ctx.bias_dtype)
+    return grad_x.to(x_dtype), grad_residual, grad_weight, grad_bias, None
+
+
+_layer_norm_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def compile_cases() -> list[Case]:
+    """Both passes with residual and bias, at the tiles of GPT's widths and beyond the widest tile."""
+    cases = []
+    for dtype, targets in shipped_dtypes("layer_norm"):
+        tensor, sizes = f"*{dtype}", {"n_rows": "i32", "n_cols": "i32"}
+        strides = dict.fromkeys(("x_stride", "residual_stride", "grad_y_stride", "grad_sum_stride"), "i32")
+        tensors = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "bias_ptr", "y_ptr", "sum_ptr"), tensor)
+        tensors |= dict.fromkeys(("grad_y_ptr", "grad_sum_ptr", "grad_x_ptr", "first_ptr", "second_ptr"), tensor)
+        tensors |= dict.fromkeys(("mean_ptr", "rstd_ptr", "partial_ptr"), "*fp32")
+        signature = tensors | strides | sizes | {"eps": "fp32"}
+        common = {"op": "layer_norm", "signature": signature, "divisible_by_16": ("n_cols", *strides)}
+        for (rows, block, num_warps), widths in tiles_of_gpt_widths().items():
+            name = "_".join(map(str, widths))
+            tile = {"ROWS": rows, "BLOCK": block}
+            cases.append(
+                Case(
+                    label=f"forward_{name}_{dtype}",
+                    kernel=_forward_kernel,
+                    constants=tile,
+                    num_warps=num_warps,
+                    targets=targets,
+                    **common,
+                )
+            )
+            by_stages: dict[int, list[str]] = {}
+            for target in targets:
+                bytes_per_stage = 3 * rows * block * (4 if dtype == "fp32" else 2)
+                stages = pipeline_stages(CHIPS[target].shared_bytes, bytes_per_stage, num_warps)
+                by_stages.setdefault(stages, []).append(target)
+            for stages, some in by_stages.items():
+                cases.append(
+                    Case(
+                        label=f"backward_{name}_{dtype}_{stages}_stages",
+                        kernel=_backward_kernel,
+                        constants=tile | {"SUMS": 2, "STAGES": stages},
+                        num_warps=num_warps,
+                        targets=tuple(some),
+                        **common,
+                    )
+                )
+        for kernel, constants, num_warps in (
+            (_forward_wide_kernel, WIDE_TILE, 8),
+            (_backward_wide_kernel, {"BLOCK": WIDE_TILE["BLOCK"]}, 8),
+            (_backward_wide_sums_kernel, {"SUMS": 2, **WIDE_SUMS_TILE}, 4),
+            (_column_sums_kernel, COLUMN_SUMS_TILE, 4),
+        ):
+            label = f"{kernel.__name__.removeprefix('_').removesuffix('_kernel')}_{dtype}"
+            cases.append(Case(label=label, kernel=kernel, constants=constants, num_warps=num_warps, targets=targets, **common))
+    return cases
