@@ -23,7 +23,7 @@ from engine.config import Config, ConfigError, DataConfig, parse, require
 from engine.data import Batch, DataError, TokenFile, TrainingBatches, prefetch, validation_batches
 from engine.device import choose_device, choose_dtype, peak_memory
 from engine.distributed import Processes
-from engine.generate import sample_text
+from engine.sampling import sample_text
 from engine.model import GPT, flops_per_token
 from engine.report import Report, human
 from engine.schedule import learning_rate

@@ -1,10 +1,18 @@
-"""Turns Triton's interpreter on for the whole test process, before anything imports a kernel; off under `-m gpu`.
+"""What all tests share: Triton's interpreter, small token files with something to learn, the flags of a tiny run.
 
-The interpreter changes what `@triton.jit` returns, so it is one choice for a process. It does not change which path an
-op takes: on a CPU that stays PyTorch's until a test asks for Triton (tests/kernels/conftest.py).
+The interpreter changes what `@triton.jit` returns, so it is one choice for the whole test process, made before anything
+imports a kernel; it is off under `-m gpu`. It does not change which path an op takes: on a CPU that stays PyTorch's
+until a test asks for Triton (tests/kernels/conftest.py).
 """
-
 import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
 
 
 def pytest_configure(config):
@@ -12,3 +20,47 @@ def pytest_configure(config):
         os.environ.pop("TRITON_INTERPRET", None)
     else:
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def token_files(tmp_path_factory) -> tuple[Path, Path]:
+    """(train.bin, val.bin): 200,000 and 20,000 tokens of a noisy cycle through 500 words, in documents of about 400."""
+    folder = tmp_path_factory.mktemp("tokens")
+    generator = np.random.default_rng(0)
+    files = []
+    for name, count in (("train.bin", 200_000), ("val.bin", 20_000)):
+        tokens = (np.cumsum(generator.choice([1, 2, 7], count, p=[0.8, 0.15, 0.05])) % 500).astype("<u2")
+        tokens[generator.integers(0, count, count // 400)] = 50256
+        tokens.tofile(folder / name)
+        files.append(folder / name)
+    return tuple(files)
+
+
+@pytest.fixture
+def tiny_flags(token_files, tmp_path) -> list[str]:
+    """Flags of a run of 12 short steps that saves and validates at every fourth, in tmp_path/run."""
+    flags = dict(
+        preset="13m", n_embd=16, n_head=2, block_size=32, vocab_size=50304, batch_tokens=256, max_steps=12, warmup_steps=2,
+        eval_tokens=512, eval_interval=4, save_interval=4, keep_checkpoints=0, sample_tokens=3, log_interval=4,
+        tensorboard="false", device="cpu", train_file=token_files[0], val_file=token_files[1], run_dir=tmp_path / "run",
+    )  # fmt: skip
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+@pytest.fixture
+def start():
+    """start(command) -> Popen of this Python with one thread and captured output; what still runs at the end is killed."""
+    started = []
+
+    def launch(*command: str | Path, **environment: str) -> subprocess.Popen:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
+        env.pop("TRITON_INTERPRET", None)
+        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        started.append(process)
+        return process
+
+    yield launch
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()

@@ -1,6 +1,7 @@
 """DeepSpeed ZeRO stages 0-3, with optimizer or parameters in host memory or on NVMe, in any number of processes."""
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ class Zero:
     ) -> None:
         if config.strategy.zero_stage == 0 and dtype != torch.float32:
             raise ConfigError("--zero_stage 0 computes wrong updates in 16 bits: use --zero_stage 1, which is right on one card too")
+        # DeepSpeed calls collectives by their old names, once a step.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
         processes.connect(device)
         self.device, self.dtype = device, dtype
         self.stage, self.offload, self.grad_accum = config.strategy.zero_stage, config.strategy.offload, grad_accum

@@ -1,0 +1,175 @@
+"""The training loop end to end on a CPU: it learns, resumes bit for bit, stops when asked, survives what is not finite."""
+import json
+import random
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine import checkpoint, train
+from engine.report import read_metrics
+from engine.strategy.resident import Resident
+
+
+def losses(run_dir) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in read_metrics(run_dir) if "loss" in r}
+
+
+def weights(run_dir) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint.newest(run_dir) / "model.safetensors")
+
+
+def assert_same_run(left, right) -> None:
+    """The same losses, validation losses and final weights, bit for bit."""
+    kept = [[{k: r[k] for k in ("step", "loss", "grad_norm", "val_loss", "sample") if k in r} for r in read_metrics(run)] for run in (left, right)]
+    assert kept[0] == kept[1]
+    first, second = weights(left), weights(right)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_learns_and_leaves_a_record(tiny_flags, tmp_path, capsys):
+    assert train.main([*tiny_flags, "--max_steps=80", "--lr=1e-2", "--tensorboard=true", "--eval_interval=40", "--keep_checkpoints=1"]) == 0
+    run = tmp_path / "run"
+    curve = losses(run)
+    assert list(curve) == list(range(1, 81))
+    assert curve[1] > 10.5 and curve[80] < 7
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "tensorboard").glob("events.*"))
+    assert json.loads((run / "config.json").read_text())["model"]["n_embd"] == 16
+    validations = [r for r in read_metrics(run) if "val_loss" in r]
+    assert [r["step"] for r in validations] == [40, 80] and validations[1]["val_loss"] < validations[0]["val_loss"]
+    assert all(isinstance(r["sample"], str) for r in validations)
+    assert [p.name for p in checkpoint.checkpoints(run)] == ["step_00000080"]  # the newest is the best
+    printed = capsys.readouterr().out
+    assert "device: cpu" in printed and "kernels: torch" in printed and "tokens/s" in printed and "left" in printed
+
+
+@pytest.mark.parametrize("change", ["--micro_batch_size=2", "--activation_checkpointing=true"])
+def test_accumulation_and_recomputation_change_nothing(tiny_flags, tmp_path, change, one_thread):
+    assert train.main([*tiny_flags, f"--run_dir={tmp_path}/plain"]) == 0
+    assert train.main([*tiny_flags, f"--run_dir={tmp_path}/changed", change]) == 0
+    plain, changed = losses(tmp_path / "plain"), losses(tmp_path / "changed")
+    assert changed == pytest.approx(plain, abs=5e-6)
+
+
+@pytest.mark.parametrize("kill_seed", [0, 1])
+def test_resume_after_sigkill_equals_the_uninterrupted_run(tiny_flags, tmp_path, start, kill_seed):
+    flags = [*tiny_flags, "--max_steps=40", "--save_interval=3"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    reference = start("engine/train.py", *flags, f"--run_dir={whole}")
+    victim = start("engine/train.py", *flags, f"--run_dir={broken}")
+    kill_at, moment = random.Random(kill_seed).randrange(4, 30), random.Random(kill_seed).uniform(0, 0.02)
+    while victim.poll() is None and len(losses(broken)) < kill_at:
+        time.sleep(0.01)
+    time.sleep(moment)
+    victim.kill()
+    victim.wait()
+    assert len(losses(broken)) < 40, "it finished before it was killed"
+    again = start("engine/train.py", "--resume", f"--run_dir={broken}")
+    assert again.wait() == 0, again.stdout.read()
+    assert reference.wait() == 0, reference.stdout.read()
+    assert_same_run(whole, broken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_exits(tiny_flags, tmp_path, start, number):
+    run = tmp_path / "run"
+    process = start("engine/train.py", *tiny_flags, "--max_steps=100000", "--save_interval=0", "--eval_interval=0")
+    while process.poll() is None and len(losses(run)) < 3:
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    steps = list(losses(run))
+    assert checkpoint.read_state(checkpoint.newest(run))["step"] == steps[-1]
+    assert f"stopped by signal after step {steps[-1]}" in output
+
+
+class Poison:
+    """Makes the loss of chosen steps, counted from 1, not finite."""
+
+    def __init__(self, monkeypatch, steps) -> None:
+        self.step, original = 0, Resident.forward_backward
+
+        def forward_backward(strategy, batches):
+            self.step += 1
+            loss = original(strategy, batches)
+            if self.step in steps:
+                next(iter(strategy.parameters.values())).grad[0, 0] = float("inf")
+            return loss
+
+        monkeypatch.setattr(Resident, "forward_backward", forward_backward)
+
+
+def test_a_step_that_is_not_finite_is_skipped(tiny_flags, tmp_path, monkeypatch, capsys):
+    Poison(monkeypatch, {5, 6, 9})
+    assert train.main([*tiny_flags, "--max_bad_steps=3"]) == 0
+    records = [r for r in read_metrics(tmp_path / "run") if "loss" in r]
+    assert [r["step"] for r in records if r.get("skipped")] == [5, 6, 9]
+    assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
+    assert checkpoint.read_state(checkpoint.newest(tmp_path / "run"))["counters"]["updates"] == 9
+
+
+def test_several_bad_steps_in_a_row_stop_the_run(tiny_flags, tmp_path, monkeypatch, capsys):
+    Poison(monkeypatch, range(6, 100))
+    assert train.main([*tiny_flags, "--max_bad_steps=3"]) == train.EXIT_DIVERGED
+    assert list(losses(tmp_path / "run"))[-1] == 8
+    assert f"last good checkpoint is {tmp_path}/run/checkpoints/step_00000004" in capsys.readouterr().out
+
+
+def test_fp16_scales_its_loss(tiny_flags, tmp_path):
+    assert train.main([*tiny_flags, "--dtype=fp16", "--max_steps=8", f"--run_dir={tmp_path}/half"]) == 0
+    assert train.main([*tiny_flags, "--max_steps=8", f"--run_dir={tmp_path}/full"]) == 0
+    state = checkpoint.read_state(checkpoint.newest(tmp_path / "half"))
+    assert state["counters"]["loss_scale"]["value"] >= 1024
+    good = {r["step"]: r["grad_norm"] for r in read_metrics(tmp_path / "half") if "loss" in r and not r.get("skipped")}
+    whole = {r["step"]: r["grad_norm"] for r in read_metrics(tmp_path / "full") if "loss" in r}
+    assert good and good[1] == pytest.approx(whole[1], rel=0.02)  # the norm is reported without the scale
+
+
+def test_resume_from_a_named_checkpoint(tiny_flags, tmp_path, one_thread):
+    assert train.main(tiny_flags) == 0
+    assert train.main([*tiny_flags, f"--run_dir={tmp_path}/branch", "--resume", str(tmp_path / "run/checkpoints/step_00000004")]) == 0
+    original, branch = losses(tmp_path / "run"), losses(tmp_path / "branch")
+    assert list(branch) == list(range(5, 13))
+    assert all(branch[step] == original[step] for step in branch)
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (["--n_lyer=2"], "did you mean 'n_layer'"),
+        (["--n_head=3"], "n_embd (16) must be a multiple of n_head (3)"),
+        (["--batch_tokens=250"], "batch_tokens (250) must be a multiple of block_size (32); 256 would do"),
+        (["--micro_batch_size=3"], "micro_batch_size (3) must divide the 8 sequences"),
+        (["--vocab_size=1000"], "set --vocab_size 50304"),
+        (["--train_file=nowhere.bin"], "nowhere.bin is missing"),
+        (["--device=cuda"], "sees no GPU"),
+        (["--device=tpu"], "must be auto, cpu, cuda"),
+        (["--resume", "nowhere"], "no checkpoint there"),
+        (["--strategy=resident", "--offload=optimizer"], "use --strategy zero"),
+        (["--strategy=zero", "--zero_stage=0", "--dtype=bf16"], "use --zero_stage 1"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_a_reason(tiny_flags, capsys, flags, complaint):
+    if "--device=cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert train.main([*tiny_flags, *flags]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_run_is_not_overwritten(tiny_flags, capsys):
+    assert train.main(tiny_flags) == 0
+    assert train.main(tiny_flags) == 2
+    assert "--resume goes on with it" in capsys.readouterr().err

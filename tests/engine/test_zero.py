@@ -1,0 +1,63 @@
+"""DeepSpeed ZeRO in two real processes over gloo against the run of a single process, and checkpoints across both."""
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine import checkpoint
+from engine.report import read_metrics
+
+pytest.importorskip("deepspeed")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def losses(run_dir) -> dict[tuple[int, str], float]:
+    return {(r["step"], key): r[key] for r in read_metrics(run_dir) for key in ("loss", "val_loss", "grad_norm") if key in r}
+
+
+def finish(process) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture
+def single(tiny_flags, start, tmp_path):
+    """The run directory of a single resident process."""
+    run = tmp_path / "single"
+    finish(start("engine/train.py", *tiny_flags, "--micro_batch_size=2", f"--run_dir={run}"))
+    return run
+
+
+def cut_back(run: Path, to: Path) -> Path:
+    """Copy a run and leave it only its first checkpoint, of step 4."""
+    shutil.copytree(run, to)
+    for path in checkpoint.checkpoints(to)[1:]:
+        shutil.rmtree(path)
+    return to
+
+
+def test_stages_agree_with_one_process_and_checkpoints_pass_between_them(single, tiny_flags, start, tmp_path):
+    reference = losses(single)
+    for stage, extra in ((1, ["--offload=optimizer"]), (2, []), (3, ["--activation_checkpointing=true"])):
+        run = tmp_path / f"stage{stage}"
+        output = finish(start(*TORCHRUN, "engine/train.py", *tiny_flags, "--micro_batch_size=2", f"--run_dir={run}", f"--zero_stage={stage}", *extra))
+        assert f"ZeRO stage {stage}" in output and "2 processes" in output
+        assert losses(run) == pytest.approx(reference, rel=2e-5), f"stage {stage}"
+        assert (run / "deepspeed.json").exists()
+
+    # Saved by two processes, resumed by one without DeepSpeed; saved by one, resumed by two under another stage.
+    alone = cut_back(tmp_path / "stage2", tmp_path / "alone")
+    finish(start("engine/train.py", "--resume", f"--run_dir={alone}"))
+    assert losses(alone) == pytest.approx(reference, rel=2e-5)
+    together = cut_back(single, tmp_path / "together")
+    finish(start(*TORCHRUN, "engine/train.py", "--resume", f"--run_dir={together}", "--zero_stage=3"))
+    assert losses(together) == pytest.approx(reference, rel=2e-5)
+
+
+def test_the_deepspeed_launcher_starts_the_same_program(tiny_flags, start, tmp_path):
+    launcher = Path(sys.executable).with_name("deepspeed")
+    output = finish(start(launcher, "--num_gpus", "2", "engine/train.py", *tiny_flags, "--max_steps=4"))
+    assert "ZeRO stage 1, 2 processes" in output
+    assert checkpoint.newest(tmp_path / "run").name == "step_00000004"
