@@ -1,0 +1,114 @@
+"""Write text with a trained model.
+
+    python engine/generate.py --model_path runs/13m --input_text "你好" --max_new_tokens 100
+    python engine/generate.py --model_path gpt2/ --input_text "Once upon a time" --temperature 0.7 --top_k 40
+    python engine/generate.py --model_path classic.pt --temperature 0          # the likeliest token each time
+
+The model is a run, a checkpoint, a .safetensors file, a folder of Hugging Face's GPT-2, or the classic script's .pt.
+The text goes to standard output as it is made, everything else to standard error.
+"""
+import argparse
+import sys
+import time
+
+from engine.checkpoint import CheckpointError
+from engine.config import ConfigError
+from engine.device import DTYPES, choose_device, choose_dtype
+from engine.formats import WeightsError
+from engine.sampling import TextStream, check_sampling, generate, prompt_tokens, sample_text
+from engine.tokenizer import load_encoding
+from engine.weights import find_weights, load_model
+
+__all__ = ["generate", "main", "sample_text"]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="engine/generate.py", description="Write text with a trained model.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--model_path", required=True, metavar="PATH", help="run folder, checkpoint, .safetensors, GPT-2 folder or classic .pt")
+    add("--input_text", default="", metavar="TEXT", help="what to continue; empty: the beginning of a document")
+    add("--max_new_tokens", type=int, default=100, metavar="N", help="tokens to write [%(default)s]")
+    add("--temperature", type=float, default=0.8, metavar="X", help="0: the likeliest token each time [%(default)s]")
+    add("--top_k", type=int, default=50, metavar="N", help="draw from the N likeliest; 0: from all [%(default)s]")
+    add("--top_p", type=float, default=0.95, metavar="X", help="draw from the likeliest that reach X together [%(default)s]")
+    add("--seed", type=int, default=1, metavar="N", help="the same seed writes the same text [%(default)s]")
+    add("--num_samples", type=int, default=1, metavar="N", help="texts to write, side by side [%(default)s]")
+    add("--stop_at_end_of_text", action="store_true", help="stop where the model ends the document")
+    add("--tokenizer_name", default="r50k_base", metavar="NAME", help="the one it was trained with [%(default)s]")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N [%(default)s]")
+    add("--dtype", default="auto", choices=["auto", *DTYPES], help="of weights and computation [%(default)s]")
+    options = parser.parse_args(arguments)
+    for name in ("max_new_tokens", "num_samples"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be positive, got {getattr(options, name)}")
+    return options
+
+
+def write_text(options: argparse.Namespace) -> None:
+    check_sampling(options.temperature, options.top_k, options.top_p)
+    device, device_reason = choose_device(options.device)
+    dtype, dtype_reason = choose_dtype(options.dtype, device)
+    encoding = load_encoding(options.tokenizer_name)
+    path = find_weights(options.model_path)
+    model = load_model(path, device, dtype)
+    note(f"model: {path}, {model.num_parameters():,} parameters, context {model.config.block_size}")
+    note(f"device: {device} ({device_reason}); dtype: {str(dtype).removeprefix('torch.')} ({dtype_reason})")
+
+    # The first sample is written as it is made; the others, made beside it, when they are finished.
+    streams = [TextStream(encoding) for _ in range(options.num_samples)]
+    later = [""] * options.num_samples
+    live = [True] * options.num_samples
+    stop = encoding.eot_token if options.stop_at_end_of_text else None
+    show(options.input_text)
+    began, count = time.perf_counter(), 0
+    for chosen in generate(
+        model,
+        prompt_tokens(encoding, options.input_text, options.num_samples),
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        n_tokens=encoding.n_vocab,
+        stop_token=stop,
+    ):
+        for sample, token in enumerate(chosen.tolist()):
+            live[sample] &= token != stop
+            if live[sample]:
+                count += 1
+                text = streams[sample].feed(token)
+                later[sample] += text
+                if sample == 0:
+                    show(text)
+    seconds = time.perf_counter() - began
+    show(streams[0].finish() + "\n")
+    for stream, text in zip(streams[1:], later[1:]):
+        show(f"---\n{options.input_text}{text}{stream.finish()}\n")
+    note(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s")
+
+
+def show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ? instead of ending the program
+    try:
+        write_text(options)
+    except (CheckpointError, ConfigError, WeightsError, ValueError) as error:
+        note(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        show("\n")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""Weights in and out of files: a run, a checkpoint, safetensors, Hugging Face's GPT-2, the classic script's `.pt`."""
+import dataclasses
+import json
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine import checkpoint
+from engine.config import ConfigError, ModelConfig
+from engine.formats import State, WeightsError, compare, drop_tied, expected_state, from_classic, from_gpt2, to_classic, to_gpt2
+from engine.model import GPT
+
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+_SCALARS = "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool".split()
+
+
+def find_weights(path: str | Path) -> Path:
+    """Return the file or folder that `path` leads to: of a run, its best checkpoint, or the newest where none is best."""
+    path = Path(path)
+    if not path.exists():
+        raise WeightsError(f"{path} is missing; give a run, a checkpoint, a .safetensors file, a GPT-2 folder or a classic .pt")
+    if not path.is_dir() or (path / WEIGHTS_FILE).exists() or (path / INDEX_FILE).exists():
+        return path
+    found = checkpoint.best(path) or checkpoint.newest(path)
+    if found is None:
+        raise WeightsError(f"{path} holds neither {WEIGHTS_FILE} nor a checkpoint (checkpoints/step_00000100)")
+    return found
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> GPT:
+    """Return the model that `path` holds, in evaluation mode on `device`; weights and activations in dtype.
+
+    path: a run folder, a checkpoint, a .safetensors file, a folder of Hugging Face's GPT-2, or a classic `.pt`. dtype
+    None: as it is stored. WeightsError where the file is damaged, does not fit its model, or holds code.
+    """
+    config, state = read_weights(path)
+    with torch.device("meta"):
+        model = GPT(config, dtype)
+    state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
+    if config.tie_head:
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+    model.load_state_dict(state, assign=True)
+    if config.tie_head:  # assigning made two parameters of the one tensor
+        model.lm_head.weight = model.transformer["wte"].weight
+    return model.eval()
+
+
+def read_weights(path: str | Path) -> tuple[ModelConfig, State]:
+    """Return the model's shape and its state dict on the CPU under GPT's names, a tied head stored once.
+
+    Takes what `load_model` takes and raises the same. Tensors may be backed by the file: do not write over it.
+    """
+    path = find_weights(path)
+    try:
+        if path.is_dir() or path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        return from_classic(_read_pickle(path))
+    except (WeightsError, ConfigError) as error:
+        raise WeightsError(f"{path}: {error}") from None
+
+
+def save_model(path: str | Path, model: GPT) -> Path:
+    """Write the weights, as they are, to a .safetensors file, or to a folder as model.safetensors and config.json.
+
+    The model's shape is in the file's metadata too, as "model_config". Returns the file.
+    """
+    return write_weights(path, model.config, model.state_dict())
+
+
+def write_weights(path: str | Path, config: ModelConfig, state: State) -> Path:
+    """`save_model` for a state dict."""
+    path = Path(path)
+    shape = dataclasses.asdict(config)
+    if path.suffix != ".safetensors":
+        _write_json(path / "config.json", {"model": shape})
+        path = path / WEIGHTS_FILE
+    _write_safetensors(path, drop_tied(config, state), {"model_config": json.dumps(shape)})
+    return path
+
+
+def write_gpt2(folder: str | Path, config: ModelConfig, state: State, vocab_size: int | None = None) -> Path:
+    """Write a folder that transformers' `GPT2LMHeadModel.from_pretrained` reads; see `formats.to_gpt2`."""
+    about, state = to_gpt2(config, state, vocab_size)
+    _write_json(Path(folder) / "config.json", about)
+    _write_safetensors(Path(folder) / WEIGHTS_FILE, state, {"format": "pt"})
+    return Path(folder)
+
+
+def write_classic(path: str | Path, config: ModelConfig, state: State) -> Path:
+    """Write a `.pt` whose model_state_dict the classic script loads; see `formats.to_classic`."""
+    path = Path(path)
+    content = {"model_state_dict": to_classic(config, state)}
+    _replace(path, lambda part: torch.save(content, part))
+    return path
+
+
+def _read_safetensors(path: Path) -> tuple[ModelConfig, State]:
+    folder, files = path.parent, [path]
+    if path.is_dir():
+        folder, files = path, [path / WEIGHTS_FILE]
+        if not files[0].exists():  # Hugging Face's large models are several files
+            index = _read_json(path / INDEX_FILE)["weight_map"]
+            files = [path / name for name in sorted(set(index.values()))]
+    state: State = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                state |= {name: opened.get_tensor(name) for name in opened.keys()}
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{file.name} cannot be read whole: {error}") from None
+    if "model_config" in metadata:
+        config = _model_config(json.loads(metadata["model_config"]))
+    elif not (folder / "config.json").exists():
+        raise WeightsError("says nothing about the model's shape, and there is no config.json beside it")
+    else:
+        about = _read_json(folder / "config.json")
+        if "model" not in about:
+            return from_gpt2(about, state)
+        config = _model_config(about["model"])
+    compare(expected_state(config), state, "the file")
+    return config, state
+
+
+def _model_config(about: dict[str, Any]) -> ModelConfig:
+    unknown = set(about) - {field.name for field in dataclasses.fields(ModelConfig)}
+    if unknown:
+        raise WeightsError(f"its model has settings that this version does not know: {', '.join(sorted(unknown))}")
+    return ModelConfig(**about)
+
+
+def _read_pickle(path: Path) -> State:
+    """Return the state dict in a file of torch.save, of which nothing but tensors and plain values is ever loaded."""
+    try:
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            # Mapped, so that the optimizer's state beside the weights costs no memory.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises half a dozen types here
+        code = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and code:
+            raise WeightsError(
+                f"holds {code[1]}, and loading that could run code: refused. If its author is to be trusted, save "
+                "model_state_dict alone, with torch.save, where the file was made"
+            ) from None
+        raise WeightsError(f"is no whole PyTorch checkpoint: {str(error).splitlines()[0]}") from None
+    state = content.get("model_state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        keys = f"its keys: {', '.join(map(str, state))}" if isinstance(state, dict) else f"it is a {type(state).__name__}"
+        raise WeightsError(f"holds no model_state_dict; {keys}")
+    return state
+
+
+def _numpy_scalars() -> list[Any]:
+    """What a pickled NumPy number names, under NumPy 1 and 2: a list of losses may hold them, and none of it runs code."""
+    rebuild = np.float64(0).__reduce__()[0]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    return [*((rebuild, name) for name in names), np.dtype, *(type(np.dtype(kind)) for kind in _SCALARS)]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path.name} cannot be read: {error}") from None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    _replace(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def _write_safetensors(path: Path, state: State, metadata: dict[str, str]) -> None:
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
+    _replace(path, lambda part: save_file(tensors, part, metadata=metadata))
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Write beside `path`, then rename, so that a full disk leaves what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.partial")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
