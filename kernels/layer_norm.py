@@ -11,6 +11,7 @@ from kernels.rows import (
     WIDEST_TILE,
     _column_sums_kernel,
     column_sums,
+    contiguous_rows,
     persistent_programs,
     pipeline_stages,
     row_tile,
@@ -27,7 +28,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: fl
     """
     if backend("layer_norm", x.device) == "torch":
         return _layer_norm_torch(x, weight, bias, eps)
-    return _layer_norm_op(_rows(x), None, weight, bias, eps)[0].view(x.shape)
+    return _layer_norm_op(contiguous_rows(x), None, weight, bias, eps)[0].view(x.shape)
 
 
 def add_layer_norm(
@@ -40,14 +41,8 @@ def add_layer_norm(
     if backend("layer_norm", x.device) == "torch":
         s = x + residual
         return _layer_norm_torch(s, weight, bias, eps), s
-    y, s, _, _ = _layer_norm_op(_rows(x), _rows(residual), weight, bias, eps)
+    y, s, _, _ = _layer_norm_op(contiguous_rows(x), contiguous_rows(residual), weight, bias, eps)
     return y.view(x.shape), s.view(x.shape)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x as (rows, C) with columns side by side, copied only where no view can be that."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _layer_norm_torch(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -431,9 +426,9 @@ def _backward(ctx, grad_y, grad_sum, _mean, _rstd):
     if grad_y is None:
         grad_x = grad_sum
     else:
-        grad_sum = None if grad_sum is None else _rows(grad_sum)
+        grad_sum = None if grad_sum is None else contiguous_rows(grad_sum)
         grad_x, grad_weight, grad_bias = _layer_norm_backward_op(
-            _rows(grad_y), grad_sum, x, weight, mean, rstd, ctx.bias_dtype is not None
+            contiguous_rows(grad_y), grad_sum, x, weight, mean, rstd, ctx.bias_dtype is not None
         )
     if grad_x is None:
         return None, None, None, None, None

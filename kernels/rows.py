@@ -22,6 +22,12 @@ def row_tile(width: int) -> tuple[int, int, int]:
     return rows, columns, rows * columns // 512
 
 
+def contiguous_rows(x: Tensor) -> Tensor:
+    """x (..., C) as (rows, C) with columns side by side, copied only where no view can be that."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
 def persistent_programs(device: torch.device, num_warps: int) -> int:
     """How many programs keep a device busy when each walks over many rows: 16 warps a multiprocessor."""
     if interpreting():

@@ -3,20 +3,241 @@
 import torch
 from torch import Tensor
 
+from kernels.aot import Case
+from kernels.dispatch import backend, custom_op, tl, triton, wrap_triton
+from kernels.rows import WIDEST_TILE, contiguous_rows, row_tile, shipped_dtypes, tiles_of_gpt_widths
+
+LOG2_E = 1.4426950408889634
+
 
 def softmax(x: Tensor, *, causal: bool = False, temperature: float = 1.0) -> Tensor:
     """Softmax of x / temperature over the last dimension.
 
     x (..., C); with `causal` x is (..., Tq, Tk) and row i keeps the columns up to i + Tk - Tq, the others become 0.
-    Computed in fp32, returned in x's dtype. A row without any finite column becomes 0, and so does its gradient.
+    Computed in fp32 at least, returned in x's dtype. A row without any column above -inf becomes 0, and so does its
+    gradient. Raises ValueError unless temperature > 0.
     """
-    if temperature <= 0:
-        raise ValueError(f"softmax: temperature must be positive, got {temperature}")
-    scores = x / temperature if temperature != 1.0 else x
+    if not temperature > 0:
+        raise ValueError(f"softmax: temperature must be above 0, got {temperature}")
+    if backend("softmax", x.device) == "torch":
+        return _softmax_torch(x, causal, temperature)
+    queries = x.shape[-2] if causal else 0
+    return _softmax_op(contiguous_rows(x), queries, 1 / temperature).view(x.shape)
+
+
+def _softmax_torch(x: Tensor, causal: bool, temperature: float) -> Tensor:
+    scores = x
+    if temperature != 1.0:
+        scores = x.to(torch.promote_types(x.dtype, torch.float32)) / temperature
     if causal:
         queries, keys = x.shape[-2:]
         hidden = torch.ones(queries, keys, dtype=torch.bool, device=x.device).triu(keys - queries + 1)
         scores = scores.masked_fill(hidden, float("-inf"))
-    empty = (scores == float("-inf")).all(-1, keepdim=True)
-    # A finite stand-in keeps NaN out of the backward pass as well as the forward.
-    return torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+    empty = scores.amax(-1, keepdim=True) == float("-inf")
+    # A finite stand-in keeps NaN out of the backward pass as well as out of the forward.
+    return torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0).to(x.dtype)
+
+
+@triton.jit
+def _visible(rows, n_cols, n_queries):
+    """How many columns each row keeps; n_queries is 0 without a causal mask."""
+    if n_queries > 0:
+        return tl.maximum(tl.minimum(rows % n_queries + 1 + n_cols - n_queries, n_cols), 0)
+    return rows * 0 + n_cols
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,  # (n_rows, n_cols), rows x_stride apart
+    p_ptr,  # (n_rows, n_cols)
+    x_stride,
+    n_rows,
+    n_cols,
+    n_queries,
+    scale,  # log2(e) / temperature
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK)
+    mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+    visible = mask & (cols[None, :] < _visible(rows, n_cols, n_queries)[:, None])
+    # Columns behind the mask are not even read.
+    x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=visible, other=float("-inf")).to(tl.float32)
+    x *= scale
+    largest = tl.max(x, axis=1)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    p = tl.exp2(x - largest[:, None])
+    total = tl.sum(p, axis=1)
+    p = p * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+    tl.store(p_ptr + rows[:, None] * n_cols + cols[None, :], p.to(p_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _forward_wide_kernel(
+    x_ptr,
+    p_ptr,
+    x_stride,
+    n_rows,
+    n_cols,
+    n_queries,
+    scale,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`_forward_kernel` for rows that do not fit a tile: one program a row (ROWS is 1), two walks over it."""
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * x_stride
+    p_ptr += row * n_cols
+    visible = _visible(row, n_cols, n_queries)
+    largest = -float("inf")
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n_cols, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + cols, mask=cols < visible, other=float("-inf")).to(tl.float32) * scale
+        larger = tl.maximum(largest, tl.max(x, axis=0))
+        base = tl.where(larger == float("-inf"), 0.0, larger)
+        total = total * tl.exp2(largest - base) + tl.exp2(x - base)
+        largest = larger
+    base = tl.where(largest == float("-inf"), 0.0, largest)
+    whole = tl.sum(total, axis=0)
+    inverse = 1.0 / tl.where(whole == 0.0, 1.0, whole)
+    for start in range(0, n_cols, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + cols, mask=cols < visible, other=float("-inf")).to(tl.float32) * scale
+        tl.store(p_ptr + cols, (tl.exp2(x - base) * inverse).to(p_ptr.dtype.element_ty), mask=cols < n_cols)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_p_ptr,  # (n_rows, n_cols), rows grad_p_stride apart
+    p_ptr,  # (n_rows, n_cols)
+    grad_x_ptr,  # (n_rows, n_cols)
+    grad_p_stride,
+    n_rows,
+    n_cols,
+    n_queries,
+    scale,  # 1 / temperature
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK)
+    mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+    visible = mask & (cols[None, :] < _visible(rows, n_cols, n_queries)[:, None])
+    p = tl.load(p_ptr + rows[:, None] * n_cols + cols[None, :], mask=visible, other=0.0).to(tl.float32)
+    grad_p = tl.load(grad_p_ptr + rows[:, None] * grad_p_stride + cols[None, :], mask=visible, other=0.0)
+    grad_p = grad_p.to(tl.float32)
+    grad_x = p * (grad_p - tl.sum(p * grad_p, axis=1)[:, None]) * scale
+    tl.store(grad_x_ptr + rows[:, None] * n_cols + cols[None, :], grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_wide_kernel(
+    grad_p_ptr,
+    p_ptr,
+    grad_x_ptr,
+    grad_p_stride,
+    n_rows,
+    n_cols,
+    n_queries,
+    scale,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    grad_p_ptr += row * grad_p_stride
+    p_ptr += row * n_cols
+    grad_x_ptr += row * n_cols
+    visible = _visible(row, n_cols, n_queries)
+    along = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n_cols, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        p = tl.load(p_ptr + cols, mask=cols < visible, other=0.0).to(tl.float32)
+        along += p * tl.load(grad_p_ptr + cols, mask=cols < visible, other=0.0).to(tl.float32)
+    average = tl.sum(along, axis=0)
+    for start in range(0, n_cols, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        p = tl.load(p_ptr + cols, mask=cols < visible, other=0.0).to(tl.float32)
+        grad_p = tl.load(grad_p_ptr + cols, mask=cols < visible, other=0.0).to(tl.float32)
+        grad_x = p * (grad_p - average) * scale
+        tl.store(grad_x_ptr + cols, grad_x.to(grad_x_ptr.dtype.element_ty), mask=cols < n_cols)
+
+
+WIDE_TILE = {"ROWS": 1, "BLOCK": 4096}
+
+
+def _launch(n_cols: int) -> tuple[bool, dict[str, int]]:
+    """Whether a row is too wide for one tile, and the launch's constants."""
+    if n_cols > WIDEST_TILE:
+        return True, WIDE_TILE | {"num_warps": 8}
+    rows, block, num_warps = row_tile(n_cols)
+    return False, {"ROWS": rows, "BLOCK": block, "num_warps": num_warps}
+
+
+@custom_op("softmax")
+def _softmax_op(x: Tensor, n_queries: int, scale: float) -> Tensor:
+    n_rows, n_cols = x.shape
+    p = x.new_empty(x.shape)
+    wide, launch = _launch(n_cols)
+    kernel = _forward_wide_kernel if wide else _forward_kernel
+    grid = (triton.cdiv(n_rows, launch["ROWS"]),)
+    wrap_triton(kernel)[grid](x, p, x.stride(0), n_rows, n_cols, n_queries, scale * LOG2_E, **launch)
+    return p
+
+
+@_softmax_op.register_fake
+def _(x, n_queries, scale):
+    return x.new_empty(x.shape)
+
+
+@custom_op("softmax_backward")
+def _softmax_backward_op(grad_p: Tensor, p: Tensor, n_queries: int, scale: float) -> Tensor:
+    n_rows, n_cols = p.shape
+    grad_x = p.new_empty(p.shape)
+    wide, launch = _launch(n_cols)
+    kernel = _backward_wide_kernel if wide else _backward_kernel
+    grid = (triton.cdiv(n_rows, launch["ROWS"]),)
+    wrap_triton(kernel)[grid](grad_p, p, grad_x, grad_p.stride(0), n_rows, n_cols, n_queries, scale, **launch)
+    return grad_x
+
+
+@_softmax_backward_op.register_fake
+def _(grad_p, p, n_queries, scale):
+    return p.new_empty(p.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, ctx.n_queries, ctx.scale = inputs
+    ctx.save_for_backward(output)
+
+
+def _backward(ctx, grad_p):
+    (p,) = ctx.saved_tensors
+    return _softmax_backward_op(contiguous_rows(grad_p), p, ctx.n_queries, ctx.scale), None, None
+
+
+_softmax_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def compile_cases() -> list[Case]:
+    """Both passes at the tiles of GPT's widths, as attention scores have them, and beyond the widest tile."""
+    cases = []
+    for dtype, targets in shipped_dtypes("softmax"):
+        signature = dict.fromkeys(("x_ptr", "p_ptr", "grad_p_ptr", "grad_x_ptr"), f"*{dtype}")
+        signature |= dict.fromkeys(("x_stride", "grad_p_stride", "n_rows", "n_cols", "n_queries"), "i32")
+        common = {
+            "op": "softmax",
+            "signature": signature | {"scale": "fp32"},
+            "divisible_by_16": ("n_cols", "x_stride", "grad_p_stride"),
+            "targets": targets,
+        }
+        shapes = [("_".join(map(str, w)), r, b, n) for (r, b, n), w in tiles_of_gpt_widths().items()]
+        for name, rows, block, num_warps in shapes:
+            for step, kernel in (("forward", _forward_kernel), ("backward", _backward_kernel)):
+                label, constants = f"{step}_{name}_{dtype}", {"ROWS": rows, "BLOCK": block}
+                cases.append(Case(label=label, kernel=kernel, constants=constants, num_warps=num_warps, **common))
+        for step, kernel in (("forward", _forward_wide_kernel), ("backward", _backward_wide_kernel)):
+            label = f"{step}_wide_{dtype}"
+            cases.append(Case(label=label, kernel=kernel, constants=WIDE_TILE, num_warps=8, **common))
+    return cases
