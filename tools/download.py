@@ -74,15 +74,16 @@ def download(
     train = Order([Job(f"train/{name}", train_dir / name) for name in names], text_bytes)
 
     orders = [_outstanding(val), _outstanding(train)]
-    paths = [job.path for order in orders for job in order.jobs]
-    if paths:
-        remote = {file.path: file for file in find_files(REPOSITORY, paths, endpoint=endpoint)}
-        for job in (job for order in orders for job in order.jobs):
-            _adopt(job, remote[job.path])
-        orders = [_outstanding(order) for order in orders]
-        _check_space(orders, remote)
     if not any(order.jobs for order in orders):
         print(f"nothing to fetch: {train_dir} and {val_dir} have it all")
+        return
+    paths = [job.path for order in orders for job in order.jobs]
+    remote = {file.path: file for file in find_files(REPOSITORY, paths, endpoint=endpoint)}
+    for order in orders:
+        for job in order.jobs:
+            _adopt(job, remote[job.path])
+    orders = [_outstanding(order) for order in orders]
+    _check_space(orders, remote)
     for order in orders:
         missing = order.text_bytes
         for job in order.jobs:
@@ -129,26 +130,26 @@ def _adopt(job: Job, file: RemoteFile) -> None:
 
 
 def _check_space(orders: list[Order], remote: dict[str, RemoteFile]) -> None:
-    """Raise ShardError where a disk has less room than is to be fetched onto it."""
+    """Say how much is to be fetched onto which disk; ShardError where one has less room than that."""
     needed: dict[int, int] = defaultdict(int)  # by device: both folders may be on one
     places: dict[int, Path] = {}
-    for order in orders:
-        if not order.jobs:
-            continue
+    for order in (order for order in orders if order.jobs):
+        place = next(folder for folder in order.jobs[0].shard.resolve().parents if folder.exists())
         size = sum(remote[job.path].bytes - _kept_bytes(_part(remote[job.path], job.shard)) for job in order.jobs)
         if order.text_bytes is not None:
             # What is fetched and what is written from it are there at once; together they take less than the text.
             size = min(size, order.text_bytes)
-        place = next(folder for folder in order.jobs[0].shard.resolve().parents if folder.exists())
         device = place.stat().st_dev
-        needed[device] += size
         places.setdefault(device, place)
+        needed[device] += size
     for device, size in needed.items():
         free = shutil.disk_usage(places[device]).free
+        print(f"{REPOSITORY}: up to {readable(size)} to fetch, {readable(free)} free on the disk of {places[device]}")
         if size > free:
             raise ShardError(
-                f"{readable(size)} to fetch, {readable(free)} free on the disk of {places[device]}: free some space, "
-                "choose another disk with --train_dir and --val_dir, lower --train_max, or take --size small"
+                f"{readable(size)} do not fit into the {readable(free)} free on the disk of {places[device]}: "
+                "free some space, choose another disk with --train_dir and --val_dir, lower --train_max, "
+                "or take --size small"
             )
 
 
@@ -245,8 +246,8 @@ def _whole(file: RemoteFile, **known: int) -> Note:
 def _damaged(file: RemoteFile, part: Path) -> ShardError:
     part.unlink()
     return ShardError(
-        f"{file} arrived damaged: its SHA-256 is not {file.sha256}. What was fetched is removed; "
-        "run the same command again, and where it happens again, look for a proxy that alters what it passes on"
+        f"{file} arrived damaged, and what was fetched is removed: run the same command again; "
+        "where it happens again, look for a failing disk, or a proxy that alters what it passes on"
     )
 
 
@@ -265,6 +266,7 @@ def readable(size: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0, 1 with a message for a ShardError, 130 when interrupted."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n\n")[0],
         epilog=__doc__.partition("\n\n")[2],

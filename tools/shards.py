@@ -25,7 +25,7 @@ class Note(msgspec.Struct, kw_only=True):
     revision: str = ""  # commit of the hub's repository, or version of the Python whose files these are
     file: str = ""  # path within the repository
     whole: bool = True  # False: only the first part of `file`
-    wanted_text_bytes: int | None = None  # the limit that was asked for, None where there was none
+    wanted_text_bytes: int | None = None  # limit that the embedded corpus was made with
     documents: int | None = None
     text_bytes: int | None = None  # UTF-8 bytes of the texts
     bytes: int  # of the shard itself
@@ -34,6 +34,7 @@ class Note(msgspec.Struct, kw_only=True):
 
 
 def note_path(shard: Path) -> Path:
+    """Return the place of the note of `shard`."""
     return shard.with_name(shard.name + ".json")
 
 
@@ -58,13 +59,17 @@ def read_note(shard: Path) -> Note | None:
 
 
 def write_note(shard: Path, note: Note) -> None:
+    """Write the note of `shard` beside it, in place of an older one."""
     temporary = note_path(shard).with_suffix(".json.tmp")
-    temporary.write_bytes(msgspec.json.format(msgspec.json.encode(note), indent=2) + b"\n")
+    with open(temporary, "wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(note), indent=2) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, note_path(shard))
 
 
 def publish(temporary: Path, shard: Path, note: Note) -> None:
-    """Give the finished file `temporary` the name `shard`, with its note; both are on disk before the name is."""
+    """Give the finished file `temporary` the name `shard`; its bytes and its note are on disk before the name is."""
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     note.mtime_ns = temporary.stat().st_mtime_ns

@@ -124,6 +124,8 @@ def test_counts_are_those_of_the_files(python: Path, write: Callable[..., Corpus
     assert corpus.val_bytes == sum(len(line["text"].encode()) for line in val)
     assert len(texts(corpus)) == len(train) + len(val)  # no text twice, none in both
     assert 0 < len(val) < len(train) / 5
+    numbers = [line["text"] for line in train if line["text"].startswith("module = ")]
+    assert numbers != sorted(numbers)  # mixed, not in the order of the folders
 
 
 def test_same_bytes_every_time(python: Path, tmp_path: Path) -> None:
