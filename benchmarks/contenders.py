@@ -1,0 +1,221 @@
+"""What is compared: our engine and what a person would pick instead, each as a function that runs one training step.
+
+All take the same config, random tokens, dtype and AdamW, and do the whole step: forward, backward, clipping, update.
+"""
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.classic import ClassicGPT
+from engine.config import Config
+from engine.data import Batch
+from engine.distributed import Processes
+from engine.model import GPT, rotary_tables
+from engine.strategy import build
+
+Step = Callable[[list[Batch]], Tensor]  # one optimizer step over these micro-batches; returns the mean loss
+
+
+class Unsupported(Exception):
+    """This contender cannot express the config or is not installed; the message says why."""
+
+
+def pilesmith(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int) -> Step:
+    model = GPT(config.model)
+    model.init_weights(torch.Generator().manual_seed(config.seed))
+    strategy = build(config, model, Processes(), device, dtype, grad_accum)
+
+    def step(batches: list[Batch]) -> Tensor:
+        loss = strategy.forward_backward(batches)
+        strategy.step(config.optimizer.lr, loss)
+        return loss
+
+    return step
+
+
+class PlainAttention(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).chunk(3, dim=-1))  # (B, H, T, D)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1).to(x.dtype)
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
+        self.attn = PlainAttention(config)
+        activation = {"relu": nn.ReLU(), "gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh")}[config.activation]
+        up, down = (nn.Linear(i * config.n_embd, o * config.n_embd, bias=config.bias) for i, o in ((1, 4), (4, 1)))
+        self.mlp = nn.Sequential(up, activation, down)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rope)
+        return x + self.mlp(self.ln_2(x))
+
+
+class PlainGPT(nn.Module):
+    """The same GPT as a good plain PyTorch script writes it: SDPA, whole logits."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
+        self.blocks = nn.ModuleList(PlainBlock(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
+        if config.tie_head:
+            self.lm_head.weight = self.wte.weight
+        self.head_dim = config.head_dim
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        T, x, rope = tokens.shape[1], self.wte(tokens), None
+        if self.wpe is not None:
+            x = x + self.wpe(torch.arange(T, device=tokens.device))
+        else:
+            rope = rotary_tables(T, self.head_dim, tokens.device)
+        for block in self.blocks:
+            x = block(x, rope)
+        return F.cross_entropy(self.lm_head(self.ln_f(x)).flatten(0, 1), targets.flatten())
+
+
+def pytorch(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int) -> Step:
+    return _plain_step(PlainGPT(config.model).to(device), config, dtype)
+
+
+def pytorch_compiled(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int) -> Step:
+    return _plain_step(torch.compile(PlainGPT(config.model).to(device)), config, dtype)
+
+
+def classic(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int) -> Step:
+    """The classic script's loop: fp32 (autocast in 16 bits, as its --amp), torch's default AdamW, no clipping."""
+    shape = config.model
+    if shape.positions != "learned":
+        raise Unsupported("the classic model has learned positions only")
+    model = ClassicGPT(**{k: getattr(shape, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr)
+    return _plain_step(model, config, dtype, optimizer=optimizer, clip=0.0, loss=lambda b: model(b.tokens, b.targets)[1])
+
+
+def transformers(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int) -> Step:
+    """GPT-2 where positions are learned, else GPT-NeoX with sequential residuals, both with SDPA."""
+    try:
+        import transformers as hf
+    except ImportError:
+        raise Unsupported("transformers is not installed") from None
+    shape = config.model
+    if shape.positions == "learned":
+        about = hf.GPT2Config(
+            vocab_size=shape.vocab_size, n_positions=shape.block_size, n_embd=shape.n_embd, n_layer=shape.n_layer, n_head=shape.n_head,
+            activation_function={"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}[shape.activation],
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=shape.tie_head,
+        )  # fmt: skip
+    else:
+        about = hf.GPTNeoXConfig(
+            vocab_size=shape.vocab_size, max_position_embeddings=shape.block_size, hidden_size=shape.n_embd, num_hidden_layers=shape.n_layer,
+            num_attention_heads=shape.n_head, intermediate_size=4 * shape.n_embd, use_parallel_residual=False, rotary_pct=1.0,
+            hidden_act={"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}[shape.activation], tie_word_embeddings=shape.tie_head,
+        )  # fmt: skip
+    about.use_cache = False
+    model = hf.AutoModelForCausalLM.from_config(about, attn_implementation="sdpa").to(device)
+    if config.strategy.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+
+    def loss(batch: Batch) -> Tensor:  # labels are shifted by transformers itself: give it the targets, already shifted
+        logits = model(input_ids=batch.tokens).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
+
+    return _plain_step(model, config, dtype, loss=loss)
+
+
+def transformers_liger(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int) -> Step:
+    """transformers with Liger-Kernel's LayerNorm and fused linear cross-entropy in place of its own."""
+    if device.type != "cuda":
+        raise Unsupported("Liger-Kernel needs a GPU")
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerLayerNorm
+    except ImportError:
+        raise Unsupported("liger-kernel is not installed") from None
+    step = transformers(config, device, dtype, grad_accum)
+    model = step.model
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.LayerNorm):
+                norm = LigerLayerNorm(child.normalized_shape[0], eps=child.eps).to(device)
+                norm.load_state_dict(child.state_dict(), strict=False)
+                setattr(parent, name, norm)
+    fused, head = LigerFusedLinearCrossEntropyLoss(), model.get_output_embeddings()
+
+    def loss(batch: Batch) -> Tensor:
+        hidden = model.base_model(input_ids=batch.tokens).last_hidden_state.flatten(0, 1)
+        return fused(head.weight.to(hidden.dtype), hidden, batch.targets.flatten())
+
+    return _plain_step(model, config, dtype, loss=loss)
+
+
+def _plain_step(
+    model: nn.Module,
+    config: Config,
+    dtype: torch.dtype,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    clip: float | None = None,
+    loss: Callable[[Batch], Tensor] | None = None,
+) -> Step:
+    """Return the ordinary loop's step: autocast in 16 bits, loss scaling in fp16, fused AdamW, clipping."""
+    device = next(model.parameters()).device
+    options = config.optimizer
+    if optimizer is None:
+        betas = (options.beta1, options.beta2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=betas, weight_decay=options.weight_decay, fused=True)
+    clip = options.grad_clip if clip is None else clip
+    compute_loss = loss or (lambda batch: model(batch.tokens, batch.targets))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def step(batches: list[Batch]) -> Tensor:
+        total = torch.zeros((), device=device)
+        for batch in batches:
+            batch = batch.to(device)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                value = compute_loss(batch)
+            scaler.scale(value / len(batches)).backward()
+            total += value.detach() / len(batches)
+        if clip:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+    step.model = model
+    return step
+
+
+CONTENDERS: dict[str, Callable[[Config, torch.device, torch.dtype, int], Step]] = {
+    "pilesmith": pilesmith,
+    "pytorch": pytorch,
+    "pytorch-compiled": pytorch_compiled,
+    "transformers": transformers,
+    "transformers-liger": transformers_liger,
+    "classic": classic,
+}
