@@ -13,6 +13,7 @@ setup(
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.9; platform_system == 'Linux'",
         "deepspeed>=0.19; platform_system == 'Linux'",
+        "filelock",
         "huggingface_hub>=1.0",
         "matplotlib",
         "msgspec",
