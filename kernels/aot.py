@@ -21,7 +21,7 @@ from queue import Empty, SimpleQueue
 
 from kernels.dispatch import CHIPS, OPS, triton
 
-MODULES = ("attention", "rotary", "layer_norm", "softmax", "cross_entropy", "activation", "adamw")
+MODULES = ("attention_triton", "attention_decode", "rotary", "layer_norm", "softmax", "cross_entropy", "activation", "adamw")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +184,7 @@ def _feed(jobs: list, rows: list, waiting: SimpleQueue, cache: Path) -> None:
     """Drives one worker process: one job to it, one row back, until none wait."""
     with tempfile.TemporaryDirectory() as scratch:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": scratch}
-        command = [sys.executable, "-m", "kernels.aot", str(cache)]
+        command = [sys.executable, "-c", "from kernels.aot import serve; serve()", str(cache)]
         root = Path(__file__).parent.parent
         with subprocess.Popen(
             command, env=environment, cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -203,8 +203,9 @@ def _feed(jobs: list, rows: list, waiting: SimpleQueue, cache: Path) -> None:
                 rows[i] = Row(**json.loads(answer))
 
 
-def _serve(cache: Path) -> None:
-    """The worker: jobs on standard input, rows on standard output."""
+def serve() -> None:
+    """The worker: jobs on standard input, rows on standard output; its argument is the cache folder."""
+    cache = Path(sys.argv[1])
     cache.mkdir(parents=True, exist_ok=True)
     lists: dict[str, dict[str, Case]] = {}
     for line in sys.stdin:
@@ -226,7 +227,3 @@ def _cached(case: Case, target: str, cache: Path) -> Row:
     partial.write_text(json.dumps(asdict(row)))
     partial.replace(file)
     return row
-
-
-if __name__ == "__main__":
-    _serve(Path(sys.argv[1]))

@@ -1,6 +1,6 @@
-"""Attention: causal, grouped-query, documents kept apart, in memory linear in the length; and one step against a cache.
+"""Attention: causal, grouped-query, documents kept apart, in memory linear in the length.
 
-Shapes: B batch, T tokens, H query heads, G key/value heads (H a multiple of G), D head width, S cache entries.
+Shapes: B batch, T tokens, H query heads, G key/value heads (H a multiple of G), D head width.
 """
 
 import torch
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from kernels.attention_triton import attention_forward
 from kernels.dispatch import backend, chip
 
 # Up to these lengths one boolean mask (B, 1, T, T) for all heads beats a call for each document, and, in a compiled
@@ -27,31 +28,21 @@ def attention(
     dtype, statistics in fp32. The backward pass is deterministic. Raises ValueError for shapes that do not fit.
     (Dao, FlashAttention-2, 2023; Ainslie et al., GQA, 2023)
     """
-    _check_heads(q, k, v)
+    check_heads(q, k, v)
     if q.shape[:2] != k.shape[:2]:
         raise ValueError(f"attention: q has (B, T) = {tuple(q.shape[:2])}, k has {tuple(k.shape[:2])}")
     if doc_start is not None and (not causal or doc_start.shape != q.shape[:2]):
         raise ValueError(f"attention: doc_start {tuple(doc_start.shape)} needs causal and shape {tuple(q.shape[:2])}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend("attention", q.device) == "triton" and q.shape[-1] <= 256 and scale > 0:
+        return attention_forward(q, k, v, doc_start, causal, scale)[0]
     if doc_start is None:
         return _attention_plain(q, k, v, causal, scale)
     return _attention_documents(q, k, v, doc_start, scale)
 
 
-def attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int) -> Tensor:
-    """Attention of the newest tokens over a key/value cache that already holds them.
-
-    q (B, Tn, H, D) the newest Tn tokens; caches (B, S, G, D) with `length` valid entries, the newest included. Query t
-    sees the entries before length - Tn + t + 1. Returns (B, Tn, H, D). Not differentiable.
-    (Dao et al., Flash-Decoding, 2023)
-    """
-    _check_heads(q, k_cache, v_cache)
-    if not q.shape[1] <= length <= k_cache.shape[1]:
-        raise ValueError(f"attention_decode: {q.shape[1]} new tokens, length {length}, cache of {k_cache.shape[1]}")
-    return _decode_torch(q, k_cache[:, :length], v_cache[:, :length])
-
-
-def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ValueError unless q, k and v have heads that fit each other."""
     if k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[2] % k.shape[2]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
         raise ValueError(f"attention: q, k, v {shapes} are not (B, T, H, D), (B, T, G, D) twice with H a multiple of G")
@@ -79,7 +70,7 @@ def _visible(doc_start: Tensor | None, first: int, end: int, device: torch.devic
 def _attention_plain(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     if chip(q.device).sdpa == "none":
         return _chunked(q, k, v, None, causal, scale)[0]
-    return _sdpa(q, k, v, scale, causal=causal)
+    return sdpa(q, k, v, scale, causal=causal)
 
 
 def _attention_documents(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, scale: float) -> Tensor:
@@ -89,15 +80,15 @@ def _attention_documents(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, sca
         return _chunked(q, k, v, doc_start, True, scale)[0]
     compiling = torch.compiler.is_compiling()
     if T <= (_DENSE_MASK_LENGTH_COMPILED if compiling else _DENSE_MASK_LENGTH):
-        return _sdpa(q, k, v, scale, mask=_visible(doc_start, 0, T, q.device))
+        return sdpa(q, k, v, scale, mask=_visible(doc_start, 0, T, q.device))
     if compiling:
         return _chunked(q, k, v, doc_start, True, scale)[0]
     lengths = _document_lengths(doc_start)
     if len(lengths) == B:
-        return _sdpa(q, k, v, scale, causal=True)
+        return sdpa(q, k, v, scale, causal=True)
     # One split for each of q, k, v: its backward pass is one concatenation, where slices would each add a full tensor.
     parts = (x.flatten(0, 1).split(lengths) for x in (q, k, v))
-    outs = [_sdpa(qd[None], kd[None], vd[None], scale, causal=True)[0] for qd, kd, vd in zip(*parts)]
+    outs = [sdpa(qd[None], kd[None], vd[None], scale, causal=True)[0] for qd, kd, vd in zip(*parts)]
     return torch.cat(outs).view(q.shape)
 
 
@@ -115,7 +106,7 @@ def _document_lengths(doc_start: Tensor) -> list[int]:
     return lengths
 
 
-def _sdpa(
+def sdpa(
     q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, mask: Tensor | None = None
 ) -> Tensor:
     """F.scaled_dot_product_attention in our layout, with the inputs made such that a fused backend takes them."""
@@ -132,14 +123,6 @@ def _sdpa(
     grouped = {"enable_gqa": True} if shared > 1 else {}  # a branch, since torch.compile may make the ratio symbolic
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
     return out.transpose(1, 2)[..., :D]
-
-
-def _decode_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    new, length = q.shape[1], k.shape[1]
-    mask = None
-    if 1 < new < length:
-        mask = torch.ones(new, length, dtype=torch.bool, device=q.device).tril(length - new)
-    return _sdpa(q, k, v, q.shape[-1] ** -0.5, causal=new == length, mask=mask)
 
 
 @torch.library.custom_op("pilesmith::attention_chunked", mutates_args=())

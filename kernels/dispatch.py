@@ -6,10 +6,13 @@
 Kernel files take `triton`, `tl`, `custom_op` and `wrap_triton` from here, so that they import and work without Triton.
 """
 
+import functools
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -165,9 +168,47 @@ def backend(op: str, device: torch.device) -> str:
     return _decisions[key][0]
 
 
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors (NVIDIA) or compute units (AMD) of a GPU; 4 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def launch_config(here: Chip, kernel: str, bits: int, width: int) -> dict[str, int]:
+    """Tile sizes, num_warps and num_stages of a kernel, from kernels/configs/.
+
+    bits: of an element; width: of the tile, a power of two. A chip without a file of its own takes that of the newest
+    older chip of its family whose shared memory is no larger. Raises KeyError if the file lacks the case.
+    """
+    table = _config_table(_config_target(here))
+    return table[kernel][str(bits)][str(width)]
+
+
+def config_targets() -> list[str]:
+    """The chips that have a file of launch configurations."""
+    return [target for target in CHIPS if _config_file(target).exists()]
+
+
 def decisions(device: torch.device) -> list[tuple[str, str, str]]:
     """(op, backend, reason) for every op, to be printed once at start."""
     return [(op, backend(op, device), _decisions[op, device][1]) for op in OPS]
+
+
+def _config_file(target: str) -> Path:
+    return Path(__file__).parent / "configs" / (target.replace(":", "_") + ".json")
+
+
+@functools.cache
+def _config_table(target: str) -> dict:
+    return json.loads(_config_file(target).read_text())
+
+
+def _config_target(here: Chip) -> str:
+    family = here.target.split(":")[0]
+    older = [t for t in config_targets() if t.split(":")[0] == family and t <= here.target]
+    fitting = [t for t in older if CHIPS[t].shared_bytes <= here.shared_bytes]
+    return max(fitting or older or [t for t in config_targets() if t.startswith(family)])
 
 
 def _check_preference(preference: str, what: str) -> None:
