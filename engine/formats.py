@@ -25,7 +25,9 @@ _GPT2_DEFAULTS = dict(  # what a config.json may leave out
     activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
 )  # fmt: skip
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2 stores these (in, out)
-_CLASSIC = dict(positions="learned", activation="relu", bias=True, qkv_bias=False, head_bias=True, tie_head=False, norm_eps=1e-5)
+_CLASSIC = dict(
+    positions="learned", activation="relu", bias=True, qkv_bias=False, head_bias=True, tie_head=False, norm_eps=1e-5
+)
 _CLASSIC_NAMES = {  # ours: the classic script's; the packed qkv matrix is one matrix a head there
     "transformer.wte": "token_embed",
     "transformer.wpe": "position_embed",
@@ -76,12 +78,12 @@ def _listed(kind: str, names: Iterable[str]) -> str:
 
 def _require_fields(config: ModelConfig, wanted: dict[str, Any], format: str) -> None:
     wrong = [
-        f"{name} is {getattr(config, name)!r} here and {value!r} there"
+        f"{name} is {getattr(config, name)!r} ({format}: {value!r})"
         for name, value in wanted.items()
         if getattr(config, name) != value
     ]
     if wrong:
-        raise WeightsError(f"{format} cannot express this model: {'; '.join(wrong)}; --format safetensors can")
+        raise WeightsError(f"{format} cannot express this model: {', '.join(wrong)}; --format safetensors can")
 
 
 def resize_vocab(config: ModelConfig, state: State, vocab_size: int) -> tuple[ModelConfig, State]:
@@ -115,7 +117,8 @@ def from_gpt2(about: dict[str, Any], state: State) -> tuple[ModelConfig, State]:
     }
     for name, known in settings.items():
         if about.get(name, known[0]) not in known:
-            raise WeightsError(f"{name} is {about[name]!r} in config.json; this GPT has {' or '.join(map(repr, known))}")
+            expressible = " or ".join(map(repr, known))
+            raise WeightsError(f"config.json: {name} is {about[name]!r}; this GPT can only do {expressible}")
     config = ModelConfig(
         n_layer=about["n_layer"],
         n_head=about["n_head"],
@@ -205,9 +208,7 @@ def from_classic(state: State) -> tuple[ModelConfig, State]:
     ours: State = {}
     for name in expected_state(config):
         if ".c_attn." in name:
-            block = _classic_name(name).removesuffix("c_attn.weight")
-            parts = [f"{block}heads.{head}.{part}.weight" for part in ("query", "key", "value") for head in range(config.n_head)]
-            ours[name] = torch.cat([state[part] for part in parts])  # (3C, C): all queries, all keys, all values
+            ours[name] = torch.cat([state[part] for part in _classic_heads(name, config.n_head)])  # (3C, C)
         else:
             ours[name] = state[_classic_name(name)]
     return config, ours
@@ -227,12 +228,16 @@ def _classic_entries(config: ModelConfig, state: State) -> State:
     entries: State = {}
     for name, tensor in state.items():
         if ".c_attn." in name:
-            block = _classic_name(name).removesuffix("c_attn.weight")
-            for part, heads in zip(("query", "key", "value"), tensor.view(3, config.n_head, config.head_dim, config.n_embd)):
-                entries |= {f"{block}heads.{head}.{part}.weight": weight for head, weight in enumerate(heads)}
+            entries |= zip(_classic_heads(name, config.n_head), tensor.split(config.head_dim))
         else:
             entries[_classic_name(name)] = tensor
     return entries
+
+
+def _classic_heads(name: str, n_head: int) -> list[str]:
+    """The matrices that c_attn packs, in its order: all queries, all keys, all values, each head by head."""
+    block = _classic_name(name).removesuffix("c_attn.weight")
+    return [f"{block}heads.{head}.{part}.weight" for part in ("query", "key", "value") for head in range(n_head)]
 
 
 def _classic_name(name: str) -> str:

@@ -23,14 +23,16 @@ __all__ = ["generate", "main", "sample_text"]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="engine/generate.py", description="Write text with a trained model.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="engine/generate.py", description="Write text with a trained model.", allow_abbrev=False
+    )
     add = parser.add_argument
-    add("--model_path", required=True, metavar="PATH", help="run folder, checkpoint, .safetensors, GPT-2 folder or classic .pt")
+    add("--model_path", required=True, metavar="PATH", help="run, checkpoint, .safetensors, GPT-2 folder, .pt")
     add("--input_text", default="", metavar="TEXT", help="what to continue; empty: the beginning of a document")
     add("--max_new_tokens", type=int, default=100, metavar="N", help="tokens to write [%(default)s]")
     add("--temperature", type=float, default=0.8, metavar="X", help="0: the likeliest token each time [%(default)s]")
     add("--top_k", type=int, default=50, metavar="N", help="draw from the N likeliest; 0: from all [%(default)s]")
-    add("--top_p", type=float, default=0.95, metavar="X", help="draw from the likeliest that reach X together [%(default)s]")
+    add("--top_p", type=float, default=0.95, metavar="X", help="draw from the likeliest that add up to X [%(default)s]")
     add("--seed", type=int, default=1, metavar="N", help="the same seed writes the same text [%(default)s]")
     add("--num_samples", type=int, default=1, metavar="N", help="texts to write, side by side [%(default)s]")
     add("--stop_at_end_of_text", action="store_true", help="stop where the model ends the document")
@@ -98,7 +100,7 @@ def note(text: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ? instead of ending the program
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end the program
     try:
         write_text(options)
     except (CheckpointError, ConfigError, WeightsError, ValueError) as error:

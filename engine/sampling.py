@@ -16,13 +16,18 @@ from kernels import softmax
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     """Raise ConfigError for settings that no distribution has."""
-    require(0 <= temperature < float("inf"), f"temperature must be 0 (the likeliest token) or more, got {temperature:g}")
+    require(0 <= temperature < float("inf"), f"temperature must be 0 (the likeliest) or more, got {temperature:g}")
     require(top_k >= 0, f"top_k must be 0 (every token) or more, got {top_k}")
     require(0 < top_p <= 1, f"top_p must be above 0 and at most 1 (every token), got {top_p:g}")
 
 
 def choose(
-    logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw a token for each row of logits (B, V); returns int64 (B,).
 
@@ -96,7 +101,7 @@ def generate(
 
 
 def prompt_tokens(encoding: tiktoken.Encoding, prompt: str, n_samples: int = 1) -> Tensor:
-    """Return the prompt's ids, int64 (n_samples, T); an empty prompt is <|endoftext|>, before which a document begins."""
+    """Return the prompt's ids, int64 (n_samples, T); an empty one is <|endoftext|>, after which a document begins."""
     ids = encoding.encode_ordinary(prompt) or [encoding.eot_token]
     return torch.tensor([ids]).repeat(n_samples, 1)
 

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,17 @@ from torch import Tensor
 
 from engine import checkpoint
 from engine.config import ConfigError, ModelConfig
-from engine.formats import State, WeightsError, compare, drop_tied, expected_state, from_classic, from_gpt2, to_classic, to_gpt2
+from engine.formats import (
+    State,
+    WeightsError,
+    compare,
+    drop_tied,
+    expected_state,
+    from_classic,
+    from_gpt2,
+    to_classic,
+    to_gpt2,
+)
 from engine.model import GPT
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -24,10 +35,10 @@ _SCALARS = "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 u
 
 
 def find_weights(path: str | Path) -> Path:
-    """Return the file or folder that `path` leads to: of a run, its best checkpoint, or the newest where none is best."""
+    """Return the file or folder that `path` leads to: for a run its best checkpoint, or the newest without a best."""
     path = Path(path)
     if not path.exists():
-        raise WeightsError(f"{path} is missing; give a run, a checkpoint, a .safetensors file, a GPT-2 folder or a classic .pt")
+        raise WeightsError(f"{path} is missing; it can be a run, checkpoint, .safetensors, GPT-2 folder or classic .pt")
     if not path.is_dir() or (path / WEIGHTS_FILE).exists() or (path / INDEX_FILE).exists():
         return path
     found = checkpoint.best(path) or checkpoint.newest(path)
@@ -154,13 +165,13 @@ def _read_pickle(path: Path) -> State:
         raise WeightsError(f"is no whole PyTorch checkpoint: {str(error).splitlines()[0]}") from None
     state = content.get("model_state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        keys = f"its keys: {', '.join(map(str, state))}" if isinstance(state, dict) else f"it is a {type(state).__name__}"
-        raise WeightsError(f"holds no model_state_dict; {keys}")
+        found = f"keys {', '.join(map(str, state))}" if isinstance(state, dict) else f"a {type(state).__name__}"
+        raise WeightsError(f"holds no model_state_dict, but {found}")
     return state
 
 
 def _numpy_scalars() -> list[Any]:
-    """What a pickled NumPy number names, under NumPy 1 and 2: a list of losses may hold them, and none of it runs code."""
+    """What the pickle of a NumPy number names, under NumPy 1 and 2: losses may be such numbers. It runs no code."""
     rebuild = np.float64(0).__reduce__()[0]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     return [*((rebuild, name) for name in names), np.dtype, *(type(np.dtype(kind)) for kind in _SCALARS)]
@@ -179,15 +190,21 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _write_safetensors(path: Path, state: State, metadata: dict[str, str]) -> None:
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
-    _replace(path, lambda part: save_file(tensors, part, metadata=metadata))
+    try:
+        _replace(path, lambda part: save_file(tensors, part, metadata=metadata))
+    except SafetensorError as error:  # it wraps the system's errors
+        raise WeightsError(f"{path} cannot be written: {error}") from None
 
 
-def _replace(path: Path, write: Any) -> None:
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Write beside `path`, then rename, so that a full disk leaves what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.partial")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         write(part)
+        part.chmod(mode)  # safetensors makes files that only their owner may read
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -1,0 +1,52 @@
+"""Writes a model's weights for other programs.
+
+    python tools/export_weights.py --model_path runs/13m --format safetensors --out 13m.safetensors
+    python tools/export_weights.py --model_path runs/gpt2 --format gpt2 --out gpt2/                # for transformers
+    python tools/export_weights.py --model_path runs/13m --format classic --out 13m.pt     # for train-llm-from-scratch
+"""
+import argparse
+import sys
+
+from engine.checkpoint import CheckpointError
+from engine.config import ConfigError
+from engine.device import DTYPES
+from engine.formats import R50K_PADDED, R50K_TOKENS, WeightsError, resize_vocab
+from engine.weights import find_weights, read_weights, write_classic, write_gpt2, write_weights
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tools/export_weights.py", description="Write a model's weights for other programs.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model_path", required=True, metavar="PATH", help="run, checkpoint, .safetensors, GPT-2 folder, .pt")
+    add("--out", required=True, metavar="PATH", help="a folder; a .pt for classic; a .safetensors")
+    add("--format", required=True, choices=["classic", "gpt2", "safetensors"])
+    add("--dtype", choices=list(DTYPES), help="of the numbers written; as they are stored without it")
+    add(
+        "--vocab_size", type=int, metavar="N",
+        help=f"rows of the embedding to keep; without it all, and for gpt2 {R50K_TOKENS} of {R50K_PADDED}",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    if options.vocab_size is not None and options.vocab_size < 1:
+        parser.error(f"--vocab_size must be positive, got {options.vocab_size}")
+    try:
+        path = find_weights(options.model_path)
+        config, state = read_weights(path)
+        if options.dtype:
+            state = {name: tensor.to(DTYPES[options.dtype]) for name, tensor in state.items()}
+        if options.format == "gpt2":
+            out = write_gpt2(options.out, config, state, options.vocab_size)
+        else:
+            if options.vocab_size:
+                config, state = resize_vocab(config, state, options.vocab_size)
+            out = (write_classic if options.format == "classic" else write_weights)(options.out, config, state)
+    except (CheckpointError, ConfigError, WeightsError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{path} -> {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

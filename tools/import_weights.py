@@ -1,0 +1,45 @@
+"""Brings another program's weights in, as a folder that the engine reads without translating.
+
+    python tools/import_weights.py --model_path gpt2/ --out weights/gpt2          # a folder that transformers saved
+    python tools/import_weights.py --model_path 13m.pt --out weights/13m          # train-llm-from-scratch's
+"""
+import argparse
+import sys
+
+from engine.checkpoint import CheckpointError
+from engine.config import ConfigError
+from engine.formats import WeightsError, resize_vocab
+from engine.weights import find_weights, read_weights, write_weights
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tools/import_weights.py", description="Bring another program's weights in.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model_path", required=True, metavar="PATH", help="GPT-2 folder, classic .pt, .safetensors, run")
+    add("--out", required=True, metavar="PATH", help="folder, or .safetensors file, to write")
+    add(
+        "--vocab_multiple", type=int, default=64, metavar="N",
+        help="add rows to the embedding up to a multiple of N, which GPUs multiply faster; 1: none [%(default)s]",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    if options.vocab_multiple < 1:
+        parser.error(f"--vocab_multiple must be positive, got {options.vocab_multiple}")
+    try:
+        path = find_weights(options.model_path)
+        config, state = read_weights(path)
+        padded = -(-config.vocab_size // options.vocab_multiple) * options.vocab_multiple
+        if padded != config.vocab_size:
+            print(f"embedding: {config.vocab_size} rows padded to {padded}")
+            config, state = resize_vocab(config, state, padded)
+        out = write_weights(options.out, config, state)
+    except (CheckpointError, ConfigError, WeightsError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{path} -> {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
