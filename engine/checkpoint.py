@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.config import Config
+from engine.config import Config, load_file
 from engine.distributed import Processes
 from engine.strategy import Strategy
 
@@ -90,18 +90,20 @@ def save(config: Config, strategy: Strategy, processes: Processes, progress: dic
     return final
 
 
-def load(path: Path, strategy: Strategy) -> dict[str, Any]:
+def load(path: Path, config: Config, strategy: Strategy) -> dict[str, Any]:
     """Put a checkpoint's weights, moments and counters into `strategy`; return its state.json."""
     state = read_state(path)
+    there, here = load_file(path / "config.json")["model"], config.to_dict()["model"]
+    other = [f"{key} is {there[key]} there and {here[key]} here" for key in here if key != "z_loss" and there.get(key) != here[key]]
+    if other:
+        raise CheckpointError(f"{path} belongs to another model: {', '.join(other)}")
     files = {name: safe_open(path / name, framework="pt") for name in {"model.safetensors", *state["shards"].values()}}
 
     def read(parameter: str, key: str) -> Tensor:
-        name = "model.safetensors" if key == "weight" else state["shards"].get(f"{parameter}/{key}")
-        entry = parameter if key == "weight" else f"{parameter}/{key}"
-        try:
-            return files[name].get_tensor(entry)
-        except Exception:  # safetensors raises its own error type, KeyError for the missing shard
-            raise CheckpointError(f"{path} has no {entry!r}: it belongs to another model") from None
+        if key == "weight":
+            return files["model.safetensors"].get_tensor(parameter)
+        entry = f"{parameter}/{key}"
+        return files[state["shards"][entry]].get_tensor(entry)
 
     strategy.load_counters(state["counters"])
     strategy.load_state(read)

@@ -121,7 +121,7 @@ def train(config: Config, resume: str | None, processes: Processes) -> int:
     strategy = build(config, model, processes, device, dtype, grad_accum)
     progress: dict[str, Any] = {"step": 0, "tokens": 0, "val_loss": None, "bad_steps": 0}
     if start_from:
-        progress |= {key: value for key, value in checkpoint.load(start_from, strategy).items() if key in progress}
+        progress |= {key: value for key, value in checkpoint.load(start_from, config, strategy).items() if key in progress}
 
     flops = flops_per_token(config.model, n_parameters)
     report = None

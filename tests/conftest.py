@@ -4,6 +4,7 @@ The interpreter changes what `@triton.jit` returns, so it is one choice for the 
 imports a kernel; it is off under `-m gpu`. It does not change which path an op takes: on a CPU that stays PyTorch's
 until a test asks for Triton (tests/kernels/conftest.py).
 """
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,16 +24,27 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Small tensors are slower on several threads, and sums over one thread come out the same every time."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def token_files(tmp_path_factory) -> tuple[Path, Path]:
-    """(train.bin, val.bin): 200,000 and 20,000 tokens of a noisy cycle through 500 words, in documents of about 400."""
+    """(train.bin, val.bin): 200,000 and 20,000 tokens of a noisy cycle through r50k's first 500, a document about 400.
+
+    Their JSON says that there are no other ids but 511, which ends a document, so that a model of them is quick.
+    """
     folder = tmp_path_factory.mktemp("tokens")
     generator = np.random.default_rng(0)
     files = []
     for name, count in (("train.bin", 200_000), ("val.bin", 20_000)):
         tokens = (np.cumsum(generator.choice([1, 2, 7], count, p=[0.8, 0.15, 0.05])) % 500).astype("<u2")
-        tokens[generator.integers(0, count, count // 400)] = 50256
+        tokens[generator.integers(0, count, count // 400)] = 511
         tokens.tofile(folder / name)
+        about = {"format": 1, "tokenizer": "r50k_base", "vocab_size": 512, "end_of_text": 511, "dtype": "uint16", "tokens": count}
+        (folder / f"{name}.json").write_text(json.dumps(about))
         files.append(folder / name)
     return tuple(files)
 
@@ -40,7 +53,7 @@ def token_files(tmp_path_factory) -> tuple[Path, Path]:
 def tiny_flags(token_files, tmp_path) -> list[str]:
     """Flags of a run of 12 short steps that saves and validates at every fourth, in tmp_path/run."""
     flags = dict(
-        preset="13m", n_embd=16, n_head=2, block_size=32, vocab_size=50304, batch_tokens=256, max_steps=12, warmup_steps=2,
+        preset="13m", n_embd=16, n_head=2, block_size=32, vocab_size=512, batch_tokens=256, max_steps=12, warmup_steps=2,
         eval_tokens=512, eval_interval=4, save_interval=4, keep_checkpoints=0, sample_tokens=3, log_interval=4,
         tensorboard="false", device="cpu", train_file=token_files[0], val_file=token_files[1], run_dir=tmp_path / "run",
     )  # fmt: skip

@@ -30,20 +30,12 @@ def assert_same_run(left, right) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_learns_and_leaves_a_record(tiny_flags, tmp_path, capsys):
     assert train.main([*tiny_flags, "--max_steps=80", "--lr=1e-2", "--tensorboard=true", "--eval_interval=40", "--keep_checkpoints=1"]) == 0
     run = tmp_path / "run"
     curve = losses(run)
     assert list(curve) == list(range(1, 81))
-    assert curve[1] > 10.5 and curve[80] < 7
+    assert curve[1] > 6 and curve[80] < 4
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((run / "tensorboard").glob("events.*"))
     assert json.loads((run / "config.json").read_text())["model"]["n_embd"] == 16
@@ -56,26 +48,26 @@ def test_learns_and_leaves_a_record(tiny_flags, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change", ["--micro_batch_size=2", "--activation_checkpointing=true"])
-def test_accumulation_and_recomputation_change_nothing(tiny_flags, tmp_path, change, one_thread):
+def test_accumulation_and_recomputation_change_nothing(tiny_flags, tmp_path, change):
     assert train.main([*tiny_flags, f"--run_dir={tmp_path}/plain"]) == 0
     assert train.main([*tiny_flags, f"--run_dir={tmp_path}/changed", change]) == 0
     plain, changed = losses(tmp_path / "plain"), losses(tmp_path / "changed")
     assert changed == pytest.approx(plain, abs=5e-6)
 
 
-@pytest.mark.parametrize("kill_seed", [0, 1])
-def test_resume_after_sigkill_equals_the_uninterrupted_run(tiny_flags, tmp_path, start, kill_seed):
+def test_resume_after_sigkill_equals_the_uninterrupted_run(tiny_flags, tmp_path, start):
     flags = [*tiny_flags, "--max_steps=40", "--save_interval=3"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     reference = start("engine/train.py", *flags, f"--run_dir={whole}")
-    victim = start("engine/train.py", *flags, f"--run_dir={broken}")
-    kill_at, moment = random.Random(kill_seed).randrange(4, 30), random.Random(kill_seed).uniform(0, 0.02)
-    while victim.poll() is None and len(losses(broken)) < kill_at:
-        time.sleep(0.01)
-    time.sleep(moment)
-    victim.kill()
-    victim.wait()
-    assert len(losses(broken)) < 40, "it finished before it was killed"
+    moments = random.Random(0)
+    for kill_at in (moments.randrange(4, 15), moments.randrange(20, 35)):  # at a random moment of a random step, twice
+        victim = start("engine/train.py", *flags, f"--run_dir={broken}", "--resume")
+        while victim.poll() is None and len(losses(broken)) < kill_at:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.02))
+        victim.kill()
+        victim.wait()
+        assert kill_at <= len(losses(broken)) < 40, victim.stdout.read()
     again = start("engine/train.py", "--resume", f"--run_dir={broken}")
     assert again.wait() == 0, again.stdout.read()
     assert reference.wait() == 0, reference.stdout.read()
@@ -138,7 +130,7 @@ def test_fp16_scales_its_loss(tiny_flags, tmp_path):
     assert good and good[1] == pytest.approx(whole[1], rel=0.02)  # the norm is reported without the scale
 
 
-def test_resume_from_a_named_checkpoint(tiny_flags, tmp_path, one_thread):
+def test_resume_from_a_named_checkpoint(tiny_flags, tmp_path):
     assert train.main(tiny_flags) == 0
     assert train.main([*tiny_flags, f"--run_dir={tmp_path}/branch", "--resume", str(tmp_path / "run/checkpoints/step_00000004")]) == 0
     original, branch = losses(tmp_path / "run"), losses(tmp_path / "branch")
@@ -153,7 +145,7 @@ def test_resume_from_a_named_checkpoint(tiny_flags, tmp_path, one_thread):
         (["--n_head=3"], "n_embd (16) must be a multiple of n_head (3)"),
         (["--batch_tokens=250"], "batch_tokens (250) must be a multiple of block_size (32); 256 would do"),
         (["--micro_batch_size=3"], "micro_batch_size (3) must divide the 8 sequences"),
-        (["--vocab_size=1000"], "set --vocab_size 50304"),
+        (["--vocab_size=256"], "set --vocab_size 512"),
         (["--train_file=nowhere.bin"], "nowhere.bin is missing"),
         (["--device=cuda"], "sees no GPU"),
         (["--device=tpu"], "must be auto, cpu, cuda"),
