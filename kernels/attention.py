@@ -69,7 +69,7 @@ def _visible(doc_start: Tensor | None, first: int, end: int, device: torch.devic
 
 def _attention_plain(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     if chip(q.device).sdpa == "none":
-        return _chunked(q, k, v, None, causal, scale)[0]
+        return chunked(q, k, v, None, causal, scale)[0]
     return sdpa(q, k, v, scale, causal=causal)
 
 
@@ -77,12 +77,12 @@ def _attention_documents(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, sca
     """Three ways to keep documents apart without a (T, T) score per head."""
     B, T = q.shape[:2]
     if chip(q.device).sdpa == "none":
-        return _chunked(q, k, v, doc_start, True, scale)[0]
+        return chunked(q, k, v, doc_start, True, scale)[0]
     compiling = torch.compiler.is_compiling()
     if T <= (_DENSE_MASK_LENGTH_COMPILED if compiling else _DENSE_MASK_LENGTH):
         return sdpa(q, k, v, scale, mask=_visible(doc_start, 0, T, q.device))
     if compiling:
-        return _chunked(q, k, v, doc_start, True, scale)[0]
+        return chunked(q, k, v, doc_start, True, scale)[0]
     lengths = _document_lengths(doc_start)
     if len(lengths) == B:
         return sdpa(q, k, v, scale, causal=True)
@@ -126,7 +126,7 @@ def sdpa(
 
 
 @torch.library.custom_op("pilesmith::attention_chunked", mutates_args=())
-def _chunked(
+def chunked(
     q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention by matrix products over chunks of queries, for chips without a fused one and for masks in a graph.
@@ -146,7 +146,7 @@ def _chunked(
     return out, lse
 
 
-@_chunked.register_fake
+@chunked.register_fake
 def _(q, k, v, doc_start, causal, scale):
     B, T, H, _ = q.shape
     lse = torch.empty(B, k.shape[2], H // k.shape[2], T, dtype=torch.float32, device=q.device)
@@ -189,7 +189,7 @@ def _chunked_gradients(ctx, grad, _):
     return *_chunked_backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None, None
 
 
-_chunked.register_autograd(_chunked_gradients, setup_context=_chunked_context)
+chunked.register_autograd(_chunked_gradients, setup_context=_chunked_context)
 
 
 def _chunks(q: Tensor, k: Tensor, causal: bool) -> list[tuple[slice, slice]]:

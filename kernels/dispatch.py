@@ -109,8 +109,9 @@ _chips: dict[torch.device, Chip] = {}
 _decisions: dict[tuple[str, torch.device], tuple[str, str]] = {}
 
 
+@functools.cache
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 before the first import of a kernel)."""
+    """Whether kernels run in Triton's interpreter: TRITON_INTERPRET as it was when the first of them was imported."""
     return TRITON_PRESENT and triton.knobs.runtime.interpret
 
 

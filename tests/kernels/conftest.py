@@ -18,14 +18,13 @@ from contextlib import AbstractContextManager
 
 import pytest
 
-from kernels import dispatch
+# No kernel is imported here: conftest files load before the interpreter is turned on.
 
 
 @pytest.fixture
 def triton_path():
     """Every op on its Triton path for the length of the test."""
-    _need_interpreter()
-    with dispatch.use_backend("triton"):
+    with _path("triton"):
         yield
 
 
@@ -33,14 +32,14 @@ def triton_path():
 def kernel_path():
     """kernel_path("torch" | "triton"): a context in which every op takes that path."""
 
-    def enter(path: str) -> AbstractContextManager:
-        if path == "triton":
-            _need_interpreter()
-        return dispatch.use_backend(path)
-
-    return enter
+    return _path
 
 
-def _need_interpreter() -> None:
-    if not dispatch.interpreting():
-        pytest.skip("needs Triton and its interpreter")
+def _path(path: str) -> AbstractContextManager:
+    from kernels import dispatch
+
+    if path == "triton":
+        if not dispatch.TRITON_PRESENT:
+            pytest.skip("Triton is not installed")
+        assert dispatch.interpreting(), "a kernel was imported before tests/conftest.py turned the interpreter on"
+    return dispatch.use_backend(path)
