@@ -62,7 +62,7 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def save(config: Config, strategy: Strategy, processes: Processes, progress: dict[str, Any], keep: int) -> Path:
+def save(config: Config, strategy: Strategy, processes: Processes, progress: dict[str, Any]) -> Path:
     """Write a checkpoint for progress["step"] finished steps and remove those no longer kept; all processes call it.
 
     `progress` is JSON: step, tokens, val_loss and what else the loop wants back. CheckpointError, on every process,
@@ -80,7 +80,7 @@ def save(config: Config, strategy: Strategy, processes: Processes, progress: dic
         state = {"format": FORMAT, "world_size": processes.world_size, "counters": counters} | progress
         error = writer.finish(config, state, final)
         if error is None:
-            _remove_old(config.run_dir, keep)
+            _remove_old(config.run_dir, config.report.keep_checkpoints)
     if processes.world_size > 1:
         shared = [error]
         dist.broadcast_object_list(shared, src=0)

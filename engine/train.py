@@ -12,9 +12,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tiktoken
 import torch
 
 from engine import checkpoint
@@ -37,16 +39,35 @@ EXIT_DIVERGED = 3
 
 
 class Interrupt:
-    """SIGINT and SIGTERM ask for a stop after the step under way; a second one stops at once."""
+    """Within it SIGINT and SIGTERM ask for a stop after the step under way; a second one stops at once."""
 
-    def __init__(self) -> None:
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+    def __enter__(self) -> "Interrupt":
+        self.asked = False
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
         signal.signal(number, signal.SIG_DFL)
-        self.signal = number
+
+
+@dataclass
+class Run:
+    """What a training run consists of; `report` is the main process's only."""
+
+    config: Config
+    processes: Processes
+    device: torch.device
+    strategy: Strategy
+    data: TrainingBatches
+    validation: list[Batch]
+    encoding: tiktoken.Encoding
+    progress: dict[str, Any]
+    report: Report | None
 
 
 def derive_batch(config: Config, world_size: int, device: torch.device) -> tuple[int, int]:
@@ -81,23 +102,8 @@ def prepare_default_data(config: Config, processes: Processes) -> None:
     processes.barrier()
 
 
-@torch.no_grad()
-def validate(strategy: Strategy, batches: list[Batch], processes: Processes, device: torch.device) -> float:
-    """Return the mean loss over every process's validation batches."""
-    strategy.module.eval()
-    total = torch.zeros(2, device=device)  # loss times tokens, tokens
-    for batch in batches:
-        batch = batch.to(device)
-        loss = strategy.module(batch.tokens, batch.targets, doc_start=batch.doc_start)
-        total += torch.stack([loss.float() * batch.tokens.numel(), torch.tensor(float(batch.tokens.numel()), device=device)])
-    strategy.module.train()
-    loss, count = processes.mean(total).tolist()
-    return loss / count
-
-
-def train(config: Config, resume: str | None, processes: Processes) -> int:
-    """Run the training that `config` describes and return the exit code; `resume` is None, "latest" or a checkpoint."""
-    interrupt = Interrupt()
+def set_up(config: Config, resume: str | None, processes: Processes) -> Run:
+    """Build everything that `config` describes; `resume` is None, "latest" or a checkpoint's path."""
     device, device_reason = choose_device(config.strategy.device, processes.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -109,9 +115,11 @@ def train(config: Config, resume: str | None, processes: Processes) -> int:
     prepare_default_data(config, processes)
     train_file, val_file = TokenFile(config.data.train_file), TokenFile(config.data.val_file)
     for file in (train_file, val_file):
-        require(file.vocab_size <= config.model.vocab_size, f"{file.path} has ids up to {file.vocab_size - 1}: set --vocab_size {math.ceil(file.vocab_size / 64) * 64}")
+        rows = math.ceil(file.vocab_size / 64) * 64
+        require(file.vocab_size <= config.model.vocab_size, f"{file.path} has ids up to {file.vocab_size - 1}: set --vocab_size {rows}")
     micro_batch_size, grad_accum = derive_batch(config, processes.world_size, device)
-    common = dict(block_size=config.model.block_size, rank=processes.rank, world_size=processes.world_size, document_masking=config.data.document_masking)
+    common = {"block_size": config.model.block_size, "document_masking": config.data.document_masking}
+    common |= {"rank": processes.rank, "world_size": processes.world_size}
     data = TrainingBatches(train_file, micro_batch_size=micro_batch_size, grad_accum=grad_accum, seed=config.seed, **common)
     validation = validation_batches(val_file, batch_size=micro_batch_size, tokens=config.report.eval_tokens, **common)
 
@@ -121,11 +129,12 @@ def train(config: Config, resume: str | None, processes: Processes) -> int:
     strategy = build(config, model, processes, device, dtype, grad_accum)
     progress: dict[str, Any] = {"step": 0, "tokens": 0, "val_loss": None, "bad_steps": 0}
     if start_from:
-        progress |= {key: value for key, value in checkpoint.load(start_from, config, strategy).items() if key in progress}
+        saved = checkpoint.load(start_from, config, strategy)
+        progress = {key: saved[key] for key in progress}
 
-    flops = flops_per_token(config.model, n_parameters)
     report = None
     if processes.main:
+        flops = flops_per_token(config.model, n_parameters)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         report = Report(config, progress["step"], flops, peak_flops(name, dtype))
         config.save(Path(config.run_dir) / "config.json")
@@ -141,50 +150,83 @@ def train(config: Config, resume: str | None, processes: Processes) -> int:
         if start_from:
             report.say(f"resumed from {start_from} at step {progress['step']}")
     encoding = load_encoding(train_file.tokenizer)
+    return Run(config, processes, device, strategy, data, validation, encoding, progress, report)
 
-    steps = prefetch(data.step, progress["step"], config.optimizer.max_steps, pin=device.type == "cuda")
-    saved = start_from if start_from and checkpoint.read_state(start_from)["step"] == progress["step"] else None
-    if report:
-        report.resume_clock()
+
+def loop(run: Run, interrupt: Interrupt) -> int:
+    """Train until max_steps, a signal, or too many steps in a row that were not finite; return the exit code."""
+    config, strategy, progress, report = run.config, run.strategy, run.progress, run.report
+    options = config.optimizer
+    saved = checkpoint.newest(config.run_dir)
+    steps = prefetch(run.data.step, progress["step"], options.max_steps, pin=run.device.type == "cuda")
     for batches in steps:
         began = time.perf_counter()
-        lr = learning_rate(progress["step"], config.optimizer)
+        lr = learning_rate(progress["step"], options)
         loss = strategy.forward_backward(batches)
-        loss, asked = processes.mean(torch.stack([loss, torch.tensor(float(interrupt.signal != 0), device=device)]))
+        asked = torch.tensor(float(interrupt.asked), device=run.device)
+        loss, asked = run.processes.mean(torch.stack([loss, asked]))  # all stop if one was asked to
         result = strategy.step(lr, loss)
-        progress["step"] += 1
-        progress["tokens"] += config.optimizer.batch_tokens
-        progress["val_loss"] = None
-        progress["bad_steps"] = progress["bad_steps"] + 1 if result.skipped else 0
-        step, stop = progress["step"], bool(asked > 0)
+
+        step = progress["step"] + 1
+        bad_steps = progress["bad_steps"] + 1 if result.skipped else 0
+        progress |= {"step": step, "tokens": progress["tokens"] + options.batch_tokens, "bad_steps": bad_steps, "val_loss": None}
+        stop, last = bool(asked > 0), step == options.max_steps
         if report:
             report.step(
                 step, loss=loss.item(), lr=lr, grad_norm=result.grad_norm, skipped=result.skipped,
-                step_s=time.perf_counter() - began, tokens=progress["tokens"], memory_bytes=peak_memory(device),
+                step_s=time.perf_counter() - began, tokens=progress["tokens"], memory_bytes=peak_memory(run.device),
             )  # fmt: skip
-        if progress["bad_steps"] == config.optimizer.max_bad_steps:
+        if bad_steps == options.max_bad_steps:
             return diverged(config, report)
-        last = step == config.optimizer.max_steps
-        if last or due(step, config.report.eval_interval):
-            progress["val_loss"] = validate(strategy, validation, processes, device)
-            sample = None
-            if config.report.sample_tokens:  # every process, since ZeRO gathers parameters as they are used
-                sample = sample_text(strategy.module, encoding, config.report.sample_prompt, config.report.sample_tokens, seed=config.seed)
-            if report:
-                report.validation(step, progress["val_loss"], sample)
-        if last or stop or due(step, config.report.save_interval):
-            saved = save(config, strategy, processes, progress, report, final=last or stop)
-        if report and (due(step, config.report.eval_interval) or due(step, config.report.save_interval)):
+        validating, saving = due(step, config.report.eval_interval), due(step, config.report.save_interval)
+        if validating or last:
+            validate(run)
+        if saving or last or stop:
+            saved = save(run, final=last or stop)
+        if report and (validating or saving):
             report.resume_clock()
         if stop and not last:
             if report:
-                report.say(f"stopped by signal after step {step}; checkpoint: {saved}; go on with --resume")
+                report.say(f"stopped by signal after step {step}; go on with --resume")
             break
     steps.close()
     if report:
         report.close()
         report.say(f"run: {config.run_dir}; newest checkpoint: {saved}")
     return 0
+
+
+@torch.no_grad()
+def validate(run: Run) -> None:
+    """Record the mean loss over every process's validation windows, and a sample of text."""
+    module, options = run.strategy.module, run.config.report
+    module.eval()
+    total = torch.zeros(2, device=run.device)  # loss times tokens, tokens
+    for batch in run.validation:
+        batch = batch.to(run.device)
+        loss, count = module(batch.tokens, batch.targets, doc_start=batch.doc_start), batch.tokens.numel()
+        total += torch.stack([loss.float() * count, torch.tensor(float(count), device=run.device)])
+    module.train()
+    loss, count = run.processes.mean(total).tolist()
+    run.progress["val_loss"] = loss / count
+    sample = None
+    if options.sample_tokens:  # in every process, since ZeRO gathers parameters as they are used
+        eager = getattr(module, "_orig_mod", module)  # a compiled model would compile again for each length
+        sample = sample_text(eager, run.encoding, options.sample_prompt, options.sample_tokens, seed=run.config.seed)
+    if run.report:
+        run.report.validation(run.progress["step"], run.progress["val_loss"], sample)
+
+
+def save(run: Run, final: bool) -> Path | None:
+    """Write a checkpoint and return it; a full disk ends the run only where there is no later chance to save."""
+    try:
+        return checkpoint.save(run.config, run.strategy, run.processes, run.progress)
+    except checkpoint.CheckpointError as error:
+        if final:
+            raise
+        if run.report:
+            run.report.say(f"warning: {error}; training goes on")
+        return checkpoint.newest(run.config.run_dir)
 
 
 def kernel_lines(device: torch.device) -> list[str]:
@@ -197,18 +239,6 @@ def kernel_lines(device: torch.device) -> list[str]:
 
 def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def save(config: Config, strategy: Strategy, processes: Processes, progress: dict[str, Any], report: Report | None, final: bool) -> Path | None:
-    """Write a checkpoint; a full disk ends the run only where there is no later chance to save."""
-    try:
-        return checkpoint.save(config, strategy, processes, progress, config.report.keep_checkpoints)
-    except checkpoint.CheckpointError as error:
-        if final:
-            raise
-        if report:
-            report.say(f"warning: {error}; training goes on")
-        return checkpoint.newest(config.run_dir)
 
 
 def find_checkpoint(config: Config, resume: str | None) -> Path | None:
@@ -236,7 +266,8 @@ def main(arguments: list[str] | None = None) -> int:
     processes = Processes.from_environment()
     try:
         config, options = parse(sys.argv[1:] if arguments is None else arguments)
-        return train(config, options.resume, processes)
+        with Interrupt() as interrupt:
+            return loop(set_up(config, options.resume, processes), interrupt)
     except (ConfigError, DataError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

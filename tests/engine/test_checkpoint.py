@@ -14,7 +14,7 @@ def saved_steps(run_dir) -> list[int]:
 
 def test_newest_and_best_are_kept(tiny_flags, tmp_path, monkeypatch):
     scores = iter([3.0, 1.0, 2.0, 4.0])
-    monkeypatch.setattr(train, "validate", lambda *_: next(scores))
+    monkeypatch.setattr(train, "validate", lambda run: run.progress.update(val_loss=next(scores)))
     assert train.main([*tiny_flags, "--eval_interval=3", "--save_interval=3", "--keep_checkpoints=1"]) == 0
     run = tmp_path / "run"
     assert saved_steps(run) == [6, 12]
