@@ -24,7 +24,9 @@ except ImportError:
     class _Absent:
         """Stands in for `triton` and `tl` at import: kernels stay plain functions that nothing calls."""
 
-        constexpr = object
+        @staticmethod
+        def constexpr(value: object) -> object:
+            return value
 
         @staticmethod
         def jit(function: Callable | None = None, **_options) -> Callable:
