@@ -1,5 +1,6 @@
 """What a run shows and writes: console lines, metrics.jsonl, TensorBoard events, loss.png."""
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -98,14 +99,14 @@ class Report:
 
     def draw(self) -> None:
         """Write loss.png: training loss, smoothed and raw, validation loss, and the learning rate below."""
-        training = [(r["step"], r["loss"], r["lr"]) for r in self.records if "loss" in r]
+        training = [(r["step"], math.nan if r["loss"] is None else r["loss"], r["lr"]) for r in self.records if "loss" in r]
         if len(training) < 2:
             return
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         steps, losses, rates = zip(*training)
-        validation = [(r["step"], r["val_loss"]) for r in self.records if "val_loss" in r]
+        validation = [(r["step"], r["val_loss"]) for r in self.records if r.get("val_loss") is not None]
         figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
@@ -133,6 +134,8 @@ class Report:
             self.board.close()
 
     def _write(self, record: dict[str, Any]) -> None:
+        # JSON has no NaN: what is not finite is null in the file.
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.records.append(record)
         self.file.write(json.dumps(record) + "\n")
         if self.board:
@@ -148,7 +151,7 @@ def _smooth(values: tuple[float, ...], weight: float = 0.9) -> list[float]:
     """Return the exponential moving average, corrected for its start; values that are not finite are passed over."""
     average, norm, smoothed = 0.0, 0.0, []
     for value in values:
-        if value - value == 0:
+        if math.isfinite(value):
             average, norm = weight * average + (1 - weight) * value, weight * norm + (1 - weight)
         smoothed.append(average / norm if norm else value)
     return smoothed

@@ -1,0 +1,35 @@
+"""The number format follows from what the chip can really do."""
+import pytest
+import torch
+
+from engine.config import ConfigError
+from engine.device import choose_device, choose_dtype
+from kernels import dispatch
+
+
+@pytest.fixture
+def as_chip():
+    """as_chip("cuda:75"): decide as if the device were that chip."""
+    yield dispatch.force_chip
+    dispatch.force_chip(None)
+
+
+@pytest.mark.parametrize(
+    "target, dtype",
+    [("cuda:90", torch.bfloat16), ("cuda:86", torch.bfloat16), ("cuda:75", torch.float16), ("cuda:70", torch.float16), ("cuda:61", torch.float32)],
+)
+def test_dtype_by_chip(as_chip, target, dtype):
+    as_chip(target)
+    chosen, reason = choose_dtype("auto", torch.device("cuda"))
+    assert chosen == dtype and reason
+
+
+def test_a_cpu_computes_in_fp32_unless_asked():
+    assert choose_dtype("auto", torch.device("cpu"))[0] == torch.float32
+    assert choose_dtype("bf16", torch.device("cpu")) == (torch.bfloat16, "asked for")
+
+
+@pytest.mark.parametrize("wanted", ["tpu", "mps", "cuda:99", "nonsense:x"])
+def test_a_device_that_is_not_there_is_refused(wanted):
+    with pytest.raises(ConfigError, match="--device"):
+        choose_device(wanted)

@@ -1,0 +1,65 @@
+"""The record of a run: numbers people read, a file that survives a kill, and what a resumed run keeps of it."""
+import math
+
+import pytest
+
+from engine.config import parse
+from engine.report import Report, duration, human, read_metrics
+
+
+@pytest.fixture
+def config(tmp_path):
+    flags = ["--preset=13m", f"--run_dir={tmp_path}/run", "--tensorboard=false", "--max_steps=100", "--batch_tokens=1024"]
+    return parse([*flags, "--log_interval=2"])[0]
+
+
+def record(report: Report, step: int, loss: float = 5.0) -> None:
+    report.step(step, loss=loss, lr=1e-3, grad_norm=1.0, skipped=False, step_s=0.5, tokens=step * 1024, memory_bytes=3 << 30)
+
+
+@pytest.mark.parametrize("number, text", [(0.5, "0.5"), (999, "999"), (999.9, "1k"), (12_345, "12.3k"), (7.5e6, "7.5M"), (2.017e9, "2.02G")])
+def test_human(number, text):
+    assert human(number) == text
+
+
+@pytest.mark.parametrize("seconds, text", [(5, "00:05"), (125, "02:05"), (7384, "2:03:04"), (93_784, "1d 02:03")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_mfu_is_shown_only_where_the_peak_is_known(config, capsys):
+    report = Report(config, 0, flops_per_token=10**9, peak_flops=10e12)
+    record(report, 1)
+    assert read_metrics(config.run_dir)[0]["mfu"] == pytest.approx(1024 / 0.5 * 1e9 / 10e12)
+    assert "MFU" in capsys.readouterr().out
+    report.close()
+    report = Report(config, 0, flops_per_token=10**9, peak_flops=None)
+    record(report, 1)
+    assert "mfu" not in read_metrics(config.run_dir)[0]
+    assert "MFU" not in capsys.readouterr().out
+
+
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint(config):
+    report = Report(config, 0, 1, None)
+    for step in range(1, 8):
+        record(report, step)
+    report.validation(6, 4.5, None)
+    with open(report.run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')  # the kill came here
+    report = Report(config, 6, 1, None)
+    record(report, 7, loss=3.0)
+    records = read_metrics(config.run_dir)
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6, 6, 7]
+    assert records[-1]["loss"] == 3.0
+    assert Report(config, 0, 1, None).records == []  # a run that begins anew keeps nothing
+
+
+def test_the_picture_is_drawn_through_losses_that_are_not_finite(config):
+    report = Report(config, 0, 1, None)
+    for step in range(1, 30):
+        record(report, step, loss=math.nan if step % 7 == 0 else 10 / step)
+    report.validation(29, 0.4, "text")
+    report.close()
+    assert (report.run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "NaN" not in (report.run_dir / "metrics.jsonl").read_text()  # which JSON does not have
+    assert read_metrics(config.run_dir)[6]["loss"] is None
