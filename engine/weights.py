@@ -156,13 +156,15 @@ def _read_pickle(path: Path) -> State:
             # Mapped, so that the optimizer's state beside the weights costs no memory.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises half a dozen types here
-        code = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
+        reason = error.__context__ or error  # torch wraps it in advice to load the file anyway
+        code = re.search(r"GLOBAL (\S+)", str(reason))
         if isinstance(error, pickle.UnpicklingError) and code:
             raise WeightsError(
                 f"holds {code[1]}, and loading that could run code: refused. If its author is to be trusted, save "
                 "model_state_dict alone, with torch.save, where the file was made"
             ) from None
-        raise WeightsError(f"is no whole PyTorch checkpoint: {str(error).splitlines()[0]}") from None
+        detail = " ".join(str(reason).split()[:30])
+        raise WeightsError(f"is no whole PyTorch checkpoint ({type(reason).__name__}: {detail})") from None
     state = content.get("model_state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         found = f"keys {', '.join(map(str, state))}" if isinstance(state, dict) else f"a {type(state).__name__}"
