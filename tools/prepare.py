@@ -1,0 +1,229 @@
+"""Turns shards of text into token files: the documents of all shards, in order, as one flat file of ids.
+
+    python tools/prepare.py                              data/train and data/val, on all cores
+    python tools/prepare.py --max_data 1000              the first 1000 JSON objects of each shard
+    python tools/prepare.py --shard 2/4                  the second of four machines' share of the work ...
+    python tools/prepare.py --merge                      ... and, when all four are done, one file of all shares
+
+Interrupted, the same command goes on where it was; finished, it does nothing. What a shard should not contain is counted
+and listed at the end, and the rest prepared; --strict stops at the first line that would be lost or changed.
+"""
+import argparse
+import errno
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tools.documents import INPUT_PATTERNS, KINDS
+from tools.parts import Part, Workspace
+from tools.pipeline import Pipeline
+from tools.progress import Progress
+from tools.text_encoders import TextEncoder
+from tools.token_file import PrepareError, Settings, Source
+from tools.workers import Helpers, available_cores, shares
+
+PATIENCE_S = 5
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def find_inputs(folder: Path) -> list[Path]:
+    """Return the shards in a folder, sorted by name; PrepareError where there are none."""
+    found = sorted({file for pattern in INPUT_PATTERNS for file in folder.glob(pattern)})
+    if not found:
+        raise PrepareError(
+            f"{folder} {'holds no shards' if folder.is_dir() else 'does not exist'} ({', '.join(INPUT_PATTERNS)}). "
+            "To fetch some of the Pile: python tools/download.py --size small; without a network: "
+            "python tools/download.py --source stdlib"
+        )
+    return found
+
+
+def prepare(
+    inputs: Sequence[Path],
+    out_file: Path,
+    tokenizer_name: str = "r50k_base",
+    max_data: int | None = None,
+    workers: int | None = None,
+    strict: bool = False,
+    *,
+    shard: tuple[int, int] | None = None,
+    merge: bool = False,
+    progress: bool = True,
+) -> list[Source]:
+    """Write the documents of `inputs`, in order, to `out_file` and `out_file`.json; return what each input gave.
+
+    max_data: JSON objects taken of each input, None for all. workers: threads that parse and encode, None for as many as
+    cores may be used. shard (i, n): only prepare the i-th, from 1, of n shares of the inputs; the file is then made by a
+    call with `merge`, which prepares nothing. PrepareError says what went wrong, where, and what to do; what is done by
+    then is kept for the next call.
+    """
+    settings = Settings(tokenizer=tokenizer_name, max_data=max_data)
+    _check_names(inputs)
+    try:
+        encoder = TextEncoder(tokenizer_name)
+    except ValueError as error:
+        raise PrepareError(str(error)) from None
+    workspace = Workspace(out_file, inputs, settings, encoder.dtype)
+    with _explained(workspace), workspace.locked(shared=shard is not None):
+        if description := workspace.finished():
+            if shard is None:
+                workspace.remove()
+            print(f"{out_file} is there: {description.tokens} tokens of {description.documents} documents; nothing to do")
+            return description.sources
+        if merge:
+            _check_complete(workspace)
+        else:
+            mine = [part for i, part in enumerate(workspace.parts) if shard is None or i % shard[1] == shard[0] - 1]
+            _fill(workspace, mine, encoder, workers or available_cores(), strict, progress)
+            if shard is not None:
+                print(f"{out_file}: share {shard[0]} of {shard[1]} is done; when all are, run again with --merge")
+                return [part.read_state().source for part in mine]
+        description = workspace.merge(encoder.vocab_size, encoder.end_of_text)
+    print(f"{out_file}: {description.tokens} tokens of {description.documents} documents, {description.dtype}")
+    return description.sources
+
+
+def _fill(
+    workspace: Workspace, parts: list[Part], encoder: TextEncoder, workers: int, strict: bool, progress: bool
+) -> None:
+    """Finish `parts`."""
+    if reused := workspace.reuse():
+        print(f"{workspace.file}: kept what it has of {', '.join(reused)}")
+    missing = [part for part in workspace.missing() if part in parts]
+    # The first of several bad lines is only known where one process goes through the inputs in order.
+    threads = [workers] if strict else shares(workers, len(missing))
+    total = sum(part.input.stat().st_size for part in missing)
+    with (
+        Progress(workspace.file.name, total, progress) as bar,
+        Helpers(workspace, missing, threads[1:], bar.add) as helpers,
+        Pipeline(encoder, threads[0], bar.add, strict) as pipeline,
+    ):
+        pipeline.run(missing)
+        helpers.wait()
+        patience = time.monotonic() + PATIENCE_S
+        while missing := [part for part in workspace.missing() if part in parts]:
+            pipeline.run(missing)  # of a helper that died; or one of a run that was killed just now may still be ending
+            if time.monotonic() > patience:
+                raise PrepareError(f"another run is preparing {missing[0].input}: wait for it, or stop it")
+            time.sleep(0.05)
+
+
+def _check_names(inputs: Sequence[Path]) -> None:
+    names = Counter(path.name for path in inputs)
+    if not inputs:
+        raise PrepareError("no inputs: name at least one shard")
+    for path in inputs:
+        if names[path.name] > 1:
+            raise PrepareError(f"two inputs are called {path.name}: give them different names")
+        if not path.is_file():
+            raise PrepareError(f"{path} does not exist")
+
+
+def _check_complete(workspace: Workspace) -> None:
+    """PrepareError naming the parts that are not done."""
+    if missing := workspace.missing():
+        raise PrepareError(
+            f"{len(missing)} of {len(workspace.parts)} parts of {workspace.file} are missing: "
+            f"{', '.join(part.input.name for part in missing)}. Run the same command without --merge to prepare them, or "
+            f"bring their .tokens and .state from where they were prepared to {workspace.folder}"
+        )
+
+
+@contextmanager
+def _explained(workspace: Workspace) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise PrepareError(f"{error.filename or workspace.file}: {error.strerror}") from error
+        free = shutil.disk_usage(workspace.file.parent).free
+        raise PrepareError(
+            f"no room left for {workspace.file} ({free / 1e6:.0f} MB free): what is done is kept in {workspace.folder}. "
+            "Free some space and run the same command again"
+        ) from error
+
+
+def summarize(folder: Path, sources: Sequence[Source]) -> list[str]:
+    """Return lines on what was found in the inputs that should not be there: counts by kind, and the first lines."""
+    lines = []
+    for kind, meaning in KINDS.items():
+        affected = [source for source in sources if kind in source.examples]
+        if not affected:
+            continue
+        count = sum((source.skipped | source.noted)[kind] for source in affected)
+        lines.append(f"{count} x {meaning}:")
+        for source in affected:
+            for line, detail in source.examples[kind]:
+                lines.append(f"    {folder / source.file}:{line}{f': {detail}' if detail else ''}")
+            more = (source.skipped | source.noted)[kind] - len(source.examples[kind])
+            if more:
+                lines.append(f"    and {more} more in {source.file}")
+    return lines
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Return (i, n) of "i/n"."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form i/n with i from 1 to n, as in 2/4")
+    return int(number), int(count)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n\n")[0],
+        epilog=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--train_dir", type=Path, default=Path("data/train"), help="default %(default)s")
+    parser.add_argument("--val_dir", type=Path, default=Path("data/val"), help="default %(default)s")
+    parser.add_argument("--out_train_file", type=Path, default=Path("data/train/pile_train.bin"), help="default %(default)s")
+    parser.add_argument("--out_val_file", type=Path, default=Path("data/val/pile_dev.bin"), help="default %(default)s")
+    parser.add_argument("--tokenizer_name", default="r50k_base", help="any of tiktoken's, default %(default)s")
+    parser.add_argument("--max_data", type=positive, metavar="N", help="JSON objects of each shard (default all)")
+    parser.add_argument("--workers", type=positive, metavar="N", help="threads (default: the cores that may be used)")
+    parser.add_argument("--shard", type=parse_shard, metavar="I/N", help="only the I-th of N shares of the shards")
+    parser.add_argument("--merge", action="store_true", help="make the files from all shares, preparing nothing")
+    parser.add_argument("--strict", action="store_true", help="stop at the first line that would be lost or changed")
+    options = parser.parse_args(arguments)
+    if options.shard and options.merge:
+        parser.error("--shard prepares a share, --merge puts all of them together: choose one")
+    try:
+        jobs = [
+            (options.train_dir, find_inputs(options.train_dir), options.out_train_file),
+            (options.val_dir, find_inputs(options.val_dir), options.out_val_file),
+        ]
+        for folder, inputs, out_file in jobs:
+            sources = prepare(
+                inputs,
+                out_file,
+                options.tokenizer_name,
+                options.max_data,
+                options.workers,
+                options.strict,
+                shard=options.shard,
+                merge=options.merge,
+            )
+            for line in summarize(folder, sources):
+                print(line)
+    except PrepareError as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
