@@ -163,6 +163,7 @@ class Config:
     def __post_init__(self) -> None:
         if not self.run_dir:
             self.run_dir = f"runs/{self.preset}"
+        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         tokens, block = self.optimizer.batch_tokens, self.model.block_size
         require(
             tokens % block == 0,
@@ -287,7 +288,8 @@ def from_dict(tree: dict[str, Any], source: str = "config") -> Config:
     sections = {f.section for f in flags.values()} - {""}
     values: dict[str, dict[str, Any]] = {section: {} for section in sections | {""}}
     for key, value in tree.items():
-        entries = value.items() if key in sections and isinstance(value, dict) else [(key, value)]
+        require(key not in sections or isinstance(value, dict), f"{source}: {key} must hold settings, got {value!r}")
+        entries = value.items() if key in sections else [(key, value)]
         section = key if key in sections else ""
         for name, leaf in entries:
             if name not in flags or flags[name].section != section:
@@ -310,17 +312,20 @@ def merge(*trees: dict[str, Any]) -> dict[str, Any]:
 
 
 def preset(name: str) -> dict[str, Any]:
-    require(name in PRESETS, f"unknown preset {name!r}; known: {', '.join(PRESETS)}{_meant(name, PRESETS)}")
+    known = list(PRESETS)  # a list also takes what a file may hold in the name's place
+    require(name in known, f"unknown preset {name!r}; known: {', '.join(known)}{_meant(str(name), known)}")
     return {"preset": name, **PRESETS[name]}
 
 
 def load_file(path: str | Path) -> dict[str, Any]:
     try:
-        return json.loads(Path(path).read_text())
+        tree = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # JSONDecodeError, or bytes that are no UTF-8
         raise ConfigError(f"{path} is no JSON: {error}") from None
+    require(isinstance(tree, dict), f"{path} must hold settings, got {tree!r}")
+    return tree
 
 
 class _Parser(argparse.ArgumentParser):

@@ -12,7 +12,7 @@ import sys
 import time
 
 from engine.checkpoint import CheckpointError
-from engine.config import ConfigError
+from engine.config import ConfigError, require
 from engine.device import DTYPES, choose_device, choose_dtype
 from engine.formats import WeightsError
 from engine.sampling import TextStream, check_sampling, generate, prompt_tokens, sample_text
@@ -53,6 +53,11 @@ def write_text(options: argparse.Namespace) -> None:
     encoding = load_encoding(options.tokenizer_name)
     path = find_weights(options.model_path)
     model = load_model(path, device, dtype)
+    rows = model.config.vocab_size
+    require(
+        rows >= encoding.n_vocab,
+        f"{path} has {rows} tokens and {encoding.name} {encoding.n_vocab}: give the --tokenizer_name it was trained with",
+    )
     note(f"model: {path}, {model.num_parameters():,} parameters, context {model.config.block_size}")
     note(f"device: {device} ({device_reason}); dtype: {str(dtype).removeprefix('torch.')} ({dtype_reason})")
 

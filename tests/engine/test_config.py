@@ -1,0 +1,188 @@
+"""The configuration tree and its command line: what wins, what is refused and what the message says."""
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from engine.config import (
+    PRESETS,
+    Config,
+    ConfigError,
+    ModelConfig,
+    OptimizerConfig,
+    ReportConfig,
+    StrategyConfig,
+    from_dict,
+    load_file,
+    merge,
+    parse,
+    preset,
+)
+from engine.model import GPT
+
+
+def flags(line: str) -> Config:
+    return parse(line.split())[0]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_run(name):
+    config = flags(f"--preset {name}")
+    assert config.preset == name and config.run_dir == f"runs/{name}"
+    assert config.optimizer.batch_tokens % config.model.block_size == 0
+    assert config.optimizer.warmup_steps < config.optimizer.max_steps
+    with torch.device("meta"):
+        GPT(config.model)
+
+
+def test_presets_leave_their_table_alone():
+    before = json.dumps(PRESETS)
+    config = flags("--preset gpt2 --n_layer 2 --lr 1")
+    config.model.n_head = 1
+    assert json.dumps(PRESETS) == before
+
+
+def test_later_settings_win(tmp_path):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"preset": "gpt2", "model": {"n_layer": 5, "n_embd": 96}, "optimizer": {"lr": 0.5}, "seed": 7}))
+    config = flags(f"--config {file} --n_layer 3 --min_lr=0.25")
+    assert config.model.vocab_size == 50304  # default
+    assert config.model.block_size == 1024 and config.optimizer.batch_tokens == 524_288  # preset
+    assert (config.model.n_embd, config.optimizer.lr, config.seed) == (96, 0.5, 7)  # file
+    assert (config.model.n_layer, config.optimizer.min_lr) == (3, 0.25)  # flags
+    assert flags(f"--config {file} --preset 13m --n_embd=64").model.activation == "relu"  # a flag's preset, not the file's
+
+
+def test_dashes_and_underscores_are_the_same():
+    config = flags("--max-steps 7 --grad-clip=0.5 --run-dir a-b --weight_decay 0")
+    assert (config.optimizer.max_steps, config.optimizer.grad_clip, config.run_dir) == (7, 0.5, "a-b")
+
+
+@pytest.mark.parametrize(
+    "line, value",
+    [("", False), ("--compile", True), ("--compile true", True), ("--compile=FALSE", False), ("--compile off", False), ("--compile --seed 3", True)],
+)
+def test_switches(line, value):
+    assert flags(line).strategy.compile is value
+
+
+@pytest.mark.parametrize("text, value", [("1000", 1000), ("1_000", 1000), ("1e3", 1000), ("1000.0", 1000)])
+def test_whole_numbers(text, value):
+    steps = flags(f"--max_steps {text}").optimizer.max_steps
+    assert steps == value and type(steps) is int
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("--n_layers 3", "unknown flag '--n_layers'; did you mean 'n_layer'?"),
+        ("--max_step=3", "did you mean 'max_steps'?"),
+        ("--learning-rate 3", "unknown flag '--learning_rate'"),
+        ("--n_la 3", "unknown flag '--n_la'"),  # no abbreviations: a new flag must not change what an old command means
+        ("nonsense", "unknown flag 'nonsense'"),
+        ("--preset gpt3", "unknown preset 'gpt3'; known: 13m, gpt2,"),
+        ("--preset gpt-2", "did you mean 'gpt2'?"),
+        ("--n_layer x", "n_layer must be a whole number, got 'x'"),
+        ("--n_layer 1.5", "n_layer must be a whole number, got '1.5'"),
+        ("--n_layer inf", "n_layer must be a whole number"),
+        ("--n_layer nan", "n_layer must be a whole number"),
+        ("--lr fast", "lr must be a number, got 'fast'"),
+        ("--lr", "--lr: expected one argument"),
+        ("--lr nan", "lr must be positive, got nan"),
+        ("--compile maybe", "compile must be true or false, got 'maybe'"),
+        ("--schedule cosin", "schedule must be one of cosine, wsd, step; got 'cosin'; did you mean 'cosine'?"),
+        ("--dtype float16", "dtype must be one of auto, fp32, bf16, fp16; got 'float16'"),
+        ("--n_layer 0", "n_layer must be positive, got 0"),
+        ("--n_head 7", "n_embd (128) must be a multiple of n_head (7); 4 heads would do"),
+        ("--positions rotary --n_embd 24", "rotary positions need an even head width, got 3"),
+        ("--batch_tokens 1000", "batch_tokens (1000) must be a multiple of block_size (128); 1024 would do"),
+        ("--min_lr 1", "min_lr (1) is above lr (0.002)"),
+        ("--beta2 1", "beta2 must be in [0, 1)"),
+        ("--seed -1", "seed must not be negative, got -1"),
+        ("--zero_stage 4", "zero_stage must be 0, 1, 2 or 3, got 4"),
+        ("--offload params --zero_stage 2", "--offload params needs --zero_stage 3, got 2"),
+        ("--offload optimizer --zero_stage 0", "--offload optimizer needs --zero_stage 1, 2 or 3"),
+        ("--nvme_path x --zero_stage 3", "--nvme_path needs --offload"),
+        ("--strategy resident --offload optimizer", "use --strategy zero"),
+        ("--log_interval 0", "log_interval must be positive"),
+        ("--keep_checkpoints=-1", "keep_checkpoints must not be negative, got -1"),
+        ("--config nowhere.json", "cannot read the configuration nowhere.json: No such file"),
+        ("--resume nowhere", "--resume nowhere: no checkpoint there"),
+    ],
+)
+def test_what_cannot_work_is_refused(line, said):
+    with pytest.raises(ConfigError) as error:
+        flags(line)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "tree, said",
+    [
+        ({"model": {"n_layers": 3}}, "c.json: unknown setting 'model.n_layers'; did you mean 'n_layer'?"),
+        ({"n_layer": 3}, "unknown setting 'n_layer'"),  # outside its section
+        ({"modle": {"n_layer": 3}}, "unknown setting 'modle'; did you mean 'model'?"),
+        ({"model": {"lr": 3}}, "unknown setting 'model.lr'"),
+        ({"model": 3}, "model must hold settings, got 3"),
+        ([1, 2], "must hold settings, got [1, 2]"),
+        ({"model": {"n_layer": "3x"}}, "n_layer must be a whole number, got '3x'"),
+        ({"model": {"n_layer": None}}, "n_layer must be a whole number, got 'None'"),
+        ({"model": {"n_layer": True}}, "n_layer must be a whole number, got 'True'"),
+        ({"model": {"n_layer": [3]}}, "n_layer must be a whole number"),
+        ({"run_dir": 3}, "run_dir must be a string, got 3"),
+        ({"strategy": {"compile": 2}}, "compile must be true or false, got '2'"),
+        ({"preset": ["13m"]}, "unknown preset ['13m']"),
+    ],
+)
+def test_a_file_that_cannot_work_is_refused(tmp_path, tree, said):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps(tree))
+    with pytest.raises(ConfigError) as error:
+        flags(f"--config {file}")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00", b""])
+def test_a_file_that_is_no_json_is_refused(tmp_path, content):
+    (tmp_path / "c.json").write_bytes(content)
+    with pytest.raises(ConfigError, match="c.json is no JSON"):
+        load_file(tmp_path / "c.json")
+
+
+def test_a_saved_configuration_is_the_same_run(tmp_path):
+    config = flags("--preset 2b --n_layer 2 --offload params --zero_stage 3 --document_masking --sample_prompt 你好")
+    config.save(tmp_path / "config.json")
+    assert flags(f"--config {tmp_path}/config.json") == config == from_dict(config.to_dict())
+
+
+def test_resume_goes_on_with_the_saved_configuration(tmp_path):
+    config = flags(f"--preset gpt2 --run_dir {tmp_path} --n_layer 3 --seed 9")
+    config.save(tmp_path / "config.json")
+    again, options = parse(["--resume", f"--run_dir={tmp_path}", "--max_steps=50000"])
+    assert options.resume == "latest"
+    config.optimizer.max_steps = 50_000
+    assert again == config
+    named, options = parse([f"--resume={tmp_path}"])
+    assert options.resume == str(tmp_path) and named.model.n_layer == 3 and named.run_dir == str(tmp_path)
+
+
+def test_the_launchers_flag_is_no_setting():
+    config, options = parse(["--local_rank=2", "--seed=4"])
+    assert options.local_rank == 2 and config.seed == 4 and options.resume is None
+
+
+def test_help_lists_every_setting(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(["--help"])
+    assert exit.value.code == 0
+    shown = capsys.readouterr().out
+    for section in (Config, ModelConfig, OptimizerConfig, StrategyConfig, ReportConfig):
+        for field in dataclasses.fields(section):
+            assert "help" not in field.metadata or f"--{field.name} " in shown, field.name
+
+
+def test_merge_is_deep_and_leaves_its_arguments():
+    a, b = {"x": {"p": 1, "q": 2}, "y": 1}, {"x": {"q": 3}, "y": {"z": 4}}
+    assert merge(a, b) == {"x": {"p": 1, "q": 3}, "y": {"z": 4}}
+    assert a == {"x": {"p": 1, "q": 2}, "y": 1} and preset("13m")["preset"] == "13m"
