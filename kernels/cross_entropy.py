@@ -165,10 +165,13 @@ def _on_gpu(
         return losses, grad_x, weight.new_empty(0), grad_bias
     buffer = logits = None  # its memory serves the words that are left
     grad_weight = sums.rounded(weight_gain / gain)
-    words = max(128, LOGITS_BYTES // (n * bytes_per_logit) // 128 * 128)
+    if sums.summed == vocab:
+        return losses, grad_x, grad_weight, grad_bias
+    words = min(vocab - sums.summed, max(128, LOGITS_BYTES // (n * bytes_per_logit) // 128 * 128))
+    buffer = _aligned_rows(x, n, words)
     for first in range(sums.summed, vocab, words):
         some = slice(first, min(first + words, vocab))
-        logits = _aligned_rows(x, n, some.stop - first)
+        logits = buffer[:, : some.stop - first]
         _logits(x, weight[some], None if bias is None else bias[some], logits)
         turn(logits, targets, losses, lse, row_scale, ignore_index, z_loss, gain, gradient=True, first_word=first)
         out = grad_weight[some]
@@ -212,7 +215,7 @@ class _WeightSums:
         self.started = True
 
     def rounded(self, factor: float) -> Tensor:
-        """The gradient in its own dtype, its first `summed` words times factor; the sums are gone."""
+        """The gradient in its own dtype, its first `summed` words times factor; the sums' memory is free."""
         for first, total in self.parts:
             if factor != 1:
                 total *= factor
@@ -223,6 +226,7 @@ class _WeightSums:
             for block in total.split(_slab_rows(total)):
                 self.grad[at : at + len(block)] = block.to(self.grad.dtype)
                 at += len(block)
+        self.parts = []
         return self.grad
 
 
@@ -311,41 +315,43 @@ def _turn_kernel(
     offsets = tl.arange(0, BLOCK)
     tail = full + offsets < n_words
     log2_e = 1.4426950408889634
-    ln_2 = 0.6931471805599453
     if LSE_KNOWN:
         lse = tl.load(lse_ptr + row)
+        base, inverse = lse, 1.0
     else:
         # A target outside the vocabulary makes the loss NaN rather than read what is not there.
         inside = (target >= 0) & (target < n_words)
         picked = tl.load(logits_ptr + target, mask=inside, other=float("nan")).to(tl.float32)
-        x = tl.load(logits_ptr + full + offsets, mask=tail, other=float("-inf")).to(tl.float32) * log2_e
+        x = tl.load(logits_ptr + full + offsets, mask=tail, other=float("-inf")).to(tl.float32)
         largest = tl.max(x, axis=0)
         base = tl.where(largest == float("-inf"), 0.0, largest)
-        total = tl.exp2(x - base)
+        total = tl.exp2((x - base) * log2_e)
         for start in tl.range(0, full, BLOCK, num_stages=STAGES):
-            x = tl.load(logits_ptr + start + offsets).to(tl.float32) * log2_e
+            x = tl.load(logits_ptr + start + offsets).to(tl.float32)
             larger = tl.maximum(largest, tl.max(x, axis=0))
             base = tl.where(larger == float("-inf"), 0.0, larger)
-            total = total * tl.exp2(largest - base) + tl.exp2(x - base)
+            total = total * tl.exp2((largest - base) * log2_e) + tl.exp2((x - base) * log2_e)
             largest = larger
-        lse = (base + tl.log2(tl.sum(total, axis=0))) * ln_2
+        whole = tl.sum(total, axis=0)
+        inverse = 1.0 / whole
+        lse = base + tl.log(whole)
         loss = lse - picked + z_loss * lse * lse
         tl.store(lse_ptr + row, lse)
         tl.store(losses_ptr + row, tl.where(counts, loss, 0.0))
     if GRADIENT:
         scale = tl.load(row_scale_ptr + (row if SCALED_ROWS else 0)) * gain
         scale = tl.where(counts, scale, 0.0)
-        stretched = (1.0 + 2.0 * z_loss * lse) * scale
-        lse_2 = lse * log2_e
+        # From the maximum, not the log-sum-exp: that difference is exact, and with large logits its rounding would show.
+        stretched = (1.0 + 2.0 * z_loss * lse) * scale * inverse
         target -= first_word
         for start in tl.range(0, full, BLOCK, num_stages=STAGES):
             words = start + offsets
             x = tl.load(logits_ptr + words).to(tl.float32)
-            grad = tl.exp2(x * log2_e - lse_2) * stretched - tl.where(words == target, scale, 0.0)
+            grad = tl.exp2((x - base) * log2_e) * stretched - tl.where(words == target, scale, 0.0)
             tl.store(logits_ptr + words, grad.to(logits_ptr.dtype.element_ty))
         words = full + offsets
         x = tl.load(logits_ptr + words, mask=tail, other=0.0).to(tl.float32)
-        grad = tl.exp2(x * log2_e - lse_2) * stretched - tl.where(words == target, scale, 0.0)
+        grad = tl.exp2((x - base) * log2_e) * stretched - tl.where(words == target, scale, 0.0)
         tl.store(logits_ptr + words, grad.to(logits_ptr.dtype.element_ty), mask=tail)
 
 
@@ -485,7 +491,9 @@ def _scaled(t: Tensor, factor: Tensor) -> Tensor:
         return (t.to(factor.dtype) * factor).to(t.dtype)
     if torch._C._autograd._get_current_graph_task_keep_graph():
         t = t.clone()
-    if t.numel():
+    if t.dtype == factor.dtype:
+        t *= factor
+    elif t.numel():
         for block in t.split(_slab_rows(t)):
             block.copy_(block.to(factor.dtype) * factor)
     return t
