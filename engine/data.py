@@ -45,7 +45,10 @@ class TokenFile:
         if not self.path.exists():
             raise DataError(f"{path} is missing; make it with: python tools/prepare.py")
         description = self.path.with_name(self.path.name + ".json")
-        about = json.loads(description.read_text()) if description.exists() else {}
+        try:
+            about = json.loads(description.read_text()) if description.exists() else {}
+        except ValueError as error:
+            raise DataError(f"{description} is no JSON: {error}; prepare {path} again") from None
         self.tokenizer: str = about.get("tokenizer", "r50k_base")
         self.vocab_size: int = about.get("vocab_size", END_OF_TEXT + 1)
         self.end_of_text: int = about.get("end_of_text", END_OF_TEXT)
@@ -179,13 +182,14 @@ def validation_batches(
 def prefetch(produce: Callable[[int], list[Batch]], first: int, last: int, *, pin: bool, depth: int = 2) -> Iterator[list[Batch]]:
     """Yield produce(first) ... produce(last - 1), made ahead by a thread that keeps `depth` of them ready.
 
-    What `produce` raises is raised here. Closing the generator ends the thread.
+    What `produce` raises is raised here. Closing the generator, or the program's end, ends the thread.
     """
     ready: queue.Queue = queue.Queue(maxsize=depth)
     stop = threading.Event()
+    program = threading.main_thread()
 
     def put(item: object) -> bool:
-        while not stop.is_set():
+        while not stop.is_set() and program.is_alive():
             try:
                 ready.put(item, timeout=0.1)
                 return True
@@ -202,7 +206,8 @@ def prefetch(produce: Callable[[int], list[Batch]], first: int, last: int, *, pi
         except BaseException as error:
             put(error)
 
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    # Not a daemon: Python kills those as a program ends, and with PyTorch loaded that often aborts it.
+    thread = threading.Thread(target=work, name="prefetch")
     thread.start()
     try:
         for _ in range(first, last):
