@@ -187,7 +187,7 @@ _CLASSIC = dict(
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "13m": {
         "model": dict(n_layer=1, n_head=8, n_embd=128, block_size=128, **_CLASSIC),
-        "optimizer": dict(batch_tokens=4096, max_steps=1000, lr=2e-3, min_lr=2e-4, warmup_steps=50),
+        "optimizer": dict(batch_tokens=2048, max_steps=1000, lr=2e-3, min_lr=2e-4, warmup_steps=50),
     },
     "gpt2": {
         "model": dict(n_layer=12, n_head=12, n_embd=768, **_GPT2),
