@@ -22,7 +22,8 @@ class Card:
     target: what kernels are compiled for, as in kernels/dispatch.py. memory_bytes: what the driver offers to a program,
     a little below the label (`label_gb`), the more so where error correction takes its sixteenth. bandwidth_bytes_s: of
     the device memory. bf16_flops (0 where bf16 is not native), fp16_flops, fp32_flops: peak FLOP/s, fp32 without TF32.
-    pcie_bytes_s: to the host, one direction. device_names: further names that drivers give it. source: of the figures.
+    pcie_bytes_s: to the host, link_bytes_s: to its like in one machine, each in one direction. device_names: further
+    names that drivers give it. source: of the figures.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Card:
     fp16_flops: float
     fp32_flops: float
     pcie_bytes_s: float
+    link_bytes_s: float
     device_names: tuple[str, ...] = ()
     source: str = ""
 
@@ -48,13 +50,14 @@ _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 def _card(
     name: str, target: str, label_gb: int, gib: float, bandwidth_gb: float, peaks: tuple[float, float, float],
-    pcie: float, source: str, *device_names: str,
+    pcie: float, source: str, *device_names: str, link_gb: float = 0,
 ) -> Card:  # fmt: skip
-    """`gib`: total_memory as torch reports it; `peaks`: TFLOPS of bf16, fp16, fp32."""
+    """`gib`: total_memory as torch reports it; `peaks`: TFLOPS of bf16, fp16, fp32; `link_gb`: 0 is PCIe."""
     bf16, fp16, fp32 = (peak * TFLOPS for peak in peaks)
     return Card(
         name=name, target=target, label_gb=label_gb, memory_bytes=int(gib * GiB), bandwidth_bytes_s=bandwidth_gb * GB,
-        bf16_flops=bf16, fp16_flops=fp16, fp32_flops=fp32, pcie_bytes_s=pcie, device_names=device_names, source=source,
+        bf16_flops=bf16, fp16_flops=fp16, fp32_flops=fp32, pcie_bytes_s=pcie, link_bytes_s=link_gb * GB or pcie,
+        device_names=device_names, source=source,
     )  # fmt: skip
 
 
@@ -65,9 +68,9 @@ _BLACKWELL_GEFORCE = "NVIDIA RTX Blackwell whitepaper, FP16 tensor with FP32 acc
 # The table by which people have chosen a card for two billion parameters, in its order.
 CLASSIC: tuple[Card, ...] = (
     _card("A100 40GB", "cuda:80", 40, 39.38, 1555, (312, 312, 19.5), PCIE4_X16, "NVIDIA A100 datasheet",
-          "A100-SXM4-40GB", "A100-PCIE-40GB"),
+          "A100-SXM4-40GB", "A100-PCIE-40GB", link_gb=300),
     _card("V100", "cuda:70", 16, 15.77, 900, (0, 125, 15.7), PCIE3_X16, "NVIDIA V100 datasheet, SXM2",
-          "V100-SXM2-16GB"),
+          "V100-SXM2-16GB", link_gb=150),
     _card("RTX 3090", "cuda:86", 24, 23.56, 936, (71.2, 71.2, 35.6), PCIE4_X16, _AMPERE_GEFORCE),
     _card("Quadro RTX 8000", "cuda:75", 48, 47.40, 672, (0, 130.5, 16.3), PCIE3_X16,
           "NVIDIA Turing whitepaper; Quadro accumulates in FP32 at the full rate"),
@@ -87,15 +90,16 @@ CARDS: tuple[Card, ...] = CLASSIC + (
     _card("V100 PCIe", "cuda:70", 16, 15.77, 900, (0, 112, 14.0), PCIE3_X16, "NVIDIA V100 datasheet, PCIe",
           "V100-PCIE-16GB"),
     _card("V100 32GB", "cuda:70", 32, 31.74, 900, (0, 125, 15.7), PCIE3_X16, "NVIDIA V100 datasheet, SXM2",
-          "V100-SXM2-32GB"),
+          "V100-SXM2-32GB", link_gb=150),
     _card("P100 SXM2", "cuda:60", 16, 15.89, 732, (0, 10.6, 10.6), PCIE3_X16,
-          "NVIDIA P100 datasheet, SXM2; FP16 is multiplied with FP32 arithmetic", "P100-SXM2-16GB"),
+          "NVIDIA P100 datasheet, SXM2; FP16 is multiplied with FP32 arithmetic", "P100-SXM2-16GB", link_gb=80),
     _card("RTX 3080 Ti", "cuda:86", 12, 11.76, 912, (68.2, 68.2, 34.1), PCIE4_X16, _AMPERE_GEFORCE),
     _card("RTX 3090 Ti", "cuda:86", 24, 23.56, 1008, (80.0, 80.0, 40.0), PCIE4_X16, _AMPERE_GEFORCE),
-    _card("RTX A6000", "cuda:86", 48, 47.43, 768, (154.8, 154.8, 38.7), PCIE4_X16, "NVIDIA RTX A6000 datasheet, half of the sparse figure"),
+    _card("RTX A6000", "cuda:86", 48, 47.43, 768, (154.8, 154.8, 38.7), PCIE4_X16,
+          "NVIDIA RTX A6000 datasheet, sparse figure halved"),
     _card("A10G", "cuda:86", 24, 22.06, 600, (70, 70, 35), PCIE4_X16, "NVIDIA A10G datasheet"),
     _card("A100 80GB", "cuda:80", 80, 79.15, 2039, (312, 312, 19.5), PCIE4_X16, "NVIDIA A100 datasheet",
-          "A100-SXM4-80GB", "A100 80GB PCIe"),
+          "A100-SXM4-80GB", "A100 80GB PCIe", link_gb=300),
     _card("RTX 4060", "cuda:89", 8, 7.63, 272, (30.2, 30.2, 15.1), PCIE4_X8, _ADA_GEFORCE),
     _card("RTX 4060 Ti", "cuda:89", 16, 15.57, 288, (44.1, 44.1, 22.1), PCIE4_X8, _ADA_GEFORCE),
     _card("RTX 4070", "cuda:89", 12, 11.60, 504, (58.3, 58.3, 29.1), PCIE4_X16, _ADA_GEFORCE),
@@ -105,21 +109,25 @@ CARDS: tuple[Card, ...] = CLASSIC + (
     _card("RTX 4080", "cuda:89", 16, 15.57, 716.8, (97.5, 97.5, 48.7), PCIE4_X16, _ADA_GEFORCE),
     _card("RTX 4080 Super", "cuda:89", 16, 15.57, 736, (104.4, 104.4, 52.2), PCIE4_X16, _ADA_GEFORCE),
     _card("RTX 4090", "cuda:89", 24, 23.51, 1008, (165.2, 165.2, 82.6), PCIE4_X16, _ADA_GEFORCE),
-    _card("L4", "cuda:89", 24, 22.03, 300, (121, 121, 30.3), PCIE4_X16, "NVIDIA L4 datasheet, half of the sparse figure"),
+    _card("L4", "cuda:89", 24, 22.03, 300, (121, 121, 30.3), PCIE4_X16, "NVIDIA L4 datasheet, sparse figure halved"),
     _card("L40S", "cuda:89", 48, 44.39, 864, (362.05, 362.05, 91.6), PCIE4_X16, "NVIDIA L40S datasheet"),
     _card("RTX 5060 Ti", "cuda:120", 16, 15.47, 448, (47.4, 47.4, 23.7), PCIE5_X8, _BLACKWELL_GEFORCE),
     _card("RTX 5070", "cuda:120", 12, 11.50, 672, (61.7, 61.7, 30.9), PCIE5_X16, _BLACKWELL_GEFORCE),
     _card("RTX 5070 Ti", "cuda:120", 16, 15.47, 896, (87.9, 87.9, 43.9), PCIE5_X16, _BLACKWELL_GEFORCE),
     _card("RTX 5080", "cuda:120", 16, 15.47, 960, (112.6, 112.6, 56.3), PCIE5_X16, _BLACKWELL_GEFORCE),
     _card("RTX 5090", "cuda:120", 32, 31.36, 1792, (209.5, 209.5, 104.8), PCIE5_X16, _BLACKWELL_GEFORCE),
-    _card("H100", "cuda:90", 80, 79.10, 3350, (989.4, 989.4, 66.9), PCIE5_X16, "NVIDIA H100 whitepaper, SXM5", "H100 80GB HBM3"),
+    _card("H100", "cuda:90", 80, 79.10, 3350, (989.4, 989.4, 66.9), PCIE5_X16, "NVIDIA H100 whitepaper, SXM5",
+          "H100 80GB HBM3", link_gb=450),
     _card("H100 PCIe", "cuda:90", 80, 79.10, 2000, (756, 756, 51.2), PCIE5_X16, "NVIDIA H100 whitepaper, PCIe"),
-    _card("H100 NVL", "cuda:90", 94, 93.0, 3900, (835, 835, 60), PCIE5_X16, "NVIDIA H100 datasheet, half of the sparse figure"),
-    _card("H200", "cuda:90", 141, 139.80, 4800, (989.4, 989.4, 66.9), PCIE5_X16, "NVIDIA H200 datasheet, half of the sparse figure"),
+    _card("H100 NVL", "cuda:90", 94, 93.0, 3900, (835, 835, 60), PCIE5_X16, "NVIDIA H100 datasheet, sparse figure halved",
+          link_gb=300),
+    _card("H200", "cuda:90", 141, 139.80, 4800, (989.4, 989.4, 66.9), PCIE5_X16, "NVIDIA H200 datasheet, sparse figure halved",
+          link_gb=450),
     _card("MI210", "hip:gfx90a", 64, 63.98, 1638, (181, 181, 22.6), PCIE4_X16, "AMD Instinct MI210 datasheet"),
     _card("MI250X", "hip:gfx90a", 64, 63.98, 1638, (191.5, 191.5, 23.9), PCIE4_X16,
           "AMD Instinct MI250X datasheet, one of its two dies: what torch sees as a device"),
-    _card("MI300X", "hip:gfx942", 192, 191.98, 5300, (1307.4, 1307.4, 163.4), PCIE5_X16, "AMD Instinct MI300X datasheet"),
+    _card("MI300X", "hip:gfx942", 192, 191.98, 5300, (1307.4, 1307.4, 163.4), PCIE5_X16,
+          "AMD Instinct MI300X datasheet", link_gb=448),
 )  # fmt: skip
 
 _FAMILY = re.compile(r"\b(nvidia|amd|geforce|tesla|quadro|radeon|instinct|rtx|gtx|rx)(?=\d|\b)")
@@ -148,8 +156,8 @@ def get(name: str) -> Card:
         wanted = _canonical(name)
         near = [key for key in names if wanted and (key.startswith(wanted) or wanted.startswith(key))]
         near = near or difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
-        meant = f"did you mean {' or '.join(names[key] for key in near)}?" if near else f"known: {', '.join(names.values())}"
-        raise ValueError(f"unknown GPU {name!r}; {meant}")
+        shown = [names[key] for key in near or names]
+        raise ValueError(f"unknown GPU {name!r}; " + (f"did you mean {' or '.join(shown)}?" if near else f"known: {', '.join(shown)}"))
     return card
 
 
