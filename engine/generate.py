@@ -56,7 +56,7 @@ def write_text(options: argparse.Namespace) -> None:
     rows = model.config.vocab_size
     require(
         rows >= encoding.n_vocab,
-        f"{path} has {rows} tokens and {encoding.name} {encoding.n_vocab}: give the --tokenizer_name it was trained with",
+        f"{path} has {rows} tokens and {encoding.name} {encoding.n_vocab}: give the --tokenizer_name of its training",
     )
     note(f"model: {path}, {model.num_parameters():,} parameters, context {model.config.block_size}")
     note(f"device: {device} ({device_reason}); dtype: {str(dtype).removeprefix('torch.')} ({dtype_reason})")

@@ -45,13 +45,14 @@ def test_presets_leave_their_table_alone():
 
 def test_later_settings_win(tmp_path):
     file = tmp_path / "c.json"
-    file.write_text(json.dumps({"preset": "gpt2", "model": {"n_layer": 5, "n_embd": 96}, "optimizer": {"lr": 0.5}, "seed": 7}))
+    tree = {"preset": "gpt2", "model": {"n_layer": 5, "n_embd": 96}, "optimizer": {"lr": 0.5}, "seed": 7}
+    file.write_text(json.dumps(tree))
     config = flags(f"--config {file} --n_layer 3 --min_lr=0.25")
     assert config.model.vocab_size == 50304  # default
     assert config.model.block_size == 1024 and config.optimizer.batch_tokens == 524_288  # preset
     assert (config.model.n_embd, config.optimizer.lr, config.seed) == (96, 0.5, 7)  # file
     assert (config.model.n_layer, config.optimizer.min_lr) == (3, 0.25)  # flags
-    assert flags(f"--config {file} --preset 13m --n_embd=64").model.activation == "relu"  # a flag's preset, not the file's
+    assert flags(f"--config {file} --preset 13m --n_embd=64").model.activation == "relu"  # not the file's preset
 
 
 def test_dashes_and_underscores_are_the_same():
@@ -61,7 +62,14 @@ def test_dashes_and_underscores_are_the_same():
 
 @pytest.mark.parametrize(
     "line, value",
-    [("", False), ("--compile", True), ("--compile true", True), ("--compile=FALSE", False), ("--compile off", False), ("--compile --seed 3", True)],
+    [
+        ("", False),
+        ("--compile", True),
+        ("--compile true", True),
+        ("--compile=FALSE", False),
+        ("--compile off", False),
+        ("--compile --seed 3", True),
+    ],
 )
 def test_switches(line, value):
     assert flags(line).strategy.compile is value

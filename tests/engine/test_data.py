@@ -1,4 +1,4 @@
-"""Token files, their order and their batches: nothing lost, nothing twice, whatever the size and number of processes."""
+"""Token files, their order and their batches: nothing lost or twice, whatever the size and number of processes."""
 import json
 import os
 import subprocess
@@ -182,7 +182,9 @@ def test_a_batch_depends_on_seed_and_step_alone(tmp_path):
     assert order_of(file, [0], seed=12) != [straight[0]]
 
 
-@pytest.mark.parametrize("world_size, micro, accum", [(1, 12, 1), (1, 3, 4), (2, 3, 2), (2, 6, 1), (3, 2, 2), (4, 3, 1), (12, 1, 1)])
+@pytest.mark.parametrize(
+    "world_size, micro, accum", [(1, 12, 1), (1, 3, 4), (2, 3, 2), (2, 6, 1), (3, 2, 2), (4, 3, 1), (12, 1, 1)]
+)
 def test_a_step_is_the_same_set_whatever_the_number_of_processes(tmp_path, world_size, micro, accum):
     file = write(tmp_path / "x.bin", range(4 * 100 + 1))
     alone = order_of(file, range(20), micro_batch_size=12, grad_accum=1)

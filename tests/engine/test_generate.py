@@ -1,4 +1,4 @@
-"""Text out of a model: the cache and the sliding window, the distributions drawn from, whole characters, the program."""
+"""Text out of a model: the cache and the sliding window, what is drawn how often, whole characters, the program."""
 import os
 import subprocess
 import sys
@@ -222,8 +222,8 @@ def saved(tmp_path) -> Path:
 def test_the_program_streams_utf8(saved):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
     script = Path(__file__).parents[2] / "engine/generate.py"
-    command = [sys.executable, script, f"--model_path={saved}", "--input_text=你好", "--max_new_tokens=20", "--device=cpu"]
-    done = subprocess.run(command, capture_output=True, env=environment, cwd=saved.parent)
+    flags = [f"--model_path={saved}", "--input_text=你好", "--max_new_tokens=20", "--device=cpu"]
+    done = subprocess.run([sys.executable, script, *flags], capture_output=True, env=environment, cwd=saved.parent)
     assert done.returncode == 0, done.stderr.decode()
     text = done.stdout.decode()
     assert text.startswith("你好") and text.endswith("\n") and len(text) > 20

@@ -1,4 +1,4 @@
-"""Weights come in and go out unchanged: transformers' GPT-2, the classic script, our own files; what is wrong is named."""
+"""Weights in and out, unchanged: transformers' GPT-2, the classic script, our own files; what is wrong is named."""
 import json
 import os
 import pickle
@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from engine.config import ModelConfig, from_dict, preset
+from engine.config import ModelConfig, from_dict
 from engine.formats import WeightsError, drop_tied, resize_vocab
 from engine.model import GPT
 from engine.weights import load_model, read_weights, save_model, write_classic, write_gpt2
@@ -64,7 +64,9 @@ def assert_parity(ours: GPT, theirs: nn.Module, vocab_size: int) -> None:
     assert not gradients
 
 
-@pytest.mark.parametrize("changes", [{}, {"activation_function": "gelu", "layer_norm_epsilon": 1e-3}, {"tie_word_embeddings": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"activation_function": "gelu", "layer_norm_epsilon": 1e-3}, {"tie_word_embeddings": False}]
+)
 def test_gpt2_comes_in(tmp_path, changes):
     theirs = hugging_face(**changes)
     theirs.save_pretrained(tmp_path)
@@ -147,7 +149,12 @@ def test_what_gpt2_has_not_is_refused_by_field(tmp_path, field, value, said):
 
 @pytest.mark.parametrize(
     "setting, value",
-    [("activation_function", "relu"), ("scale_attn_by_inverse_layer_idx", True), ("n_inner", 50), ("model_type", "llama")],
+    [
+        ("activation_function", "relu"),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("n_inner", 50),
+        ("model_type", "llama"),
+    ],
 )
 def test_gpt2_settings_that_change_the_arithmetic_are_refused(tmp_path, setting, value):
     hugging_face().save_pretrained(tmp_path)
@@ -305,13 +312,14 @@ def test_classic_entries_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(WeightsError) as error:
         load_model(tmp_path / "odd.pt")
     missing = "missing: attn_blocks.0.attn.proj.bias, attn_blocks.1.attn.heads.2.key.weight, layer_norm.bias"
-    for part in ("odd.pt", missing, "unknown: attn_blocks.2.rotary.weight", "lm_head.bias is (60,) and should be (61,)"):
+    unknown, shape = "unknown: attn_blocks.2.rotary.weight", "lm_head.bias is (60,) and should be (61,)"
+    for part in ("odd.pt", missing, unknown, shape):
         assert part in str(error.value)
 
 
 def test_a_file_of_another_model_says_so(tmp_path):
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
-    with pytest.raises(WeightsError, match="missing: token_embed.weight, position_embed.weight.*it begins with: conv1.weight"):
+    with pytest.raises(WeightsError, match="missing: token_embed.weight, position_embed.*it begins with: conv1.weight"):
         load_model(tmp_path / "other.pt")
     torch.save({"weights": [1, 2], "epoch": 3}, tmp_path / "odd.pt")
     with pytest.raises(WeightsError, match="no model_state_dict, but keys weights, epoch"):
@@ -331,7 +339,7 @@ class Evil:
 def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path, place, zipped):
     checkpoint = classic_checkpoint(ClassicModel(), **{place: Evil(tmp_path / "ran")})
     torch.save(checkpoint, tmp_path / "evil.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(WeightsError, match=r"evil\.pt: holds (posix|nt)\.system, and loading that could run code: refused"):
+    with pytest.raises(WeightsError, match=r"evil\.pt: holds posix\.system, and loading that could run code: refused"):
         load_model(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
 
@@ -385,7 +393,8 @@ def test_dtype_of_a_loaded_model(tmp_path):
 def write_run(run: Path, losses: dict[int, float | None]) -> dict[int, GPT]:
     """A run folder as training leaves it, a different model at each step."""
     models = {}
-    config = from_dict(preset("13m") | {"model": dict(n_layer=1, n_head=2, n_embd=8, block_size=16, vocab_size=64), "optimizer": {"batch_tokens": 64}})
+    shape = dict(n_layer=1, n_head=2, n_embd=8, block_size=16, vocab_size=64)
+    config = from_dict({"preset": "13m", "model": shape, "optimizer": {"batch_tokens": 64}})
     for step, loss in losses.items():
         models[step] = GPT(config.model)
         models[step].init_weights(torch.Generator().manual_seed(step))
@@ -434,8 +443,13 @@ def test_our_files_that_cannot_be_read_say_why(tmp_path):
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     file = save_model(tmp_path / "a.safetensors", gpt())
     before = file.read_bytes()
-    monkeypatch.setattr("engine.weights.save_file", lambda tensors, path, metadata: Path(path).write_bytes(b"half") and 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("engine.weights.save_file", fail)
+    with pytest.raises(WeightsError, match="a.safetensors cannot be written: No space left"):
         save_model(file, gpt(n_layer=1))
     assert file.read_bytes() == before and os.listdir(tmp_path) == ["a.safetensors"]
 
@@ -449,14 +463,16 @@ def test_programs_carry_gpt2_in_and_out(tmp_path, capsys):
     assert import_weights.main([f"--model_path={tmp_path}/hf", f"--out={tmp_path}/ours"]) == 0
     assert "61 rows padded to 64" in capsys.readouterr().out
     assert load_model(tmp_path / "ours").config.vocab_size == 64
-    assert export_weights.main([f"--model_path={tmp_path}/ours", "--format=gpt2", f"--out={tmp_path}/back", "--vocab_size=61"]) == 0
+    export = [f"--model_path={tmp_path}/ours", "--format=gpt2", f"--out={tmp_path}/back", "--vocab_size=61"]
+    assert export_weights.main(export) == 0
     torch.testing.assert_close(load_model(tmp_path / "back")(tokens()), theirs(tokens()).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_programs_carry_classic_checkpoints_in_and_out(tmp_path, capsys):
     torch.save(randomise(ClassicModel()).state_dict(), tmp_path / "a.pt")
-    assert import_weights.main([f"--model_path={tmp_path}/a.pt", f"--out={tmp_path}/b.safetensors", "--vocab_multiple=1"]) == 0
-    assert export_weights.main([f"--model_path={tmp_path}/b.safetensors", "--format=classic", f"--out={tmp_path}/c.pt"]) == 0
+    between = tmp_path / "b.safetensors"
+    assert import_weights.main([f"--model_path={tmp_path}/a.pt", f"--out={between}", "--vocab_multiple=1"]) == 0
+    assert export_weights.main([f"--model_path={between}", "--format=classic", f"--out={tmp_path}/c.pt"]) == 0
     a, c = torch.load(tmp_path / "a.pt"), torch.load(tmp_path / "c.pt")["model_state_dict"]
     assert a.keys() == c.keys() and all(a[name].equal(c[name]) for name in a)
     export = ["--format=safetensors", f"--out={tmp_path}/d", "--dtype=bf16"]
