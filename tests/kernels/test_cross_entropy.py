@@ -203,6 +203,17 @@ def test_backward_twice_checkpoint_and_tied_weights(path, path_of):
         torch.testing.assert_close(torch.autograd.grad(again, weight), expected)
 
 
+def test_gradients_are_scaled_with_one_rounding(kernel_path):
+    """By a factor in fp32, which bf16 could not hold."""
+    tensors, targets = problem(22, 16, 300, torch.bfloat16)
+    with kernel_path("torch"):
+        loss = linear_cross_entropy(tensors[0], tensors[1], targets, bias=tensors[2])
+        once = torch.autograd.grad(loss, tensors, retain_graph=True)
+        third = torch.autograd.grad(loss, tensors, torch.tensor(1 / 3))
+    for a, b in zip(once, third, strict=True):
+        assert torch.equal(b, (a.float() * torch.tensor(1 / 3)).bfloat16())
+
+
 def test_refuses_second_derivatives():
     (x, weight), targets = problem(6, 8, 40, torch.float32, bias=False)
     for reduction in ("mean", "none"):
@@ -282,6 +293,13 @@ def test_memory_on_a_gpu(path, n, width, path_of, monkeypatch):
     gradients = 2 * width * (n + 50304)
     assert memory.now - inputs < gradients + 16 * n + 1000 and len(out) == 4
     assert 100e6 < memory.peak - inputs - gradients < 300e6
+
+
+@pytest.mark.parametrize("width, share", [(768, 1), (1280, 1), (1600, 0.9), (2560, 0.76)])
+def test_words_that_need_no_second_look(width, share):
+    with FakeTensorMode():
+        sums = module._WeightSums(torch.empty(50304, width, dtype=torch.bfloat16), module.WORKSPACE_BYTES)
+    assert sums.summed / 50304 == pytest.approx(share, abs=0.01)
 
 
 def test_memory_on_a_cpu(kernel_path, monkeypatch):
