@@ -299,7 +299,7 @@ def test_memory_on_a_gpu(path, n, width, path_of, monkeypatch):
 def test_words_that_need_no_second_look(width, share):
     with FakeTensorMode():
         sums = module._WeightSums(torch.empty(50304, width, dtype=torch.bfloat16), module.WORKSPACE_BYTES)
-    assert sums.summed / 50304 == pytest.approx(share, abs=0.01)
+    assert sums.summed / 50304 == pytest.approx(share, abs=0.02)
 
 
 def test_memory_on_a_cpu(kernel_path, monkeypatch):
