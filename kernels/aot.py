@@ -101,7 +101,7 @@ def compile_case(case: Case, target: str) -> Row:
     try:
         compiled = triton.compile(ASTSource(kernel, signature, case.constants, attributes), target=gpu, options=options)
     except Exception as failure:  # every stage of the compiler has its own kind
-        return Row(**head, error=f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:160]}")
+        return Row(**head, error=f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}")
     cost = _nvidia_cost(compiled) if kind == "cuda" else _amd_cost(compiled)
     # Hopper keeps 1 KiB of each block's shared memory to itself; the table's numbers are what a block may ask for.
     return Row(**head, shared_bytes=compiled.metadata.shared, shared_limit_bytes=CHIPS[target].shared_bytes, **cost)
@@ -120,7 +120,7 @@ def compile_all(
         waiting.put(i)
     rows: list[Row | None] = [None] * len(jobs)
     threads = [
-        threading.Thread(target=_feed, args=(jobs, rows, waiting, cache or _cache_folder())) for _ in range(workers)
+        threading.Thread(target=_feed, args=(jobs, rows, waiting, cache or _cache_folder())) for _ in range(min(workers, len(jobs)))
     ]
     for thread in threads:
         thread.start()

@@ -401,7 +401,7 @@ def precision(here: Chip, dtype: torch.dtype) -> str:
     """How fp32 products are made: as PyTorch's matrix products are; exact ones as three of TF32 where that is faster."""
     if dtype != torch.float32 or not here.target.startswith("cuda"):
         return "ieee"
-    return "tf32" if torch.get_float32_matmulprecision() != "highest" else "tf32x3"
+    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
 
 
 KERNELS = {
