@@ -1,9 +1,38 @@
-"""AdamW for a whole group of parameters at once."""
+"""AdamW for a whole group of parameters in one launch, its state in 32, 16 or 8 bits."""
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from kernels.aot import Case, triton_targets
+from kernels.dispatch import CHIPS, backend, tl, triton
+from kernels.number_formats import (
+    BLOCK,
+    decode_moments,
+    encode_moments,
+    join,
+    momentum_bound,
+    more_bits,
+    random_bits,
+    round_stochastic,
+    split,
+    tile_decode_first,
+    tile_decode_second,
+    tile_encode_first,
+    tile_encode_second,
+    tile_join,
+    tile_more_bits,
+    tile_random_bits,
+    tile_round_stochastic,
+    tile_split,
+    tile_widen,
+)
+
+
+CHUNK = 1 << 16  # elements that the PyTorch path unpacks at a time on a CPU
 
 
 @torch.no_grad()
@@ -18,17 +47,66 @@ def adamw(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    residuals: Sequence[Tensor] | None = None,
+    exponents: Sequence[Tensor] | None = None,
+    bound: float | None = None,
+    keys: Sequence[int] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
     """Update weights and moments in place by one step of AdamW with decoupled weight decay.
 
-    All lists run over the same parameters, each of any shape: weights, grads, first and second moments, fp32; steps,
-    fp32 scalars that count the updates. grad_scale, fp32 scalar: multiplies the gradients (clipping and loss scale).
-    found_inf, fp32 scalar: where it is not 0 nothing changes, steps included. Neither is read on the host. The
-    gradients are consumed: afterwards they hold nothing of use. (Loshchilov and Hutter, 2019)
+    All lists run over the same parameters, contiguous tensors of any shapes; within a list all have one dtype.
+    weights: fp32; or bf16 or fp16 and int16 `residuals`, which together are the fp32 master weights (`split`); or
+    bf16 or fp16 alone, rounded stochastically. grads: fp32, bf16 or fp16. exp_avgs and exp_avg_sqs: fp32; or bf16,
+    rounded stochastically; or int8 and uint8 with `exponents`, uint8 (ceil(n / 256),) (`encode_first`,
+    `encode_second`). steps: fp32 scalars that count the updates.
+
+    bound: `momentum_bound` that int8 moments were encoded with (None: that of `betas`). keys: an integer below 2^32
+    for each parameter; with the step they determine the random bits. grad_scale, fp32 scalar: multiplies the gradients
+    (clipping and loss scale). found_inf, fp32 scalar, 0 or 1: where it is 1 nothing changes, steps included. Neither is
+    read on the host. The gradients hold nothing of use afterwards. (Loshchilov and Hutter, 2019)
     """
-    torch._foreach_add_(steps, 1)
+    if not weights:
+        return
+    torch._foreach_add_(steps, 1 if found_inf is None else 1 - found_inf)
+    nothing = [None] * len(weights)
+    tensors = list(
+        zip(
+            weights,
+            [g.contiguous() for g in grads],
+            exp_avgs,
+            exp_avg_sqs,
+            steps,
+            residuals or nothing,
+            exponents or nothing,
+            keys or [0] * len(weights),
+            strict=True,
+        )
+    )
+    numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    numbers["bound"] = momentum_bound(*betas) if bound is None else bound
+    launch = _adamw_triton if backend("adamw", weights[0].device) == "triton" else _adamw_torch
+    launch(tensors, grad_scale=grad_scale, found_inf=found_inf, **numbers)
+
+
+def _adamw_torch(tensors, *, grad_scale, found_inf, **numbers) -> None:
+    """PyTorch's own kernel where all is fp32; else the same on what a chunk unpacks to."""
+    if found_inf is not None and found_inf.device.type == "cpu":
+        if found_inf.item():
+            return
+        found_inf = None
+    weights, grads, exp_avgs, exp_avg_sqs, steps, *_ = map(list, zip(*tensors))
+    # PyTorch divides by it.
+    scaling = {"grad_scale": None if grad_scale is None else grad_scale.reciprocal(), "found_inf": found_inf}
+    if {weights[0].dtype, grads[0].dtype, exp_avgs[0].dtype} == {torch.float32}:
+        _fused(weights, grads, exp_avgs, exp_avg_sqs, steps, **scaling, **numbers)
+    else:
+        for tensor in tensors:
+            _adamw_chunks(*tensor, **scaling, **numbers)
+
+
+def _fused(weights, grads, exp_avgs, exp_avg_sqs, steps, *, lr, betas, eps, weight_decay, bound, grad_scale, found_inf):
     torch._fused_adamw_(
         weights,
         grads,
@@ -43,8 +121,246 @@ def adamw(
         eps=eps,
         amsgrad=False,
         maximize=False,
-        grad_scale=None if grad_scale is None else grad_scale.reciprocal(),  # it divides
+        grad_scale=grad_scale,
         found_inf=found_inf,
     )
-    if found_inf is not None:
-        torch._foreach_sub_(steps, found_inf)
+
+
+def _adamw_chunks(
+    weight, grad, exp_avg, exp_avg_sq, step, residual, exponents, key, *, bound, found_inf, **numbers
+) -> None:
+    """One parameter, a chunk at a time, so that what is unpacked stays small, and on a CPU in its caches."""
+    keep = None if found_inf is None else found_inf != 0
+    chunk = CHUNK if weight.is_cpu else 1 << 22
+    weight, grad, exp_avg, exp_avg_sq = (t.view(-1) for t in (weight, grad, exp_avg, exp_avg_sq))
+    residual = None if residual is None else residual.view(-1)
+    rounds_weight, rounds_moments = weight.dtype != torch.float32 and residual is None, exp_avg.dtype != torch.float32
+    for start in range(0, weight.numel(), chunk):
+        part = slice(start, min(start + chunk, weight.numel()))
+        blocks = slice(start // BLOCK, -(-part.stop // BLOCK))
+        # fp32 that is there already is not copied: the kernel below updates it in its place.
+        w = weight[part].float() if residual is None else join(weight[part], residual[part])
+        if exponents is None:
+            m, v = exp_avg[part].float(), exp_avg_sq[part].float()
+        else:
+            m, v = decode_moments(exp_avg[part], exp_avg_sq[part], exponents[blocks], bound)
+        _fused([w], [grad[part].float()], [m], [v], [step], bound=bound, found_inf=found_inf, **numbers)
+        if rounds_weight or rounds_moments:
+            random = random_bits(key, step, blocks.start, blocks.stop - blocks.start)
+        if exponents is not None:
+            codes = encode_moments(m, v, bound, random)
+            for place, values in zip((exp_avg[part], exp_avg_sq[part], exponents[blocks]), codes):
+                _put(place, values, keep)
+        elif rounds_moments:
+            bits = random.view(-1)[: m.numel()]
+            _put(exp_avg[part], round_stochastic(m, exp_avg.dtype, bits & 0xFFFF), keep)
+            _put(exp_avg_sq[part], round_stochastic(v, exp_avg.dtype, (bits >> 16) & 0xFFFF), keep)
+        if rounds_weight:
+            bits = more_bits(random).view(-1)[: w.numel()]
+            _put(weight[part], round_stochastic(w, weight.dtype, bits & 0xFFFF), keep)
+        elif residual is not None:
+            high, low = split(w, weight.dtype)
+            _put(weight[part], high, keep)
+            _put(residual[part], low, keep)
+
+
+def _put(place: Tensor, values: Tensor, keep: Tensor | None) -> None:
+    """Write values, but not where `keep`, a scalar on the device, says that the old ones stay."""
+    place.copy_(values if keep is None else torch.where(keep, place, values))
+
+
+TILE = {"ROWS": 8, "num_warps": 4}
+
+
+@triton.jit
+def _adamw_kernel(
+    tensor_ptr,  # int32 (programs,): the tensor that each program works on
+    table_ptr,  # int64 (tensors, 10): addresses of weight, grad, first and second moment, step, residual, exponents;
+    # number of elements, first program, key
+    grad_scale_ptr,  # fp32 scalar or None
+    found_inf_ptr,  # fp32 scalar or None
+    lr,
+    decay,  # 1 - lr * weight_decay
+    beta1_rest,  # 1 - beta1, made in double precision, as are the others
+    beta2,
+    beta2_rest,
+    beta1_log,
+    beta2_log,
+    eps,
+    bound,
+    WEIGHT: tl.constexpr,  # "fp32", "bf16" or "fp16"
+    RESIDUAL: tl.constexpr,  # whether 16-bit weights have one
+    GRAD: tl.constexpr,
+    MOMENTS: tl.constexpr,  # "fp32", "bf16" or "int8"
+    ALIGNED: tl.constexpr,  # of all addresses, in bytes, and sizes, in elements: 16, or 1
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tensor = tl.load(tensor_ptr + tl.program_id(0))
+    row = table_ptr + tensor * 10
+    step = tl.load(tl.load(row + 4).to(tl.pointer_type(tl.float32)))
+    first_block = (tl.program_id(0) - tl.load(row + 8)) * ROWS
+    start = first_block * BLOCK
+    # Addresses take 64 bits, what is added to them within the tile 32.
+    size = tl.minimum(tl.load(row + 7) - start, ROWS * BLOCK).to(tl.int32)
+    if found_inf_ptr is not None:
+        size = tl.where(tl.load(found_inf_ptr) == 0, size, 0)
+    size = tl.multiple_of(size, ALIGNED)
+    blocks = tl.arange(0, ROWS)
+    offsets = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = offsets < size
+
+    w_ptr = _address(row, start, WEIGHT, ALIGNED) + offsets
+    g = tile_widen(tl.load(_address(row + 1, start, GRAD, ALIGNED) + offsets, mask=mask, other=0), GRAD)
+    w = tl.load(w_ptr, mask=mask, other=0)
+    residual_ptr = _address(row + 5, start, "int16", ALIGNED) + offsets
+    if RESIDUAL:
+        w = tile_join(w, tl.load(residual_ptr, mask=mask, other=0), WEIGHT)
+    else:
+        w = tile_widen(w, WEIGHT)
+    if MOMENTS == "int8":
+        m_ptr = _address(row + 2, start, "int8", ALIGNED) + offsets
+        v_ptr = _address(row + 3, start, "uint8", ALIGNED) + offsets
+        exponent_ptr = _address(row + 6, first_block, "uint8", 1) + blocks
+        block_mask = blocks * BLOCK < size
+        v = tile_decode_second(tl.load(v_ptr, mask=mask, other=0), tl.load(exponent_ptr, mask=block_mask, other=0))
+        m = tile_decode_first(tl.load(m_ptr, mask=mask, other=0), tl.sqrt(v), bound)
+    else:
+        m_ptr = _address(row + 2, start, MOMENTS, ALIGNED) + offsets
+        v_ptr = _address(row + 3, start, MOMENTS, ALIGNED) + offsets
+        m = tile_widen(tl.load(m_ptr, mask=mask, other=0), MOMENTS)
+        v = tile_widen(tl.load(v_ptr, mask=mask, other=0), MOMENTS)
+
+    if grad_scale_ptr is not None:
+        g *= tl.load(grad_scale_ptr)
+    m += (g - m) * beta1_rest
+    v = v * beta2 + g * g * beta2_rest
+    divisor = tl.sqrt(v * (1 / _one_minus_power(beta2_log, step))) + eps
+    w = w * decay - m / divisor * (lr / _one_minus_power(beta1_log, step))
+
+    if MOMENTS != "fp32" or (WEIGHT != "fp32" and not RESIDUAL):
+        random = tile_random_bits(tl.load(row + 9), step, first_block, ROWS, BLOCK)
+    if MOMENTS == "int8":
+        code, exponent = tile_encode_second(v, random >> 16)
+        tl.store(v_ptr, code, mask=mask)
+        tl.store(exponent_ptr, exponent, mask=block_mask)
+        v = tile_decode_second(code, exponent)
+        tl.store(m_ptr, tile_encode_first(m, v, bound, random & 0xFFFF), mask=mask)
+    elif MOMENTS == "bf16":
+        tl.store(m_ptr, tile_round_stochastic(m, random & 0xFFFF, "bf16"), mask=mask)
+        tl.store(v_ptr, tile_round_stochastic(v, random >> 16, "bf16"), mask=mask)
+    else:
+        tl.store(m_ptr, m, mask=mask)
+        tl.store(v_ptr, v, mask=mask)
+    if RESIDUAL:
+        high, low = tile_split(w, WEIGHT)
+        tl.store(w_ptr, high, mask=mask)
+        tl.store(residual_ptr, low, mask=mask)
+    elif WEIGHT == "fp32":
+        tl.store(w_ptr, w, mask=mask)
+    else:
+        tl.store(w_ptr, tile_round_stochastic(w, tile_more_bits(random) & 0xFFFF, WEIGHT), mask=mask)
+
+
+@triton.jit
+def _address(cell, start, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address in a cell of the table, as a pointer to what FORMAT is stored in, moved by `start` elements."""
+    address = tl.load(cell)
+    if FORMAT == "fp32":
+        pointer = address.to(tl.pointer_type(tl.float32))
+    elif FORMAT == "fp16":
+        pointer = address.to(tl.pointer_type(tl.float16))
+    elif FORMAT == "int8":
+        pointer = address.to(tl.pointer_type(tl.int8))
+    elif FORMAT == "uint8":
+        pointer = address.to(tl.pointer_type(tl.uint8))
+    else:
+        pointer = address.to(tl.pointer_type(tl.int16))  # bf16 as its bits, too
+    return tl.multiple_of(pointer + start, ALIGNED)
+
+
+@triton.jit
+def _one_minus_power(log, step):
+    """1 - exp(log * step), by its series where the difference would cancel."""
+    x = log * step
+    near = tl.maximum(x, -0.25)
+    series = 1 + near / 2 * (1 + near / 3 * (1 + near / 4 * (1 + near / 5 * (1 + near / 6))))
+    return tl.where(x > -0.25, -near * series, 1 - tl.exp(x))
+
+
+FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
+
+
+def _adamw_triton(tensors, *, lr, betas, eps, weight_decay, bound, grad_scale, found_inf) -> None:
+    by_alignment: dict[int, list] = {16: [], 1: []}
+    for tensor in tensors:
+        places = (p.data_ptr() for p in (*tensor[:4], tensor[5]) if p is not None)
+        by_alignment[1 if tensor[0].numel() % 16 or any(place % 16 for place in places) else 16].append(tensor)
+    for alignment, some in by_alignment.items():
+        if not some:
+            continue
+        weight, grad, exp_avg, *_, residual, _, _ = some[0]
+        device = weight.device
+        tile_elements = TILE["ROWS"] * BLOCK
+        programs = tuple(-(-t[0].numel() // tile_elements) for t in some)
+        rows, first = [], 0
+        for (*pointers, key), count in zip(some, programs):
+            rows.append([0 if p is None else p.data_ptr() for p in pointers] + [pointers[0].numel(), first, key])
+            first += count
+        table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        _adamw_kernel[(first,)](
+            _tensor_of_program(programs, device),
+            table,
+            grad_scale,
+            found_inf,
+            lr,
+            1 - lr * weight_decay,
+            1 - betas[0],
+            betas[1],
+            1 - betas[1],
+            math.log(betas[0]) if betas[0] else -1e9,
+            math.log(betas[1]) if betas[1] else -1e9,
+            eps,
+            bound,
+            WEIGHT=FORMATS[weight.dtype],
+            RESIDUAL=residual is not None,
+            GRAD=FORMATS[grad.dtype],
+            MOMENTS=FORMATS[exp_avg.dtype],
+            ALIGNED=alignment,
+            BLOCK=BLOCK,
+            **TILE,
+        )
+
+
+@lru_cache(maxsize=64)
+def _tensor_of_program(programs: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32: the number of the tensor that each program works on, when tensor i has programs[i] of them."""
+    return torch.repeat_interleave(torch.tensor(programs)).to(device, torch.int32)
+
+
+def compile_cases() -> list[Case]:
+    """Every format of weights and moments, each on the chips that train in it; gradients as wide as the weights."""
+    targets = triton_targets("adamw")
+    of_format = {
+        "fp32": tuple(targets),
+        "bf16": tuple(t for t in targets if CHIPS[t].bf16),
+        "fp16": tuple(t for t in targets if not CHIPS[t].bf16),
+    }
+    pointers = {"tensor_ptr": "*i32", "table_ptr": "*i64", "grad_scale_ptr": "*fp32", "found_inf_ptr": "*fp32"}
+    numbers = ("lr", "decay", "beta1_rest", "beta2", "beta2_rest", "beta1_log", "beta2_log", "eps", "bound")
+    cases = []
+    for weight, residual in (("bf16", True), ("fp16", True), ("bf16", False), ("fp16", False), ("fp32", False)):
+        for moments in ("int8", "bf16", "fp32"):
+            form = {"WEIGHT": weight, "RESIDUAL": residual, "GRAD": weight, "MOMENTS": moments}
+            cases.append(
+                Case(
+                    op="adamw",
+                    label=f"{weight}{'_residual' if residual else ''}_moments_{moments}",
+                    kernel=_adamw_kernel,
+                    signature=pointers | dict.fromkeys(numbers, "fp32"),
+                    constants=form | {"ALIGNED": 16, "ROWS": TILE["ROWS"], "BLOCK": BLOCK},
+                    num_warps=TILE["num_warps"],
+                    targets=of_format[weight],
+                )
+            )
+    return cases
