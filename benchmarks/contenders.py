@@ -25,8 +25,9 @@ class Unsupported(Exception):
 
 
 def pilesmith(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int) -> Step:
-    model = GPT(config.model)
-    model.init_weights(torch.Generator().manual_seed(config.seed))
+    with torch.device("meta"):
+        model = GPT(config.model)
+    fill_weights(model.to_empty(device="cpu"), config.seed)  # in host memory, as a run begins
     strategy = build(config, model, Processes(), device, dtype, grad_accum)
 
     def step(batches: list[Batch]) -> Tensor:
@@ -35,6 +36,22 @@ def pilesmith(config: Config, device: torch.device, dtype: torch.dtype, grad_acc
         return loss
 
     return step
+
+
+def fill_weights(model: nn.Module, seed: int) -> None:
+    """Give every matrix GPT-2's spread of 0.02 and every norm its ones, in place.
+
+    One draw of numbers is laid end to end: drawing billions takes minutes, and no speed depends on them.
+    """
+    numbers = torch.randn(1_000_003, generator=torch.Generator().manual_seed(seed)) * 0.02  # prime: no two rows alike
+    for name, parameter in model.named_parameters():
+        values = parameter.data.view(-1)
+        if parameter.dim() < 2:
+            values.fill_(1.0 if "ln_" in name and name.endswith("weight") else 0.0)
+            continue
+        for start in range(0, len(values), len(numbers)):
+            part = values[start : start + len(numbers)]
+            part.copy_(numbers[: len(part)])
 
 
 class PlainAttention(nn.Module):
@@ -98,11 +115,15 @@ class PlainGPT(nn.Module):
 
 
 def pytorch(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int) -> Step:
-    return _plain_step(PlainGPT(config.model).to(device), config, dtype)
+    with device:
+        model = PlainGPT(config.model)
+    return _plain_step(model, config, dtype)
 
 
 def pytorch_compiled(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int) -> Step:
-    return _plain_step(torch.compile(PlainGPT(config.model).to(device)), config, dtype)
+    with device:
+        model = PlainGPT(config.model)
+    return _plain_step(torch.compile(model), config, dtype)
 
 
 def classic(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int) -> Step:
@@ -110,7 +131,8 @@ def classic(config: Config, device: torch.device, dtype: torch.dtype, grad_accum
     shape = config.model
     if shape.positions != "learned":
         raise Unsupported("the classic model has learned positions only")
-    model = ClassicGPT(**{k: getattr(shape, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}).to(device)
+    with device:
+        model = ClassicGPT(**{k: getattr(shape, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")})
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr)
     return _plain_step(model, config, dtype, optimizer=optimizer, clip=0.0, loss=lambda b: model(b.tokens, b.targets)[1])
 
@@ -135,7 +157,8 @@ def transformers(config: Config, device: torch.device, dtype: torch.dtype, grad_
             hidden_act={"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}[shape.activation], tie_word_embeddings=shape.tie_head,
         )  # fmt: skip
     about.use_cache = False
-    model = hf.AutoModelForCausalLM.from_config(about, attn_implementation="sdpa").to(device)
+    with device:
+        model = hf.AutoModelForCausalLM.from_config(about, attn_implementation="sdpa")
     if config.strategy.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()

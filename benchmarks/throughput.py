@@ -5,23 +5,28 @@
 
 Any field of the training configuration is a flag as well. Tokens are random: speed and memory do not depend on them.
 MFU is tokens/s times (6 N + 12 n_layer n_embd T) FLOPs a token (PaLM, 2022; attention in full, though a causal kernel
-does half) over the chip's dense peak in the dtype used; a chip whose peak is not known has none. Each contender has a
-process of its own, and on a CPU they take turns, so that what disturbs the machine disturbs them alike.
+does half) over the chip's dense peak in the dtype used; a chip whose peak is not known has none. The peak memory is
+that of tensors on a GPU and of the whole process on a CPU; "of a step" is what a step adds to what is held between
+steps. Energy is NVML's. Each contender has a process of its own, and on a CPU they take turns, so that what disturbs
+the machine disturbs them alike.
 """
 import argparse
 import multiprocessing
 import statistics
 import sys
 import time
+from contextlib import suppress
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.contenders import CONTENDERS, Unsupported
+from benchmarks.contenders import CONTENDERS, Step, Unsupported
 from benchmarks.environment import environment, write_result
-from engine.cards import peak_flops
+from benchmarks.meters import energy_j, forget_peak, limit_memory, peak_bytes, step_bytes
+from engine import cards
 from engine.config import Config, ConfigError, parse, require
 from engine.data import Batch
 from engine.device import choose_device, choose_dtype
@@ -34,131 +39,156 @@ ROUNDS = 4  # turns that the contenders take on a CPU
 
 
 def parse_bytes(text: str) -> int:
-    """Return "24GB" or "24GiB" as bytes: cards are sold in units of 2^30, whatever the label says."""
+    """Return what "24GB", "24GiB" or a card's name says, in bytes: for a card what its driver offers to programs.
+
+    Memory is sold in units of 2^30 bytes, whatever the label says. ConfigError for anything else.
+    """
     number = text.strip().upper().removesuffix("B").removesuffix("I").removesuffix("G")
-    require(number.replace(".", "", 1).isdigit(), f"a memory size looks like 24GB, got {text!r}")
-    return int(float(number) * 2**30)
+    if number.replace(".", "", 1).isdigit():
+        return int(float(number) * 2**30)
+    card = cards.find(text)
+    require(card is not None, f"--gpu_memory takes a size such as 24GB or a card such as rtx3090, got {text!r}")
+    return card.memory_bytes
 
 
 def random_batches(config: Config, micro_batch_size: int, grad_accum: int, seed: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(seed)
     shape = (micro_batch_size, config.model.block_size + 1)
-    rows = (torch.randint(50257, shape, generator=generator) for _ in range(grad_accum))
+    rows = (torch.randint(min(50257, config.model.vocab_size), shape, generator=generator) for _ in range(grad_accum))
     return [Batch(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in rows]
 
 
+@dataclass
+class Measured:
+    """What a contender's process told: (seconds, loss) of each timed step, memory, and the joules of all timed steps."""
+
+    steps: list[tuple[float, float]] = field(default_factory=list)
+    first_loss: float = 0.0
+    step_bytes: int = 0
+    peak_bytes: int = 0
+    reserved_bytes: int = 0
+    energy_j: float | None = 0.0
+
+    def add(self, answer: dict[str, Any]) -> None:
+        self.first_loss = answer.get("first_loss", self.first_loss)
+        self.step_bytes = answer.get("step_bytes", self.step_bytes)
+        self.peak_bytes = max(self.peak_bytes, answer["peak_bytes"])
+        self.reserved_bytes = max(self.reserved_bytes, answer["reserved_bytes"])
+        self.steps += answer.get("steps", [])
+        if "energy_j" in answer:
+            self.energy_j = None if None in (self.energy_j, answer["energy_j"]) else self.energy_j + answer["energy_j"]
+
+
 def measure(name: str, config: Config, gpu_memory: int | None, threads: int, channel: Connection) -> None:
-    """Runs in a contender's own process: build, then answer each number of steps with their times and memory."""
+    """Runs in a contender's own process: build, warm up, answer with the memory, then with the times of the steps asked for."""
     torch.set_num_threads(threads)
     torch.manual_seed(config.seed)
     device, _ = choose_device(config.strategy.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        if gpu_memory:
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_memory / total), device)
+        limit_memory(device, gpu_memory)
     dispatch.set_backend(config.strategy.kernels)
     dtype, _ = choose_dtype(config.strategy.dtype, device)
     micro_batch_size, grad_accum = derive_batch(config, 1, device)
     batches = random_batches(config, micro_batch_size, grad_accum, config.seed)
     try:
         step = CONTENDERS[name](config, device, dtype, grad_accum)
+        forget_peak(device)
+        losses = [step(batches).item() for _ in range(channel.recv())]
+        warm = peak_bytes(device)  # the first step makes the moments: it may need more than any other
+        channel.send({"first_loss": losses[0], "step_bytes": step_bytes(lambda: step(batches).item(), device)} | warm)
         while steps := channel.recv():
-            channel.send([_timed_step(step, batches, device) for _ in range(steps)])
+            joules = energy_j(device)
+            timed = [timed_step(step, batches) for _ in range(steps)]
+            used = None if joules is None else energy_j(device) - joules
+            channel.send({"steps": timed, "energy_j": used} | peak_bytes(device))
     except Unsupported as reason:
         channel.send(f"not run: {reason}")
     except torch.OutOfMemoryError as error:
         channel.send(f"out of memory: {str(error).splitlines()[0]}")
 
 
-def _timed_step(step: Any, batches: list[Batch], device: torch.device) -> dict[str, float]:
-    """One step: seconds, loss, and the bytes it held at its peak, in all and above what it began with."""
-    before = _reset_peak(device)
+def timed_step(step: Step, batches: list[Batch]) -> tuple[float, float]:
+    """Return the seconds and the loss of one step."""
     began = time.perf_counter()
     loss = step(batches).item()  # item() waits for the device
-    seconds = time.perf_counter() - began
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status_bytes("VmHWM")
-    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak
-    return {"seconds": seconds, "loss": loss, "peak_bytes": peak, "reserved_bytes": reserved, "step_bytes": peak - before}
+    return time.perf_counter() - began, loss
 
 
-def _reset_peak(device: torch.device) -> int:
-    """Forget the peak so far and return the bytes held now."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM begins again at VmRSS
-    return _status_bytes("VmRSS")
-
-
-def _status_bytes(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
-
-
-def compare(names: list[str], config: Config, gpu_memory: int | None, warmup: int, steps: int) -> dict[str, list[dict[str, float]] | str]:
-    """Return each contender's measured steps, or why there are none. On a CPU they take turns, on a GPU they follow."""
+def compare(names: list[str], config: Config, gpu_memory: int | None, warmup: int, steps: int) -> dict[str, Measured | str]:
+    """Return what was measured of each contender, or why nothing was. On a CPU they take turns, on a GPU they follow."""
     device, _ = choose_device(config.strategy.device)
     if device.type == "cuda":
-        return {name: _take_turns([name], config, gpu_memory, warmup, steps, rounds=1)[name] for name in names}
-    return _take_turns(names, config, gpu_memory, warmup, steps, ROUNDS)
+        return {name: take_turns([name], config, gpu_memory, warmup, steps, rounds=1)[name] for name in names}
+    return take_turns(names, config, gpu_memory, warmup, steps, ROUNDS)
 
 
-def _take_turns(names: list[str], config: Config, gpu_memory: int | None, warmup: int, steps: int, rounds: int) -> dict[str, Any]:
+def take_turns(
+    names: list[str], config: Config, gpu_memory: int | None, warmup: int, steps: int, rounds: int
+) -> dict[str, Measured | str]:
     context = multiprocessing.get_context("spawn")
-    channels, results = {}, {name: [] for name in names}
+    channels: dict[str, Connection] = {}
+    results: dict[str, Measured | str] = {}
+
+    def ask(name: str, count: int) -> None:
+        with suppress(BrokenPipeError):  # one that cannot run has said so and gone
+            channels[name].send(count)
+        try:
+            answer = channels[name].recv()
+        except (EOFError, ConnectionResetError):
+            answer = "failed: its process ended; the error is above"
+        if isinstance(answer, str):
+            results[name] = answer
+            del channels[name]
+        else:
+            results.setdefault(name, Measured()).add(answer)
+
     for name in names:
         channels[name], theirs = context.Pipe()
         context.Process(target=measure, args=(name, config, gpu_memory, torch.get_num_threads(), theirs), daemon=True).start()
         theirs.close()
-    for turn in range(rounds + 1):  # turn 0 warms up
+    for name in names:
+        ask(name, warmup)
+    for turn in range(min(rounds, steps)):
         for name in list(channels):
-            share = warmup if turn == 0 else steps // rounds + (turn <= steps % rounds)
-            try:
-                channels[name].send(share)
-                answer = channels[name].recv() if share else []
-            except (EOFError, BrokenPipeError):
-                answer = "failed: its process ended; the error is above"
-            if isinstance(answer, str):
-                results[name] = answer
-                del channels[name]
-            elif turn:
-                results[name] += answer
+            ask(name, (turn + 1) * steps // min(rounds, steps) - turn * steps // min(rounds, steps))
     for channel in channels.values():
         channel.send(0)
     return results
 
 
-def summarise(measured: list[dict[str, float]], config: Config, peak: float | None, flops: int) -> dict[str, Any]:
-    seconds = sorted(m["seconds"] for m in measured)
+def summarise(measured: Measured, config: Config, peak_flops_s: float | None, flops: int) -> dict[str, Any]:
+    """Return what the result file says of a contender; energy only where the GPU counts it."""
+    seconds = [s for s, _ in measured.steps]
     median = statistics.median(seconds)
     tokens_per_s = config.optimizer.batch_tokens / median
+    energy = measured.energy_j
     return {
         "tokens_per_s": tokens_per_s,
         "step_s": median,
-        "step_s_quartiles": statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [median] * 3,
+        "step_s_quartiles": statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [median] * 3,
         "steps": len(seconds),
-        "mfu": tokens_per_s * flops / peak if peak else None,
-        "peak_bytes": max(m["peak_bytes"] for m in measured),
-        "reserved_bytes": max(m["reserved_bytes"] for m in measured),
-        "step_bytes": statistics.median(m["step_bytes"] for m in measured),
-        "first_loss": measured[0]["loss"],
-        "last_loss": measured[-1]["loss"],
+        "mfu": tokens_per_s * flops / peak_flops_s if peak_flops_s else None,
+        "tokens_per_j": None if energy is None else len(seconds) * config.optimizer.batch_tokens / energy,
+        "peak_bytes": measured.peak_bytes,
+        "reserved_bytes": measured.reserved_bytes,
+        "step_bytes": measured.step_bytes,
+        "first_loss": measured.first_loss,
+        "last_loss": measured.steps[-1][1],
     }
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each contender [20]")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them [3]")
-    parser.add_argument("--gpu_memory", help="use no more than this much of the GPU, such as 24GB")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them, not measured [3]")
+    parser.add_argument("--gpu_memory", help="use no more of the GPU than this, such as 24GB, or than this card has, such as rtx3090")
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     parser.add_argument("--compare", nargs="?", const="all", metavar="NAMES", help=f"also measure others: all, or some of {', '.join(CONTENDERS)}")
     options, rest = parser.parse_known_args(arguments)
     try:
         config, _ = parse(rest)
-        require(options.steps > 0 and options.warmup >= 0, "--steps must be positive and --warmup not negative")
+        require(options.steps > 0 and options.warmup > 0, "--steps and --warmup must be positive")
         wanted = {None: ["pilesmith"], "all": list(CONTENDERS)}.get(options.compare) or ["pilesmith", *options.compare.split(",")]
         require(set(wanted) <= set(CONTENDERS), f"--compare knows {', '.join(CONTENDERS)}; got {options.compare}")
         gpu_memory = parse_bytes(options.gpu_memory) if options.gpu_memory else None
@@ -172,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
         n_parameters = GPT(config.model).num_parameters()
     flops = flops_per_token(config.model, n_parameters)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    peak = peak_flops(name, dtype)
+    peak = cards.peak_flops(name, dtype)
     print(f"{config.preset}: {n_parameters:,} parameters; {device} ({reason}), {str(dtype).removeprefix('torch.')}; a step is "
           f"{config.optimizer.batch_tokens} tokens: {grad_accum} x {micro_batch_size} x {config.model.block_size}")  # fmt: skip
     measured = compare(list(dict.fromkeys(wanted)), config, gpu_memory, options.warmup, options.steps)

@@ -1,0 +1,81 @@
+"""Memory and energy of a step, on a GPU or a CPU."""
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def limit_memory(device: torch.device, limit_bytes: int | None) -> None:
+    """Keep this process within `limit_bytes` of a GPU's memory, its context included, as on a card that has no more.
+
+    None: no limit. PyTorch then raises OutOfMemoryError where the smaller card would have.
+    """
+    if limit_bytes is None:
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    context = total - free - torch.cuda.memory_reserved(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit_bytes - context) / total), device)
+
+
+def forget_peak(device: torch.device) -> int:
+    """Forget the peak so far and return the bytes held now. On a CPU, memory that is free goes back to the system first."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    # The C library keeps freed memory for itself, where a step would find it again without a trace in the peak.
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM begins again at VmRSS
+    return _status_bytes("VmRSS")
+
+
+def peak_bytes(device: torch.device) -> dict[str, int]:
+    """Return the peak since `forget_peak`: `peak_bytes` of tensors on a GPU, of the process on a CPU; `reserved_bytes`."""
+    if device.type == "cuda":
+        reserved = torch.cuda.max_memory_reserved(device)
+        return {"peak_bytes": torch.cuda.max_memory_allocated(device), "reserved_bytes": reserved}
+    resident = _status_bytes("VmHWM")
+    return {"peak_bytes": resident, "reserved_bytes": resident}
+
+
+def step_bytes(step: Callable[[], Any], device: torch.device) -> int:
+    """Return how many bytes `step()` needs at its peak beyond those held before it."""
+    held = forget_peak(device)
+    step()
+    return peak_bytes(device)["peak_bytes"] - held
+
+
+def energy_j(device: torch.device) -> float | None:
+    """Return the joules that the GPU has used since its driver was loaded; None without NVML or on other devices."""
+    handle = _nvml_handle(device) if device.type == "cuda" and not torch.version.hip else None
+    if handle is None:
+        return None
+    import pynvml
+
+    try:
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+    except pynvml.NVMLError:  # cards before Volta do not count
+        return None
+
+
+@functools.cache
+def _nvml_handle(device: torch.device) -> Any:
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # NVML numbers GPUs in an order of its own
+        return pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    except pynvml.NVMLError:
+        return None
+
+
+def _status_bytes(field: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
