@@ -1,12 +1,30 @@
-"""AdamW over parameter groups, and what belongs to it: which parameters decay, clipping by the global norm."""
-from collections.abc import Callable, Iterable
-from typing import Any
+"""AdamW with its state in 32, 16 or 8 bits; which parameters decay; clipping by the global norm.
+
+Bytes a parameter, without its gradient; matrices only, since vectors stay fp32 throughout:
+
+    weights     fp32 4, residual 2 + 2 (a 16-bit weight and what completes it to fp32), stochastic 2
+    moments     fp32 8, bf16 4, int8 2
+"""
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from kernels.adamw import adamw
+from kernels.number_formats import BLOCK, NEAREST, decode_moments, encode_moments, join, momentum_bound, split
+
+Weights = Literal["fp32", "residual", "stochastic"]
+Moments = Literal["fp32", "bf16", "int8"]
+_MOMENT_DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "int8": (torch.int8, torch.uint8),
+}
+_CHUNK = 1 << 22  # elements unpacked at a time where state is read or written
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -33,10 +51,29 @@ def clip_coefficient(parameters: Iterable[nn.Parameter], max_norm: float) -> tup
     return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-class AdamW(torch.optim.Optimizer):
-    """AdamW with decoupled weight decay, one fused update for a group (Loshchilov and Hutter, 2019).
+def state_bytes(parameters: Iterable[Tensor], weights: Weights = "fp32", moments: Moments = "fp32") -> dict[str, int]:
+    """Return what an AdamW holds in bytes: "weights", "residuals", "moments". Only the parameters' shapes are read."""
+    total = {"weights": 0, "residuals": 0, "moments": 0}
+    for parameter in parameters:
+        compact, n = parameter.dim() >= 2, parameter.numel()
+        total["weights"] += n * (2 if compact and weights != "fp32" else 4)
+        total["residuals"] += n * 2 * (compact and weights == "residual")
+        width = {"fp32": 8, "bf16": 4, "int8": 2}[moments] if compact else 8
+        exponents = -(-n // BLOCK) if compact and moments == "int8" else 0
+        total["moments"] += n * width + exponents + 4  # the step
+    return total
 
-    The same numbers as torch.optim.AdamW, with the gradients' scale folded into the update.
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW with decoupled weight decay, one launch for all parameters of a group (Loshchilov and Hutter, 2019).
+
+    weights "fp32": parameters as they are. "residual": matrices become `dtype`, bf16 or fp16, and an int16 residual
+    keeps the fp32 weight whole: training is that of fp32 weights bit for bit, with 16-bit matrices for the model
+    (fp16: see `kernels.number_formats.split`). "stochastic": matrices become `dtype` and are rounded stochastically.
+    Given fp32, the parameters are converted here, in place; do it before the first forward pass.
+    moments "fp32"; "bf16"; or "int8", in 8 bits (`kernels.number_formats`); both of the latter are rounded
+    stochastically. What is random depends on `seed`, the parameter's place, its step and nothing else.
+    Each of these may be set for a group. With fp32 throughout the numbers are torch.optim.AdamW's.
     """
 
     def __init__(
@@ -46,8 +83,29 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        *,
+        weights: Weights = "fp32",
+        moments: Moments = "fp32",
+        dtype: torch.dtype = torch.bfloat16,
+        seed: int = 0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._places: dict[Tensor, tuple[int, int]] = {}  # parameter -> its number, its group's number
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"weights": weights, "moments": moments, "dtype": dtype, "seed": seed})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["bound"] = momentum_bound(*group["betas"])  # int8 moments stay what they are if betas change
+        for parameter in group["params"]:
+            self._places[parameter] = len(self._places), len(self.param_groups) - 1
+            if self._weights(parameter) == "fp32":
+                continue
+            if self._weights(parameter) == "residual":
+                self.state[parameter]["residual"] = torch.zeros_like(parameter, dtype=torch.int16)
+            if parameter.dtype == torch.float32:
+                master, parameter.data = parameter.data, torch.empty_like(parameter, dtype=group["dtype"])
+                self._set_master(parameter, master)
 
     @torch.no_grad()
     def step(
@@ -59,36 +117,210 @@ class AdamW(torch.optim.Optimizer):
     ) -> Tensor | None:
         """Update every parameter that has a gradient.
 
-        grad_scale, fp32 scalar on the device: multiplies the gradients. found_inf, fp32 scalar on the device: not 0
-        where the gradients are not finite, and then nothing changes. The gradients hold nothing of use afterwards.
+        grad_scale, fp32 scalar on the device: multiplies the gradients. found_inf, fp32 scalar on the device: 1 where
+        the gradients are not finite, and then nothing changes; else 0. The gradients hold nothing of use afterwards.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            states = [self._state(p) for p in parameters]
-            if parameters:
-                adamw(
-                    parameters,
-                    [p.grad for p in parameters],
-                    [s["exp_avg"] for s in states],
-                    [s["exp_avg_sq"] for s in states],
-                    [s["step"] for s in states],
-                    lr=group["lr"],
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    grad_scale=grad_scale,
-                    found_inf=found_inf,
-                )
+        for number, group in enumerate(self.param_groups):
+            alike = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike[p.dim() >= 2, p.dtype, p.grad.dtype].append(p)
+            for parameters in alike.values():
+                self._update(number, parameters, grad_scale, found_inf)
         return loss
 
-    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+    def _update(
+        self, group_number: int, parameters: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        group = self.param_groups[group_number]
+        states = [self._state(p) for p in parameters]
+        adamw(
+            parameters,
+            [p.grad for p in parameters],
+            *([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "step")),
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            residuals=[s["residual"] for s in states] if "residual" in states[0] else None,
+            exponents=[s["exponents"] for s in states] if "exponents" in states[0] else None,
+            bound=group["bound"],
+            keys=[zlib.crc32(f"{group['seed']} {self._places[p][0]}".encode()) for p in parameters],
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
+
+    def _weights(self, parameter: Tensor) -> Weights:
+        return self._group(parameter)["weights"] if parameter.dim() >= 2 else "fp32"
+
+    def _moments(self, parameter: Tensor) -> Moments:
+        return self._group(parameter)["moments"] if parameter.dim() >= 2 else "fp32"
+
+    def _group(self, parameter: Tensor) -> dict[str, Any]:
+        return self.param_groups[self._places[parameter][1]]
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
-        if not state:
+        if "step" not in state:
+            moments = self._moments(parameter)
+            first, second = _MOMENT_DTYPES[moments]
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=first)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=second)
+            if moments == "int8":
+                blocks = -(-parameter.numel() // BLOCK)
+                state["exponents"] = torch.zeros(blocks, dtype=torch.uint8, device=parameter.device)
         return state
+
+    def state_bytes(self) -> dict[str, int]:
+        """Return what weights and states take once the first step has been made: "weights", "residuals", "moments"."""
+        total: dict[str, int] = defaultdict(int)
+        for group in self.param_groups:
+            for part, size in state_bytes(group["params"], group["weights"], group["moments"]).items():
+                total[part] += size
+        return dict(total)
+
+    def master_weights(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield every parameter with its fp32 weights, exactly those that training goes on from."""
+        for parameter in self._places:
+            yield parameter, self._master(parameter)
+
+    @torch.no_grad()
+    def _master(self, parameter: Tensor) -> Tensor:
+        if self._weights(parameter) != "residual":
+            return parameter.detach().float()
+        master, residual = torch.empty_like(parameter, dtype=torch.float32), self.state[parameter]["residual"]
+        for part, _ in _chunks(parameter):
+            master.view(-1)[part] = join(parameter.view(-1)[part], residual.view(-1)[part])
+        return master
+
+    @torch.no_grad()
+    def _set_master(self, parameter: Tensor, master: Tensor) -> None:
+        if self._weights(parameter) == "fp32":
+            parameter.copy_(master)
+            return
+        residual = self.state[parameter].get("residual")
+        for part, _ in _chunks(parameter):
+            chunk = master.reshape(-1)[part].to(parameter.device, torch.float32)
+            high, low = split(chunk, parameter.dtype)
+            parameter.view(-1)[part] = high
+            if residual is not None:
+                residual.view(-1)[part] = low
+
+    @torch.no_grad()
+    def export_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Return fp32 "weight" and, once there was a step, "exp_avg" and "exp_avg_sq", in the parameter's shape.
+
+        `import_state` of these into an optimizer of the same formats restores the very same state; into one of other
+        formats, the nearest.
+        """
+        state, exported = self.state[parameter], {"weight": self._master(parameter)}
+        if "step" not in state:
+            return exported
+        if "exponents" not in state:
+            return exported | {key: state[key].float() for key in ("exp_avg", "exp_avg_sq")}
+        exported |= {key: torch.empty_like(parameter, dtype=torch.float32) for key in ("exp_avg", "exp_avg_sq")}
+        for part, blocks in _chunks(parameter):
+            codes = state["exp_avg"].view(-1)[part], state["exp_avg_sq"].view(-1)[part], state["exponents"][blocks]
+            m, v = decode_moments(*codes, self._group(parameter)["bound"])
+            exported["exp_avg"].view(-1)[part] = m
+            exported["exp_avg_sq"].view(-1)[part] = v
+        return exported
+
+    @torch.no_grad()
+    def import_state(
+        self,
+        parameter: nn.Parameter,
+        weight: Tensor,
+        exp_avg: Tensor | None = None,
+        exp_avg_sq: Tensor | None = None,
+        step: int = 0,
+    ) -> None:
+        """Set a parameter's fp32 weights and, with the number of its updates, its moments; tensors on any device."""
+        self._set_master(parameter, weight)
+        if exp_avg is None:
+            return
+        state = self._state(parameter)
+        state["step"].fill_(step)
+        if "exponents" not in state:
+            state["exp_avg"].copy_(exp_avg)
+            state["exp_avg_sq"].copy_(exp_avg_sq)
+            return
+        for part, blocks in _chunks(parameter):
+            m, v = (t.reshape(-1)[part].to(parameter.device, torch.float32) for t in (exp_avg, exp_avg_sq))
+            places = state["exp_avg"].view(-1)[part], state["exp_avg_sq"].view(-1)[part], state["exponents"][blocks]
+            for place, code in zip(places, encode_moments(m, v, self._group(parameter)["bound"], NEAREST)):
+                place.copy_(code)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over `state_dict`, bit for bit; ValueError where it is of other formats.
+
+        16-bit weights are the model's to save; residuals are in here.
+        """
+        for mine, saved in zip(self.param_groups, state_dict["param_groups"]):
+            for option in ("weights", "moments"):
+                if mine[option] != saved[option]:
+                    raise ValueError(f"this state was saved with {option}={saved[option]!r}, here it is {mine[option]!r}")
+        # PyTorch's own would cast every state to its parameter's dtype.
+        super().load_state_dict(state_dict | {"state": {}})
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for index, saved in state_dict["state"].items():
+            device = parameters[index].device
+            self.state[parameters[index]] = {k: v.detach().to(device, copy=True) for k, v in saved.items()}
+
+
+class InBackwardAdamW(AdamW):
+    """AdamW that updates each parameter inside the backward pass, as soon as its gradient is there, and frees that.
+
+    No more than a layer's gradients exist at any time. So a step is one backward pass, the learning rate is set before
+    it, and nothing can depend on all gradients together: ValueError for accumulation and clipping by the global norm.
+    A parameter whose own gradient is not finite is not updated. `grad_scale`, fp32 scalar on the device or None,
+    multiplies the gradients; set it before the backward pass.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        *args: Any,
+        grad_accum: int = 1,
+        max_norm: float = 0.0,
+        **options: Any,
+    ) -> None:
+        why = "since each parameter is updated, and its gradient freed, inside the backward pass"
+        if grad_accum != 1:
+            raise ValueError(f"gradients cannot accumulate over {grad_accum} micro-batches, {why}")
+        if max_norm:
+            raise ValueError(f"gradients cannot be clipped to a global norm of {max_norm:g}, {why}, before it is known")
+        super().__init__(params, *args, **options)
+        self.grad_scale: Tensor | None = None
+        self._norms: dict[Tensor, Tensor] = {}
+        for parameter in self._places:
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+
+    @torch.no_grad()
+    def _on_gradient(self, parameter: Tensor) -> None:
+        if parameter in self._norms:
+            raise RuntimeError("a second backward pass before step(): gradients used inside it cannot accumulate")
+        norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+        self._norms[parameter] = norm
+        self._update(self._places[parameter][1], [parameter], self.grad_scale, (~norm.isfinite()).float())
+        parameter.grad = None
+
+    def step(self, closure: None = None, **scaling: Tensor | None) -> Tensor:
+        """End the step, whose updates are made, and return the global norm that the gradients had, unscaled."""
+        if closure is not None or scaling:
+            raise ValueError("the updates were made inside the backward pass: nothing given to step() can change them")
+        norm = torch.linalg.vector_norm(torch.stack(list(self._norms.values())))
+        self._norms.clear()
+        return norm
+
+
+def _chunks(parameter: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Ranges of elements that cover a parameter, and of its blocks."""
+    for start in range(0, parameter.numel(), _CHUNK):
+        stop = min(start + _CHUNK, parameter.numel())
+        yield slice(start, stop), slice(start // BLOCK, -(-stop // BLOCK))
