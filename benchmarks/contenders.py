@@ -31,8 +31,9 @@ def pilesmith(config: Config, device: torch.device, dtype: torch.dtype, grad_acc
     strategy = build(config, model, Processes(), device, dtype, grad_accum)
 
     def step(batches: list[Batch]) -> Tensor:
+        strategy.set_lr(config.optimizer.lr)
         loss = strategy.forward_backward(batches)
-        strategy.step(config.optimizer.lr, loss)
+        strategy.step(loss)
         return loss
 
     return step

@@ -107,6 +107,16 @@ class StrategyConfig:
     kernels: Literal["auto", "triton", "torch"] = field(default="auto", metadata={"help": "kernel backend"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the model"})
     activation_checkpointing: bool = field(default=False, metadata={"help": "recompute every block in the backward pass"})
+    weights: Literal["auto", "fp32", "residual", "stochastic"] = field(
+        default="auto",
+        metadata={"help": "resident: fp32; 16 bits and a residual, together the exact fp32; 16 bits, stochastic rounding"},
+    )
+    moments: Literal["auto", "fp32", "bf16", "int8"] = field(
+        default="auto", metadata={"help": "resident: AdamW's moments; int8 is block-wise"}
+    )
+    optimizer_in_backward: bool = field(
+        default=False, metadata={"help": "resident: update inside the backward pass and free each gradient at once"}
+    )
     zero_stage: int = field(default=1, metadata={"help": "DeepSpeed ZeRO stage, 0 to 3"})
     offload: Literal["none", "optimizer", "params"] = field(
         default="none", metadata={"help": "ZeRO: what lives in host memory (params: optimizer too, stage 3)"}
@@ -123,6 +133,9 @@ class StrategyConfig:
         if self.nvme_path:
             require(self.offload != "none", "--nvme_path needs --offload optimizer or params")
             require(self.zero_stage == 3, f"--nvme_path needs --zero_stage 3, got {self.zero_stage}")
+        if self.strategy == "zero":
+            resident_only = self.weights not in ("auto", "fp32") or self.moments not in ("auto", "fp32") or self.optimizer_in_backward
+            require(not resident_only, "--weights, --moments and --optimizer_in_backward are the resident strategy's")
         if self.strategy == "resident":
             require(self.offload == "none", f"--offload {self.offload} is ZeRO's: use --strategy zero")
 
@@ -164,6 +177,9 @@ class Config:
         if not self.run_dir:
             self.run_dir = f"runs/{self.preset}"
         require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        if self.strategy.optimizer_in_backward:
+            why = "each gradient is used and freed inside the backward pass, before the others are known"
+            require(self.optimizer.grad_clip == 0, f"--optimizer_in_backward cannot clip to a global norm, {why}: --grad_clip 0")
         tokens, block = self.optimizer.batch_tokens, self.model.block_size
         require(
             tokens % block == 0,

@@ -162,10 +162,11 @@ def loop(run: Run, interrupt: Interrupt) -> int:
     for batches in steps:
         began = time.perf_counter()
         lr = learning_rate(progress["step"], options)
+        strategy.set_lr(lr)
         loss = strategy.forward_backward(batches)
         asked = torch.tensor(float(interrupt.asked), device=run.device)
         loss, asked = run.processes.mean(torch.stack([loss, asked]))  # all stop if one was asked to
-        result = strategy.step(lr, loss)
+        result = strategy.step(loss)
 
         step = progress["step"] + 1
         bad_steps = progress["bad_steps"] + 1 if result.skipped else 0

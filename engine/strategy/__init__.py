@@ -1,6 +1,6 @@
 """How a training step is run: one small interface, one file for each way.
 
-The loop calls `forward_backward`, `step`, and for a checkpoint `state` and `load_state`; it knows nothing of their inside.
+The loop calls `set_lr`, `forward_backward`, `step`, and for a checkpoint `state` and `load_state`; it knows nothing of their inside.
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,11 +30,13 @@ class Strategy(Protocol):
 
     def describe(self) -> str: ...
 
+    def set_lr(self, lr: float) -> None: ...
+
     def forward_backward(self, batches: list[Batch]) -> Tensor:
         """Accumulate the gradients of these micro-batches; return this process's mean loss, fp32, on the device."""
 
-    def step(self, lr: float, loss: Tensor) -> StepResult:
-        """Update the weights with learning rate `lr` unless the gradients or `loss` are not finite."""
+    def step(self, loss: Tensor) -> StepResult:
+        """Update the weights unless the gradients or `loss`, the mean over all processes, are not finite."""
 
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield, parameter by parameter, its name and whole fp32 `weight`, `exp_avg`, `exp_avg_sq`; all processes call it."""
@@ -59,4 +61,4 @@ def build(config: Config, model: GPT, processes: Processes, device: torch.device
         return Zero(config, model, processes, device, dtype, grad_accum)
     from engine.strategy.resident import Resident
 
-    return Resident(config, model, processes, device, dtype)
+    return Resident(config, model, processes, device, dtype, grad_accum)

@@ -99,6 +99,10 @@ class Zero:
         recomputed = "; every block recomputed in the backward pass" if self.checkpointing else ""
         return f"DeepSpeed ZeRO stage {self.stage}{moved[self.offload]}, {self.engine.world_size} processes{recomputed}"
 
+    def set_lr(self, lr: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+
     def forward_backward(self, batches: list[Batch]) -> Tensor:
         total = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches, start=1):
@@ -110,8 +114,7 @@ class Zero:
             total += loss.detach().float()
         return total / len(batches)
 
-    def step(self, lr: float, loss: Tensor) -> StepResult:
-        self._set_lr(lr)
+    def step(self, loss: Tensor) -> StepResult:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values()]) if self.stage == 0 else None
         if norm is not None and not torch.isfinite(norm):
             self.engine.optimizer.zero_grad(set_to_none=True)  # the step below then finds nothing to do
@@ -140,7 +143,7 @@ class Zero:
                 safe_set_full_fp32_param(parameter, read(name, "weight").to(self.device))
         # DeepSpeed makes the moments, and copies fp32 weights to the model's own, only within a step: take one that
         # changes nothing, then put the saved moments in the place of its zeros.
-        self._set_lr(0.0)
+        self.set_lr(0.0)
         tokens = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         for _ in range(self.grad_accum):
             self.engine.backward(self.engine(tokens, tokens) * 0.0)
@@ -172,7 +175,3 @@ class Zero:
         self.updates = counters["updates"]
         if self.dtype == torch.float16 and counters["loss_scale"]:
             self.engine.optimizer.loss_scaler.cur_scale = counters["loss_scale"]["value"]
-
-    def _set_lr(self, lr: float) -> None:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr

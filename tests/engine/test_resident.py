@@ -1,0 +1,66 @@
+"""Training with small states: close to fp32, resumed bit for bit, and checkpoints that pass between the formats."""
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine import checkpoint, train
+from engine.report import read_metrics
+
+FORMATS = [
+    ("--weights=residual", "--moments=int8"),
+    ("--weights=stochastic", "--moments=int8"),
+    ("--weights=stochastic", "--moments=bf16"),
+    ("--weights=stochastic", "--moments=int8", "--optimizer_in_backward=true", "--grad_clip=0"),
+]
+
+
+def losses(run_dir) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in read_metrics(run_dir) if "loss" in r}
+
+
+@pytest.mark.parametrize("formats", FORMATS, ids=" ".join)
+def test_small_states_learn_as_fp32_does(tiny_flags, tmp_path, formats):
+    flags = [*tiny_flags, "--max_steps=60", "--lr=5e-3", "--save_interval=0", "--eval_interval=0", "--grad_clip=0"]
+    assert train.main([*flags, f"--run_dir={tmp_path}/fp32"]) == 0
+    assert train.main([*flags, *formats, f"--run_dir={tmp_path}/small"]) == 0
+    exact, small = losses(tmp_path / "fp32"), losses(tmp_path / "small")
+    assert small == pytest.approx(exact, abs=0.05)
+    assert exact[60] < exact[1] - 0.7
+
+
+@pytest.mark.parametrize("formats", FORMATS, ids=" ".join)
+def test_resume_is_bit_for_bit_in_every_format(tiny_flags, tmp_path, formats):
+    assert train.main([*tiny_flags, *formats]) == 0
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "run", again)
+    for path in checkpoint.checkpoints(again)[1:]:
+        shutil.rmtree(path)
+    assert train.main([f"--run_dir={again}", "--resume"]) == 0
+    assert losses(again) == losses(tmp_path / "run")
+    ends = [load_file(checkpoint.newest(run) / "model.safetensors") for run in (tmp_path / "run", again)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_checkpoint_passes_between_formats(tiny_flags, tmp_path):
+    assert train.main(tiny_flags) == 0
+    step = str(checkpoint.checkpoints(tmp_path / "run")[1])
+    for number, formats in enumerate(FORMATS):
+        run = tmp_path / f"run{number}"
+        assert train.main([*tiny_flags, *formats, f"--run_dir={run}", "--resume", step]) == 0
+        exact = losses(tmp_path / "run")
+        assert losses(run) == pytest.approx({s: exact[s] for s in range(9, 13)}, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (["--optimizer_in_backward"], "--grad_clip 0"),
+        (["--optimizer_in_backward", "--grad_clip=0", "--micro_batch_size=2"], "cannot accumulate over 4"),
+        (["--strategy=zero", "--moments=int8"], "are the resident strategy's"),
+    ],
+)
+def test_what_in_backward_cannot_do_is_refused(tiny_flags, capsys, flags, complaint):
+    assert train.main([*tiny_flags, *flags]) == 2
+    assert complaint in capsys.readouterr().err
