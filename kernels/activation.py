@@ -208,7 +208,7 @@ def compile_cases() -> list[Case]:
     cases = []
     for dtype, targets in shipped_dtypes("bias_activation"):
         signature = dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr", "grad_y_ptr", "grad_x_ptr"), f"*{dtype}")
-        signature |= {"partial_ptr": "*fp32", "n_rows": "i32", "n_cols": "i32", "x_stride": "i32", "grad_y_stride": "i32"}
+        signature |= dict.fromkeys(("n_rows", "n_cols", "x_stride", "grad_y_stride"), "i32") | {"partial_ptr": "*fp32"}
         divisible = ("n_cols", "x_stride", "grad_y_stride")
         for kind, name in enumerate(KINDS):
             for step, kernel, launch in (

@@ -487,5 +487,6 @@ def compile_cases() -> list[Case]:
             (_column_sums_kernel, COLUMN_SUMS_TILE, 4),
         ):
             label = f"{kernel.__name__.removeprefix('_').removesuffix('_kernel')}_{dtype}"
-            cases.append(Case(label=label, kernel=kernel, constants=constants, num_warps=num_warps, targets=targets, **common))
+            launch = {"constants": constants, "num_warps": num_warps, "targets": targets}
+            cases.append(Case(label=label, kernel=kernel, **launch, **common))
     return cases

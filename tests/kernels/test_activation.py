@@ -72,7 +72,8 @@ def test_far_values_and_nan(path, kind, kernel_path):
 def test_keeps_only_its_inputs(path, kind, kernel_path):
     x, bias = torch.randn(8, 40, requires_grad=True), torch.randn(40, requires_grad=True)
     kept = []
-    with kernel_path(path), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t)
+    with kernel_path(path), hooks:
         bias_activation(x, bias, kind)
     assert sorted(kept) == sorted([x.data_ptr(), bias.data_ptr()])
 
@@ -90,9 +91,9 @@ def test_refuses_an_unknown_kind():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind, kernel_path):
-    x, bias = torch.randn(3, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    x, bias = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5), (5,)))
     with kernel_path("torch"):
-        assert torch.autograd.gradcheck(lambda x, b: bias_activation(x, b, kind), (x.requires_grad_(), bias.requires_grad_()))
+        assert torch.autograd.gradcheck(lambda x, bias: bias_activation(x, bias, kind), (x, bias))
 
 
 def test_ops_are_registered_right(triton_path):

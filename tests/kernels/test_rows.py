@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import bias_activation, layer_norm, softmax
-from kernels.cross_entropy import _turn_in_torch, _turn_in_triton
+from kernels.cross_entropy_gpu import _turn_in_torch, _turn_in_triton
 from kernels.dispatch import CHIPS, triton
 from kernels.rows import GPT_WIDTHS, column_sums, pipeline_stages, row_tile
 
@@ -101,12 +101,14 @@ def test_the_compiler_sees_the_kernels():
 
         triton.runtime.driver.set_active(Driver())
         dispatch.force_chip("cuda:90")
-        norm, softmax, activation = (importlib.import_module(f"kernels.{m}") for m in ("layer_norm", "softmax", "activation"))
+        modules = "kernels.layer_norm", "kernels.softmax", "kernels.activation"
+        norm, softmax, activation = map(importlib.import_module, modules)
         norm.persistent_programs = activation.persistent_programs = lambda device, num_warps: 264
 
         def launches(function, *shapes):
             with FakeTensorMode():
-                graph = aot_export_joint_simple(function, [torch.empty(s, requires_grad=True) for s in shapes], trace_joint=True).graph
+                inputs = [torch.empty(shape, requires_grad=True) for shape in shapes]
+                graph = aot_export_joint_simple(function, inputs, trace_joint=True).graph
             names = [str(node.target) for node in graph.nodes]
             assert not any("pilesmith" in name for name in names), names
             return sum("triton_kernel_wrapper" in name for name in names)
