@@ -5,7 +5,7 @@ should not contain becomes a `Problem` with its line. Lines of white space are p
 """
 import json
 import re
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -15,14 +15,18 @@ from tools.shards import SHARD_PATTERNS
 
 INPUT_PATTERNS = (*SHARD_PATTERNS, "*.jsonl.gz")
 CHUNK_BYTES = 4 << 20
-MAX_LINE_BYTES = 640 << 20  # 200 MB of emoji are 600 MB where each is written \ud83d\ude00
+# Memory decides these: 200 MB of emoji are a line of 600 MB where each is written \ud83d\ude00.
+MAX_LINE_BYTES = 640 << 20
+MAX_TEXT_BYTES = 384 << 20
+LONG_LINE_BYTES = 16 << 20  # longer ones are decoded in pieces
+PIECE_BYTES = 1 << 20
 SEPARATOR = b"<|endoftext|>"
 
 # What is lost: a line, or the rest of a file.
 LOSSES = {
     "truncated_file": "the file is cut off in this line, which is left out",
     "corrupt_file": "the compressed data are damaged: this line and all that follow are left out",
-    "line_too_long": f"the line has more than {MAX_LINE_BYTES >> 20} MiB",
+    "line_too_long": "the line is too long",
     "not_utf8": "not UTF-8",
     "not_json": "not JSON",
     "no_text": "no object with a `text`",
@@ -37,6 +41,11 @@ KINDS = LOSSES | CHANGES | REMARKS
 OF_A_FILE = ("truncated_file", "corrupt_file")  # not a whole line
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# Where a JSON string can be cut in two: before a character beyond ASCII, after one that no escape contains, and before
+# an escape that is not the second half of a surrogate pair.
+_SAFE_CUT = re.compile(
+    rb"(?=[\xc0-\xff])|(?<=[ !#-.:-@G-Z\[\]-`g-mo-qsv-~])|(?<=[^\\])(?=\\(?:[^u]|u(?:[^dD]|[dD][^c-fC-F])))"
+)
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -53,10 +62,8 @@ class Chunk:
 
     data: bytearray
     size: int
-    first_line: int  # number of the first line in `data`
-    end: int  # uncompressed bytes of the shard up to the end of this chunk
-    next_line: int  # number of the line that begins there
-    consumed: int  # bytes of the file on disk read so far
+    first_line: int  # its number, from 1
+    lines: int
     problems: tuple[Problem, ...] = ()
 
 
@@ -68,98 +75,125 @@ class Documents:
     problems: list[Problem]
 
 
-def read_chunks(
-    stream: ShardStream, *, start: int = 0, first_line: int = 1, max_objects: int | None = None
-) -> Iterator[Chunk]:
-    """Yield a shard in chunks, from uncompressed byte `start` on, where line `first_line` begins.
+class ChunkReader:
+    """Cuts a shard into chunks. Where they end depends on the shard and `chunk_bytes` alone.
 
-    `start` is 0 or the `end` of a chunk; where chunks end does not depend on it. `max_objects` limits the lines that are
-    not white space. Damage ends the iteration, the last chunk saying so. OSError where the disk fails.
+    max_objects limits the lines that are not white space. position: uncompressed bytes up to the end of the last chunk;
+    next_line: number of the line that begins there; objects: lines so far that are not white space, counted only where
+    they are limited; ended: there are no more chunks.
     """
-    stream.skip(start)
-    end, line = start, first_line
-    data, filled, searched = bytearray(CHUNK_BYTES), 0, 0
-    ended = False
-    while not ended and max_objects != 0:
-        filled = _fill(stream, data, filled)
-        ended = filled < len(data)
-        size = filled if ended and not stream.fault else data.rfind(b"\n", searched, filled) + 1
-        if not (size or ended):
-            if len(data) < MAX_LINE_BYTES:
-                searched = filled
-                data.extend(bytes(CHUNK_BYTES))
-                continue
-            passed, data, filled = _pass_line(stream, data)
-            end, line, searched = end + passed, line + 1, 0
-            max_objects = max_objects and max_objects - 1
-            yield Chunk(bytearray(), 0, line - 1, end, line, stream.consumed, (Problem("line_too_long", line - 1),))
-            continue
-        if max_objects is not None:
-            size, max_objects = _cut(data, size, max_objects)
-        rest = data[size:filled]
+
+    def __init__(self, stream: ShardStream, chunk_bytes: int = CHUNK_BYTES, max_objects: int | None = None) -> None:
+        self._stream, self._chunk_bytes, self._max_objects = stream, chunk_bytes, max_objects
+        self.position, self.next_line, self.objects = 0, 1, 0
+        self.ended = max_objects == 0
+        self._data, self._filled = bytearray(chunk_bytes), 0  # what is read and not yet in a chunk
+
+    def next_chunk(self) -> Chunk:
+        """Return the next chunk; damage ends the shard, its last chunk saying so. OSError where the disk fails."""
+        data, searched = self._data, 0
+        while True:
+            self._fill()
+            at_end = self._filled < len(data)
+            size = data.rfind(b"\n", searched, self._filled) + 1
+            if size or at_end:
+                break
+            if len(data) >= MAX_LINE_BYTES:
+                return self._pass_line()
+            searched = self._filled
+            data.extend(bytes(self._chunk_bytes))  # by no more: what is left after a chunk must fit into the next
+        if at_end and not self._stream.fault:
+            size = self._filled  # the last line needs no line feed
+        limited = False
+        if self._max_objects is not None:
+            size = self._limit(size)
+            limited = self.objects == self._max_objects
+        self.ended = at_end and size == self._filled or limited or self._stream.fault is not None
         lines = data.count(b"\n", 0, size) + (size > 0 and data[size - 1] != 0x0A)
-        end, line = end + size, line + lines
-        fault = (Problem(stream.fault[0], line, stream.fault[1]),) if stream.fault and max_objects != 0 else ()
-        yield Chunk(data, size, line - lines, end, line, stream.consumed, fault)
-        data, filled, searched = rest.ljust(CHUNK_BYTES, b"\0"), len(rest), 0
+        first_line = self.next_line
+        self._advance(size, lines)
+        problems = []
+        if self._stream.fault and not limited:
+            kind, detail = self._stream.fault
+            problems.append(Problem(kind, self.next_line, detail))
+        return Chunk(data, size, first_line, lines, tuple(problems))
 
+    def skip_to(self, position: int, next_line: int, objects: int) -> None:
+        """Go on after the chunk that ended at `position`."""
+        size = position - self.position
+        if size == 0:
+            return
+        self._stream.skip(max(0, size - self._filled))
+        self._advance(size, next_line - self.next_line)
+        self.objects = objects
 
-def _fill(stream: ShardStream, data: bytearray, filled: int) -> int:
-    """Read until `data` is full or the stream ends; return the bytes in it."""
-    with memoryview(data) as view:
-        while filled < len(view) and (count := stream.readinto(view[filled:])):
-            filled += count
-    return filled
+    def _fill(self) -> None:
+        with memoryview(self._data) as view:
+            while self._filled < len(view) and (count := self._stream.readinto(view[self._filled :])):
+                self._filled += count
 
+    def _advance(self, size: int, lines: int) -> None:
+        rest = self._data[size : self._filled]
+        self._data, self._filled = rest.ljust(self._chunk_bytes, b"\0"), len(rest)
+        self.position += size
+        self.next_line += lines
 
-def _pass_line(stream: ShardStream, data: bytearray) -> tuple[int, bytearray, int]:
-    """Read on to the end of the line that fills `data`; return its bytes, and a new buffer with what follows it."""
-    passed = len(data)
-    data = bytearray(CHUNK_BYTES)
-    while True:
-        filled = _fill(stream, data, 0)
-        size = data.find(b"\n", 0, filled) + 1
-        if size or filled < len(data):
-            size = size or filled
-            return passed + size, data[size:filled].ljust(CHUNK_BYTES, b"\0"), filled - size
-        passed += filled
+    def _pass_line(self) -> Chunk:
+        """Leave out the line that fills the buffer and goes on."""
+        number, size = self.next_line, 0
+        while not size and self._filled == len(self._data):
+            self._advance(self._filled, 0)
+            self._fill()
+            size = self._data.find(b"\n", 0, self._filled) + 1
+        self._advance(size or self._filled, 1)
+        self.objects += 1
+        self.ended = self.objects == self._max_objects
+        problem = Problem("line_too_long", number, f"more than {MAX_LINE_BYTES} bytes")
+        return Chunk(bytearray(), 0, number, 1, (problem,))
 
-
-def _cut(data: bytearray, size: int, max_objects: int) -> tuple[int, int]:
-    """Return the size of the lines up to the `max_objects`-th that is not white space, and how many are still wanted."""
-    at = 0
-    while max_objects and at < size:
-        after = data.find(b"\n", at, size) + 1 or size
-        max_objects -= not data[at:after].isspace()
-        at = after
-    return at, max_objects
+    def _limit(self, size: int) -> int:
+        """Count the objects in data[:size]; return the size of the lines up to the last one wanted."""
+        at = 0
+        while at < size and self.objects < self._max_objects:
+            after = self._data.find(b"\n", at, size) + 1 or size
+            self.objects += not self._data[at:after].isspace()
+            at = after
+        return at
 
 
 class _Record(msgspec.Struct):
     text: str
 
 
+class _RawRecord(msgspec.Struct):
+    text: msgspec.Raw
+
+
 _decoder = msgspec.json.Decoder(_Record)
+_raw_decoder = msgspec.json.Decoder(_RawRecord)
+_string_decoder = msgspec.json.Decoder(str)
+_REFUSALS = (msgspec.MsgspecError, ValueError, RecursionError)  # what a parser raises where a line is wrong
 
 
 def parse(chunk: Chunk) -> Documents:
-    """Return the texts of a chunk, and its problems.
+    """Return the texts of a chunk, and its problems; the chunk's data are gone afterwards.
 
     All lines at once where each is a JSON object with a `text` and nothing is to be told of any; else one by one.
     """
-    with memoryview(chunk.data) as view:
-        lines = chunk.next_line - chunk.first_line - len(chunk.problems)
-        try:
+    texts = []
+    if chunk.size <= LONG_LINE_BYTES:
+        with memoryview(chunk.data) as view, suppress(*_REFUSALS):
             texts = [record.text.encode() for record in _decoder.decode_lines(view[: chunk.size])]
-        except (msgspec.MsgspecError, ValueError, RecursionError):
-            texts = []
     # Two objects on a line, or one on two lines, are not what decode_lines is for, but it takes them.
-    if len(texts) != lines or not all(texts) or any(SEPARATOR in text for text in texts):
-        return _parse_line_by_line(chunk)
-    return Documents(texts, list(chunk.problems))
+    if len(texts) != chunk.lines or not all(texts) or any(SEPARATOR in text for text in texts):
+        texts, problems = _parse_lines(chunk)
+    else:
+        problems = []
+    chunk.data.clear()
+    return Documents(texts, [*problems, *chunk.problems])
 
 
-def _parse_line_by_line(chunk: Chunk) -> Documents:
+def _parse_lines(chunk: Chunk) -> tuple[list[bytes], list[Problem]]:
     texts, problems = [], []
     with memoryview(chunk.data) as view:
         after, number = 0, chunk.first_line - 1
@@ -170,23 +204,37 @@ def _parse_line_by_line(chunk: Chunk) -> Documents:
                 texts.append(text)
             if problem:
                 problems.append(Problem(problem[0], number, problem[1]))
-    return Documents(texts, [*problems, *chunk.problems])
+    return texts, problems
 
 
 def _parse_line(line: memoryview) -> tuple[bytes, tuple[str, str] | None]:
     """Return the text of a line, empty if it has none, and (kind, detail) of the problem, if there is one."""
     try:
-        text, problem = _decoder.decode(line).text.encode(), None
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        copy = bytes(line)
-        if copy.isspace():
-            return b"", None
-        text, problem = _parse_leniently(copy)
-    if problem is None and not text:
-        problem = "empty_text", ""
-    elif problem is None and SEPARATOR in text:
-        problem = "separator_in_text", ""
-    return text, problem
+        text = _parse_long_line(line) if len(line) > LONG_LINE_BYTES else _decoder.decode(line).text.encode()
+    except _REFUSALS as error:
+        if len(line) > LONG_LINE_BYTES:
+            return b"", _refusal(error)
+        content = bytes(line)
+        return (b"", None) if content.isspace() else _parse_leniently(content)
+    if not text:
+        return b"", ("empty_text", "")
+    if len(text) > MAX_TEXT_BYTES:
+        return b"", ("line_too_long", f"{len(text)} bytes of text, more than {MAX_TEXT_BYTES}")
+    return text, ("separator_in_text", "") if SEPARATOR in text else None
+
+
+def _parse_long_line(line: memoryview) -> bytes:
+    """Return the text of a line; a str of it, which takes four bytes a character for one emoji in it, is never whole."""
+    with memoryview(_raw_decoder.decode(line).text) as literal:
+        if literal[:1] != b'"':
+            return _string_decoder.decode(literal).encode()  # which says what it is instead
+        pieces, start = [], 1
+        while start < len(literal) - 1:
+            cut = _SAFE_CUT.search(literal, start + PIECE_BYTES, len(literal) - 1)
+            end = cut.start() if cut else len(literal) - 1
+            pieces.append(_string_decoder.decode(b'"%b"' % literal[start:end]).encode())
+            start = end
+        return b"".join(pieces)
 
 
 def _parse_leniently(line: bytes) -> tuple[bytes, tuple[str, str] | None]:
@@ -196,16 +244,24 @@ def _parse_leniently(line: bytes) -> tuple[bytes, tuple[str, str] | None]:
     """
     try:
         value = json.loads(line.decode("utf-8-sig", "surrogatepass"))
-    except UnicodeDecodeError as error:
-        return b"", ("not_utf8", f"byte {error.start + 1}: {error.reason}")
-    except RecursionError:
-        return b"", ("not_json", "nested too deep")
-    except ValueError as error:
-        return b"", ("not_json", str(error))
+    except (ValueError, RecursionError) as error:
+        return b"", _refusal(error)
     if not isinstance(value, dict) or "text" not in value:
         return b"", ("no_text", "" if isinstance(value, dict) else f"the line is a {type(value).__name__}")
     text = value["text"]
     if not isinstance(text, str):
         return b"", ("text_not_string", f"it is {json.dumps(text)[:40]}")
     text, replaced = _SURROGATE.subn("\ufffd", text)
+    if not text:
+        return b"", ("empty_text", "")
     return text.encode(), ("lone_surrogate", f"{replaced} in this text") if replaced else None
+
+
+def _refusal(error: Exception) -> tuple[str, str]:
+    if isinstance(error, UnicodeDecodeError):
+        return "not_utf8", f"byte {error.start + 1}: {error.reason}"
+    if isinstance(error, RecursionError):
+        return "not_json", "nested too deep"
+    if isinstance(error, msgspec.ValidationError):
+        return "no_text" if "missing required field" in str(error) else "text_not_string", str(error)
+    return "not_json", str(error)

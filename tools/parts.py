@@ -1,28 +1,32 @@
-"""A token file in the making: parts that survive an interruption, and their merging into one file.
+"""A token file in the making: segments that survive an interruption, and their merging into one file.
 
-`X.bin` grows in the folder `X.bin.parts`. Each input has `<input>.tokens`, its ids, and `<input>.state`, which says how
-much of them is whole and on the disk. When all inputs are done their ids are laid end to end, onto the first file, and
-each of the others is removed once it is there; then the JSON and at last `X.bin` itself get their names. Whoever is
-killed at any point, the next run goes on from what the states say.
+`X.bin` grows in the folder `X.bin.parts`. An input is done in segments of about 32 MiB of its uncompressed bytes, by
+whichever process takes the segment's lock first. A finished one is two files, the ids and a record that says what they
+are of. In order, segments are appended to the file `merged` and removed, and the state `merged.json` says how far that
+has come. When all are, the JSON and at last `X.bin` itself get their names.
+
+Whoever is killed at any point, the next run goes on from the records and the state. Segments are not brought to the
+disk one by one: after a power failure their checksums tell which of them are to be made again.
 """
 import fcntl
+import glob
 import os
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 import numpy as np
 
-from tools.documents import LOSSES, Problem
+from tools.documents import CHUNK_BYTES, Problem
 from tools.token_file import (
+    FORMAT,
     Description,
     PrepareError,
-    Settings,
     Source,
     description_path,
     read_description,
@@ -30,223 +34,300 @@ from tools.token_file import (
     write_whole,
 )
 
+SEGMENT_CHUNKS = 8
+MERGED_AT_ONCE = 16  # segments to one state on disk
 COPY_BYTES = 8 << 20
-MAX_EXAMPLES = 5  # lines named of each kind of problem and input
 
 
-class State(msgspec.Struct, kw_only=True):
-    """How far an input has got; `source` tells of what is in the part so far."""
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What decides the ids that an input gives, and how it is cut."""
+
+    format: int = FORMAT
+    tokenizer: str
+    max_data: int | None = None
+    chunk_bytes: int = CHUNK_BYTES
+    segment_chunks: int = SEGMENT_CHUNKS
+
+    def made(self, description: Description) -> bool:
+        """Whether a token file was made with these settings; how its inputs were cut changes nothing."""
+        theirs = description.format, description.tokenizer, description.max_data
+        return theirs == (self.format, self.tokenizer, self.max_data)
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """A point in an input between two segments."""
+
+    segment: int = 0  # number of the one that begins here
+    position: int = 0  # uncompressed bytes before it
+    next_line: int = 1
+    objects: int = 0  # lines before it that are not white space, where they are limited
+    consumed: int = 0  # bytes of the file on disk read by then
+    ended: bool = False  # nothing follows
+
+
+class Record(msgspec.Struct, kw_only=True):
+    """What a finished segment holds."""
 
     settings: Settings
     source: Source
-    position: int = 0  # uncompressed bytes of the input that are done
-    next_line: int = 1
-    done: bool = False
-
-    def after(self, *, position: int, next_line: int, documents: int, tokens: int, size: int, problems: list[Problem]) -> "State":
-        """Return the state after one more chunk; `size` is the UTF-8 bytes of its texts."""
-        source = self.source
-        skipped, noted, examples = dict(source.skipped), dict(source.noted), dict(source.examples)
-        for problem in problems:
-            counts = skipped if problem.kind in LOSSES else noted
-            counts[problem.kind] = counts.get(problem.kind, 0) + 1
-            if counts[problem.kind] <= MAX_EXAMPLES:
-                examples[problem.kind] = [*examples.get(problem.kind, []), (problem.line, problem.detail)]
-        source = msgspec.structs.replace(
-            source,
-            documents=source.documents + documents,
-            tokens=source.tokens + tokens,
-            bytes=source.bytes + size,
-            skipped=skipped,
-            noted=noted,
-            examples=examples,
-        )
-        return State(settings=self.settings, source=source, position=position, next_line=next_line)
+    end: Place
 
 
-class Merged(msgspec.Struct):
-    """Which parts lie end to end in the file of the first: (name of the input, CRC-32 of its ids)."""
+class Merged(msgspec.Struct, kw_only=True):
+    """What the file `merged` holds: all of `sources` but for the last, of which it holds what is before `end`."""
 
-    parts: list[tuple[str, int]] = []
+    settings: Settings
+    sources: list[Source] = []
+    end: Place = Place(ended=True)
     bytes: int = 0
 
 
-class Part:
-    """The place of one input's ids."""
+class Segment:
+    """A segment that this process has taken: its ids are written here."""
 
-    def __init__(self, folder: Path, source: Path, settings: Settings, dtype: np.dtype) -> None:
-        self.input, self.settings, self.dtype = source, settings, dtype
-        self.tokens_path = folder / f"{source.name}.tokens"
-        self.state_path = folder / f"{source.name}.state"
+    def __init__(self, workspace: "Workspace", source: Path, number: int, file: BinaryIO) -> None:
+        self._workspace, self.input, self._number, self._file = workspace, source, number, file
+        self.source = Source.of(source)
 
-    def read_state(self) -> State | None:
-        """Return the state on disk where it is of this input as it is now, with these settings."""
-        try:
-            state = msgspec.json.decode(self.state_path.read_bytes(), type=State)
-        except (FileNotFoundError, msgspec.DecodeError):
-            return None
-        return state if state.settings == self.settings and state.source.is_still(self.input) else None
-
-    def size(self, state: State) -> int:
-        return state.source.tokens * self.dtype.itemsize
-
-    def holds(self, state: State) -> bool:
-        """Whether the file can have the ids that a state tells of."""
-        return self.tokens_path.exists() and self.tokens_path.stat().st_size >= self.size(state)
-
-    @contextmanager
-    def writing(self) -> Iterator["PartWriter | None"]:
-        """Lock the part and go on where it stands; None where another process holds it. Leaving saves what is whole."""
-        with open(os.open(self.tokens_path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:
-            if not try_lock(file, fcntl.LOCK_EX):
-                yield None
-                return
-            with PartWriter(self, file) as writer:
-                yield writer
-
-
-class PartWriter:
-    """Appends to a part and keeps its state on disk up to date, in the background."""
-
-    def __init__(self, part: Part, file: BinaryIO) -> None:
-        self.part, self._file = part, file
-        self.restarted = part.state_path.exists()  # there is one, but it is not of this input with these settings
-        self.state = State(settings=part.settings, source=Source.of(part.input))
-        if (state := part.read_state()) and part.holds(state):
-            if state.done or crc32(file, 0, part.size(state)) == state.source.crc32:
-                self.state, self.restarted = state, False
-        self._finished_before = self.state.done
-        if self.restarted:
-            part.state_path.unlink()  # before the ids that it tells of
-        if not self._finished_before:
-            self._cut()
-        self._saver = ThreadPoolExecutor(1)
-        self._saving: Future | None = None
-
-    def append(self, ids: np.ndarray, state: State) -> None:
-        """Write ids, after which `state` is true, but for its CRC, which is set here. OSError where the disk is full."""
+    def append(self, ids: np.ndarray, documents: int, size: int, problems: list[Problem]) -> None:
+        """Write the ids of a chunk and count what it gave; size: UTF-8 bytes. OSError where the disk is full."""
         content = memoryview(ids).cast("B")
         write_all(self._file, content)
-        state.source.crc32 = zlib.crc32(content, self.state.source.crc32)
-        self.state = state
+        self.source.crc32 = zlib.crc32(content, self.source.crc32)
+        self.source.documents += documents
+        self.source.tokens += len(ids)
+        self.source.bytes += size
+        self.source.note(problems)
 
-    def copy(self, file: BinaryIO, offset: int, state: State) -> None:
-        """Take the ids that `state` tells of from another file, in place of what is here."""
-        self._file.seek(0)
-        copy(file, offset, self.part.size(state), self._file)
-        self.state = state
+    def finish(self, end: Place, sha256: str | None) -> None:
+        """Make the segment count; PrepareError where the input changed meanwhile."""
+        if not self.source.is_of(Source.of(self.input)):
+            raise PrepareError(f"{self.input} changed while it was read: run the same command again when it is complete")
+        self.source.file_sha256 = sha256
+        tokens, record = self._workspace.segment_files(self.input, self._number)
+        os.replace(self._file.name, tokens)
+        content = Record(settings=self._workspace.settings, source=self.source, end=end)
+        write_whole(record, msgspec.json.encode(content), sync=False)
+        self._file.close()
 
-    def save(self) -> None:
-        """Begin to bring file and state to the disk, unless that still goes on from the last time."""
-        if self._saving is None or self._saving.done():
-            self._wait()
-            self._saving = self._saver.submit(self._sync, msgspec.json.encode(self.state))
-
-    def _sync(self, state: bytes) -> None:
-        os.fsync(self._file.fileno())
-        write_whole(self.part.state_path, state)
-
-    def _wait(self) -> None:
-        if self._saving:
-            self._saving.result()
-
-    def _cut(self) -> None:
-        """Drop what the state does not vouch for."""
-        size = self.part.size(self.state)
-        self._file.truncate(size)
-        self._file.seek(size)
-
-    def __enter__(self) -> "PartWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._finished_before:  # and the ids of other parts may follow
-            return
-        with self._saver:
-            try:
-                self._wait()
-            except OSError:
-                if kind is None:
-                    raise
-            self._cut()  # half a chunk, of a write that failed; on a full disk it makes room for the state
-            self._sync(msgspec.json.encode(self.state))
+    def abandon(self) -> None:
+        """Remove what was written, unless it is finished."""
+        if not self._file.closed:
+            Path(self._file.name).unlink(missing_ok=True)
+            self._file.close()
 
 
 class Workspace:
-    """All parts of a token file, the lock on them, and their merging."""
+    """The inputs of a token file, what has been made of them, and the locks that keep runs apart."""
 
     def __init__(self, file: Path, inputs: Sequence[Path], settings: Settings, dtype: np.dtype) -> None:
-        self.file, self.settings, self.dtype = file, settings, dtype
+        self.file, self.inputs, self.settings, self.dtype = file, list(inputs), settings, dtype
         self.folder = file.with_name(file.name + ".parts")
-        self.parts = [Part(self.folder, source, settings, dtype) for source in inputs]
-        self._merged_path = self.folder / "merged.state"
+        self._merged, self._state = self.folder / "merged", self.folder / "merged.json"
+        self._same: dict[tuple[Path, int, int], bool] = {}
 
     @contextmanager
-    def locked(self, shared: bool = False) -> Iterator[None]:
-        """Keep other runs away from this file, all or (shared) but those of other inputs. PrepareError where one is on.
+    def locked(self, *, shared: bool) -> Iterator[None]:
+        """Keep other runs away from this file: all of them, or (shared) those that are not shared.
 
-        The lock is the system's: it ends with the process, however that ends.
+        PrepareError where one is on. The lock is the system's: it ends with the process, however that ends.
         """
-        path = self.folder / "lock"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._lock("lock", shared=shared) as mine:
+            if not mine:
+                raise PrepareError(f"another run is preparing {self.file}: wait for it, or choose another output")
+            yield
+
+    @contextmanager
+    def owning(self, source: Path) -> Iterator[bool]:
+        """Be the first process at an input, unless another is."""
+        with self._lock(f"{source.name}.owner") as mine:
+            yield mine
+
+    @contextmanager
+    def _lock(self, name: str, *, shared: bool = False) -> Iterator[bool]:
+        path = self.folder / name
         while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
             with open(path, "a") as file:
-                if not try_lock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
-                    raise PrepareError(f"another run is preparing {self.file}: wait for it, or choose another output")
-                if not _is_at(file, path):  # the run before removed it after this one had opened it
+                mine = try_lock(file, shared=shared)
+                if mine and not _is_at(file, path):  # removed by the run before, between opening and locking it here
+                    path.parent.mkdir(parents=True, exist_ok=True)
                     continue
-                yield
+                yield mine
                 return
+
+    def segment_files(self, source: Path, number: int) -> tuple[Path, Path]:
+        """Return the paths of a finished segment's ids and record."""
+        stem = f"{source.name}.{number:05}"
+        return self.folder / f"{stem}.tokens", self.folder / f"{stem}.json"
+
+    def record(self, source: Path, number: int) -> Record | None:
+        """Return the record of a finished segment that is not merged yet, if it is of the input as it is now."""
+        tokens, path = self.segment_files(source, number)
+        try:
+            record = msgspec.json.decode(path.read_bytes(), type=Record)
+            size = tokens.stat().st_size
+        except (FileNotFoundError, msgspec.DecodeError):
+            return None
+        if record.settings != self.settings or size != record.source.tokens * self.dtype.itemsize:
+            return None
+        return record if self._is_current(record.source, source) else None
+
+    def _is_current(self, recorded: Source, source: Path) -> bool:
+        """Whether a record is of an input as it is now. One whose time changed, as copies do, is hashed if that can tell."""
+        now = Source.of(source)
+        if recorded.is_of(now):
+            return True
+        key = source, recorded.file_mtime_ns, now.file_mtime_ns
+        if key not in self._same:
+            self._same[key] = recorded.file_bytes == now.file_bytes and any(
+                other.is_of(recorded) and other.file_sha256 and other.is_still(source) for other in self._recorded(source)
+            )
+        return self._same[key]
+
+    def _recorded(self, source: Path) -> Iterator[Source]:
+        """Yield what is recorded of an input, of whatever state of it."""
+        for path in self.folder.glob(f"{glob.escape(source.name)}.?????.json"):
+            with suppress(FileNotFoundError, msgspec.DecodeError):
+                yield msgspec.json.decode(path.read_bytes(), type=Record).source
+        yield from (recorded for recorded in self._read_state().sources if recorded.file == source.name)
+
+    def place_after(self, source: Path, number: int) -> Place | None:
+        """Return a place in an input before which all is done and which lies after segment `number`, None if that is not."""
+        if record := self.record(source, number):
+            return record.end
+        # Read in this order: a segment that is merged between the two is in the state before its record goes.
+        place = self._merged_place(source)
+        return place if place.segment > number or place.ended else None
+
+    def take(self, source: Path, number: int) -> Segment | None:
+        """Return a segment to be written, None where another process has it or it is finished."""
+        path = self.folder / f"{source.name}.{number:05}.part"
+        file = open(path, "ab", buffering=0)
+        if not try_lock(file) or not _is_at(file, path):
+            file.close()
+            return None
+        segment = Segment(self, source, number, file)
+        if self.place_after(source, number):
+            segment.abandon()
+            return None
+        file.truncate(0)
+        return segment
+
+    def reach(self, source: Path) -> Place:
+        """Return the first place in an input after which something is to be done; `ended` where nothing is."""
+        place = self._merged_place(source)
+        while not place.ended and (record := self.record(source, place.segment)):
+            place = record.end
+        return place
+
+    def missing(self, inputs: Sequence[Path]) -> list[Path]:
+        """Return those inputs that are not done."""
+        return [source for source in inputs if not self.reach(source).ended]
+
+    def sources(self, inputs: Sequence[Path]) -> list[Source]:
+        """Return what has been made of each of these inputs so far."""
+        merged = {source.file: source for source in self._read_merged().sources}
+        found = []
+        for path in inputs:
+            source, place = merged.get(path.name, Source.of(path)), self._merged_place(path)
+            while not place.ended and (record := self.record(path, place.segment)):
+                source.add(record.source)
+                place = record.end
+            found.append(source)
+        return found
 
     def finished(self) -> Description | None:
         """Return the description of the token file where it is there, made of these inputs with these settings."""
         description = read_description(self.file)
-        if description is None or description.settings != self.settings:
+        if description is None or not self.settings.made(description) or len(description.sources) != len(self.inputs):
             return None
-        if len(description.sources) != len(self.parts):
-            return None
-        pairs = zip(description.sources, self.parts)
-        return description if all(source.is_still(part.input) for source, part in pairs) else None
+        still = all(source.is_still(path) for source, path in zip(description.sources, self.inputs))
+        return description if still else None
 
-    def missing(self) -> list[Part]:
-        """Return the parts that are not done."""
-        states = self._states()
-        merged = len(self._merged(states).parts)
-        return [
-            part
-            for i, (part, state) in enumerate(zip(self.parts, states))
-            if not (state and state.done and (i < merged or part.holds(state)))
-        ]
+    def tidy(self) -> list[str]:
+        """Remove what is of other settings or of inputs as they were before; return the names of these inputs."""
+        names = set()
+        for path in self.folder.glob("*.?????.json"):
+            name, number = path.name.removesuffix(".json").rsplit(".", 1)
+            source = next((source for source in self.inputs if source.name == name), None)
+            if source is None or not self.record(source, int(number)):
+                names.add(name)
+                path.unlink()
+                path.with_suffix(".tokens").unlink(missing_ok=True)
+        merged = self._read_merged()
+        names |= {source.file for source in self._read_state().sources[len(merged.sources) :]}
+        self._write_merged(merged)
+        return sorted(names)
 
     def reuse(self) -> list[str]:
-        """Take over what the token file that is there has of these inputs; return their names.
+        """Take over what the token file that is there begins with, as far as the inputs are the same; return their names.
 
-        So a file with one more input takes the time of that input. ValueError where the file is damaged.
+        So a file of one more shard takes the time of that shard. OSError where the disk is full.
         """
         description = read_description(self.file)
-        if description is None or description.settings != self.settings:
+        if description is None or not self.settings.made(description):
             return []
-        missing = {part.input.name: part for part in self.missing() if not part.state_path.exists()}
-        reused, offset = [], 0
-        with open(self.file, "rb") as file:
-            for source in description.sources:
+        same = [a for a, b in takewhile(lambda pair: pair[0].is_still(pair[1]), zip(description.sources, self.inputs))]
+        merged = Merged(settings=self.settings)
+        if len(same) <= len(self._read_merged().sources):
+            return []
+        with self._appending(merged) as target, open(self.file, "rb") as file:
+            for source in same:
                 size = source.tokens * self.dtype.itemsize
-                part = missing.get(source.file)
-                if part and source.is_still(part.input) and crc32(file, offset, size) == source.crc32:
-                    with part.writing() as writer:
-                        if writer and not writer.state.done:
-                            writer.copy(file, offset, State(settings=self.settings, source=source, done=True))
-                            reused.append(source.file)
-                offset += size
-        return reused
+                if copy(file, size, target) != (source.crc32, source.crc32):
+                    break
+                merged.sources.append(source)
+                merged.bytes += size
+            self._write_merged(merged, target)
+        return [source.file for source in merged.sources]
 
-    def merge(self, vocab_size: int, end_of_text: int) -> Description:
-        """Lay the ids of all parts, which are done, end to end, give the file its name, and remove the parts.
+    def merge(self) -> bool:
+        """Append to `merged` the segments that are next; return whether another process is at it instead."""
+        with self._lock("merging") as mine:
+            if mine:
+                merged = self._read_merged()
+                with self._appending(merged) as file:
+                    while added := self._append(merged, file):
+                        self._write_merged(merged, file)
+                        for path in added:
+                            path.unlink()
+            return not mine
 
-        PrepareError where a part is damaged or there is not a single token.
-        """
-        states = self._states()
-        sources = [state.source for state in states]
+    def _append(self, merged: Merged, file: BinaryIO) -> list[Path]:
+        """Append up to MERGED_AT_ONCE segments; return the paths of what is not needed any more."""
+        added = []
+        while len(added) < 2 * MERGED_AT_ONCE:
+            if not merged.end.ended:
+                source, number = self.inputs[len(merged.sources) - 1], merged.end.segment
+            elif len(merged.sources) < len(self.inputs):
+                source, number = self.inputs[len(merged.sources)], 0
+            else:
+                break
+            if not (record := self.record(source, number)):
+                break
+            if number == 0:
+                merged.sources.append(Source.of(source))
+            whole = merged.sources[-1]
+            paths = self.segment_files(source, number)
+            size = record.source.tokens * self.dtype.itemsize
+            with open(paths[0], "rb") as segment:
+                own, whole.crc32 = copy(segment, size, file, whole.crc32)
+            if own != record.source.crc32:
+                paths[1].unlink()  # so that it is made again
+                raise PrepareError(
+                    f"{paths[0]} is damaged: its checksum is not the one it was written with. The same command makes it "
+                    "anew; where that happens again, look for a failing disk"
+                )
+            whole.add(record.source)
+            merged.end = record.end
+            merged.bytes += size
+            added.extend(paths)
+        return added
+
+    def publish(self, vocab_size: int, end_of_text: int) -> Description:
+        """Give the merged file its name, its JSON first, and remove the folder; PrepareError where there is no token."""
+        sources = self._read_merged().sources
         description = Description(
             tokenizer=self.settings.tokenizer,
             vocab_size=vocab_size,
@@ -260,90 +341,76 @@ class Workspace:
         )
         if description.tokens == 0:
             raise PrepareError(f"no text in {', '.join(source.file for source in sources)}: there is nothing to write")
-        merged = self._merged(states)
-        with open(self.parts[0].tokens_path, "r+b", buffering=0) as file:
-            if len(merged.parts) == 1 and crc32(file, 0, merged.bytes) != sources[0].crc32:
-                raise self._damaged(self.parts[0])
-            file.truncate(merged.bytes)
-            file.seek(merged.bytes)
-            for part, state in list(zip(self.parts, states))[len(merged.parts) :]:
-                with open(part.tokens_path, "rb") as other:
-                    if copy(other, 0, part.size(state), file) != state.source.crc32:
-                        raise self._damaged(part)
-                os.fsync(file.fileno())
-                merged.parts.append((part.input.name, state.source.crc32))
-                merged.bytes += part.size(state)
-                write_whole(self._merged_path, msgspec.json.encode(merged))
-                part.tokens_path.unlink()
-            os.fsync(file.fileno())
-        self._publish(description)
-        return description
-
-    def _publish(self, description: Description) -> None:
         # A token file without its JSON would pass for GPT-2's, one with another's for damaged; a JSON alone harms no one.
         self.file.unlink(missing_ok=True)
-        write_whole(description_path(self.file), msgspec.json.format(msgspec.json.encode(description), indent=2) + b"\n")
+        content = msgspec.json.format(msgspec.json.encode(description), indent=2) + b"\n"
+        write_whole(self.folder / "description", content)
+        os.replace(self.folder / "description", description_path(self.file))
         sync_folder(self.file.parent)
-        os.replace(self.parts[0].tokens_path, self.file)
+        os.replace(self._merged, self.file)
         sync_folder(self.file.parent)
         self.remove()
+        return description
 
     def remove(self) -> None:
-        """Remove the parts and the lock."""
+        """Remove what the token file has grown from, and the lock with it."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _damaged(self, part: Part) -> PrepareError:
-        part.state_path.unlink()
-        return PrepareError(
-            f"{part.tokens_path} is damaged: its checksum is not the one it was written with. The same command makes it "
-            "anew; where that happens again, look for a failing disk"
-        )
-
-    def _states(self) -> list[State | None]:
-        return [part.read_state() for part in self.parts]
-
-    def _merged(self, states: list[State | None]) -> Merged:
-        """Return how many of the parts lie end to end in the first one's file, as the states are now."""
+    def _read_state(self) -> Merged:
         try:
-            recorded = msgspec.json.decode(self._merged_path.read_bytes(), type=Merged).parts
+            return msgspec.json.decode(self._state.read_bytes(), type=Merged)
         except (FileNotFoundError, msgspec.DecodeError):
-            recorded = []
-        first = self.parts[0]
-        room = first.tokens_path.stat().st_size if first.tokens_path.exists() else -1
-        merged = Merged()
-        for i, (part, state) in enumerate(zip(self.parts, states)):
-            if not (state and state.done) or merged.bytes + part.size(state) > room:
-                break
-            name = part.input.name, state.source.crc32
-            if i > 0 and (i >= len(recorded) or recorded[: i + 1] != [*merged.parts, name]):
-                break
-            merged.parts.append(name)
-            merged.bytes += part.size(state)
-        return merged
+            return Merged(settings=self.settings)
+
+    def _read_merged(self) -> Merged:
+        """Return what of `merged` is of these settings and of the inputs as they are now."""
+        merged = self._read_state()
+        try:
+            whole = self._merged.stat().st_size >= merged.bytes and merged.settings == self.settings
+        except FileNotFoundError:
+            whole = False
+        if not whole:
+            return Merged(settings=self.settings)
+        pairs = zip(merged.sources, self.inputs)
+        current = [source for source, _ in takewhile(lambda pair: self._is_current(*pair), pairs)]
+        if len(current) == len(merged.sources):
+            return merged
+        size = sum(source.tokens for source in current) * self.dtype.itemsize
+        return Merged(settings=self.settings, sources=current, bytes=size)
+
+    def _merged_place(self, source: Path) -> Place:
+        merged = self._read_merged()
+        names = [other.file for other in merged.sources]
+        if source.name not in names:
+            return Place()
+        return merged.end if source.name == names[-1] else Place(ended=True)
+
+    def _write_merged(self, merged: Merged, file: BinaryIO | None = None) -> None:
+        if file:
+            os.fsync(file.fileno())
+        write_whole(self._state, msgspec.json.encode(merged))
+
+    @contextmanager
+    def _appending(self, merged: Merged) -> Iterator[BinaryIO]:
+        """Open `merged` at its end; whatever is appended and not in the state on disk is cut off where that fails."""
+        with open(os.open(self._merged, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:
+            file.truncate(merged.bytes)
+            file.seek(merged.bytes)
+            try:
+                yield file
+            except BaseException:
+                file.truncate(min(self._read_state().bytes, os.fstat(file.fileno()).st_size))
+                raise
 
 
-def copy(source: BinaryIO, offset: int, size: int, target: BinaryIO) -> int:
-    """Append size bytes of `source` to `target`; return their CRC-32."""
-    checksum = 0
-    for block in _blocks(source, offset, size):
+def copy(source: BinaryIO, size: int, target: BinaryIO, checksum: int = 0) -> tuple[int, int]:
+    """Append the next size bytes of `source` to `target`; return their CRC-32, and `checksum` carried on over them."""
+    own = 0
+    while size and (block := source.read(min(size, COPY_BYTES))):
         write_all(target, block)
-        checksum = zlib.crc32(block, checksum)
-    return checksum
-
-
-def crc32(file: BinaryIO, offset: int, size: int) -> int:
-    """Return the CRC-32 of size bytes of a file."""
-    checksum = 0
-    for block in _blocks(file, offset, size):
-        checksum = zlib.crc32(block, checksum)
-    return checksum
-
-
-def _blocks(file: BinaryIO, offset: int, size: int) -> Iterator[bytes]:
-    file.seek(offset)
-    while size and (block := file.read(min(size, COPY_BYTES))):
+        own, checksum = zlib.crc32(block, own), zlib.crc32(block, checksum)
         size -= len(block)
-        yield block
+    return own, checksum
 
 
 def write_all(file: BinaryIO, content: bytes | memoryview) -> None:
@@ -354,10 +421,10 @@ def write_all(file: BinaryIO, content: bytes | memoryview) -> None:
             written += file.write(view[written:])
 
 
-def try_lock(file: BinaryIO, kind: int) -> bool:
+def try_lock(file: BinaryIO, *, shared: bool = False) -> bool:
     """Take the system's lock on an open file, if it is free."""
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

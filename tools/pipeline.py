@@ -1,37 +1,36 @@
-"""One process's share of preparing: its inputs one after another, each decompressed, parsed, encoded and written at once.
+"""One process's share of preparing: segments decompressed, parsed, encoded, written and merged at the same time.
 
-The thread that calls reads and writes; a pool of threads parses and encodes. Decompression and encoding release the GIL.
+The thread that calls reads and writes, a pool of threads parses and encodes, one more merges. Decompression and encoding
+release the GIL. Other processes may be at the same inputs: each reads an input from end to end and takes the segments
+that nobody has; those that others have it only decompresses. So one huge shard keeps as many cores busy as its
+decompressor can feed, and nothing is divided up beforehand.
 """
-import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from threading import local
 
 import msgspec
 import numpy as np
 
-from tools.documents import CHANGES, KINDS, LOSSES, OF_A_FILE, Chunk, Problem, parse, read_chunks
-from tools.parts import Part, PartWriter, State
+from tools.documents import CHANGES, KINDS, LOSSES, Chunk, ChunkReader, Problem, parse
+from tools.parts import Place, Segment, Workspace
 from tools.shard_stream import ShardStream
 from tools.text_encoders import TextEncoder
-from tools.token_file import PrepareError, Source
+from tools.token_file import PrepareError
 
-SAVE_INTERVAL_S = 2.0
-IN_FLIGHT_BYTES = 64 << 20  # of text between reading and writing; a longer line goes alone
+IN_FLIGHT_BYTES = 64 << 20  # of lines between reading and writing; a longer line goes alone
 
 
 class Work(msgspec.Struct, tag=True):
-    """What was done since the last report: bytes of files read, UTF-8 bytes of text, ids; and maybe a line to print."""
+    """What was done since the last report: bytes of files read, UTF-8 bytes of text, ids."""
 
     consumed: int = 0
     bytes: int = 0
     tokens: int = 0
-    message: str = ""
-
-
-Report = Callable[[Work], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,111 +43,151 @@ class Encoded:
     problems: list[Problem]
 
 
-class Pipeline:
-    """Threads that parse and encode, and what they need."""
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A chunk on its way through the pool, or (`end`) the end of a segment behind its last one."""
 
-    def __init__(self, encoder: TextEncoder, threads: int, report: Report, strict: bool = False) -> None:
-        self.encoder, self.threads, self.report, self.strict = encoder, threads, report, strict
+    segment: Segment
+    size: int = 0
+    consumed: int = 0  # bytes of the file on disk
+    encoded: Future[Encoded] | None = None
+    end: Place | None = None
+    sha256: str | None = None
+
+
+class Pipeline:
+    """The threads of a process. `merging`: whether to merge what is finished while others are still written."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        encoder: TextEncoder,
+        threads: int,
+        report: Callable[[Work], None],
+        *,
+        merging: bool,
+        strict: bool = False,
+    ) -> None:
+        self._workspace, self._encoder, self._report, self._strict = workspace, encoder, report, strict
+        self._depth = 2 * threads  # chunks in the pool: one at work and one waiting for each thread
         self._of_thread = local()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
+        self._merger = ThreadPoolExecutor(1, thread_name_prefix="merge") if merging else None
+        self._merging: Future[bool] | None = None
+        self._pending: deque[Pending] = deque()
+        self._in_flight = 0
+        self._taken: set[Segment] = set()
 
     def __enter__(self) -> "Pipeline":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+        if self._merger:
+            self._merger.shutdown()
+        for segment in self._taken:
+            segment.abandon()
 
-    def run(self, parts: Iterable[Part]) -> None:
-        """Finish those of `parts` that no other process is at. PrepareError, OSError where the disk is full."""
-        for part in parts:
-            with part.writing() as writer:
-                if writer and not writer.state.done:
-                    self._fill(writer)
+    def run(self, inputs: Sequence[Path]) -> None:
+        """Do what is to be done of these inputs and no other process is at: first whole inputs, then parts of others'.
 
-    def _fill(self, writer: PartWriter) -> None:
-        source = writer.state.source
-        path = writer.part.input
-        if writer.restarted:
-            self.report(Work(message=f"{path} is not what it was, or was prepared in another way: starting it again"))
-        elif writer.state.position:
-            self.report(Work(message=f"{path}: going on at line {writer.state.next_line}"))
-        self._check(writer.part, [Problem(kind, *lines[0]) for kind, lines in source.examples.items()])
-        with ShardStream(path) as stream:
-            self._pump(writer, stream)
-            now = Source.of(path)
-            if (now.file_bytes, now.file_mtime_ns) != (source.file_bytes, source.file_mtime_ns):
-                writer.part.state_path.unlink(missing_ok=True)
-                raise PrepareError(f"{path} changed while it was read: run the same command again when it is complete")
-            source = msgspec.structs.replace(writer.state.source, file_sha256=stream.sha256)
-            self.report(Work(consumed=source.file_bytes - stream.consumed))
-        writer.state = msgspec.structs.replace(writer.state, source=source, done=True)
-        self.report(Work(message=f"{path}: {source.documents} documents, {source.tokens} tokens"))
+        PrepareError says what is wrong with an input. OSError where the disk is full or failing.
+        """
+        for owned in (True, False):
+            for source in inputs:
+                with ExitStack() as stack:
+                    if not owned or stack.enter_context(self._workspace.owning(source)):
+                        self._work_on(source)
+                        self._write_down_to(0)
+        if self._merging:
+            self._merging.result()
 
-    def _pump(self, writer: PartWriter, stream: ShardStream) -> None:
-        """Bring what is left of a shard into its part, the chunks in order."""
-        state = writer.state
-        wanted = state.settings.max_data
-        if wanted is not None:
-            wanted = max(0, wanted - objects(state.source))
-        pending: deque[tuple[Chunk, int, Future[Encoded]]] = deque()
-        in_flight, saved, consumed = 0, time.monotonic(), 0
+    def _work_on(self, source: Path) -> None:
+        """Bring the segments of an input that nobody has into the pool, and write what comes out of it."""
+        workspace, settings = self._workspace, self._workspace.settings
+        place = workspace.reach(source)
+        with ShardStream(source) as stream:
+            reader = ChunkReader(stream, settings.chunk_bytes, settings.max_data)
+            while not place.ended:
+                if done := workspace.place_after(source, place.segment):
+                    place = done
+                    continue
+                reader.skip_to(place.position, place.next_line, place.objects)
+                if segment := workspace.take(source, place.segment):
+                    self._taken.add(segment)
+                place = self._read_segment(reader, stream, place, segment)
 
-        def write_oldest() -> None:
-            nonlocal in_flight, saved, consumed
-            chunk, size, future = pending.popleft()
-            encoded = future.result()
-            self._check(writer.part, encoded.problems)
-            state = writer.state.after(
-                position=chunk.end,
-                next_line=chunk.next_line,
-                documents=encoded.documents,
-                tokens=len(encoded.ids),
-                size=encoded.bytes,
-                problems=encoded.problems,
-            )
-            writer.append(encoded.ids, state)
-            in_flight -= size
-            self.report(Work(chunk.consumed - consumed, encoded.bytes, len(encoded.ids)))
-            consumed = chunk.consumed
-            if time.monotonic() - saved > SAVE_INTERVAL_S:
-                writer.save()
-                saved = time.monotonic()
+    def _read_segment(self, reader: ChunkReader, stream: ShardStream, place: Place, segment: Segment | None) -> Place:
+        """Read to the end of the segment that begins at `place`, which is where it returns; encode it if it is taken."""
+        for _ in range(self._workspace.settings.segment_chunks):
+            consumed = stream.consumed
+            chunk = reader.next_chunk()
+            if segment:
+                self._submit(chunk, segment, stream.consumed - consumed)
+            if reader.ended:
+                break
+        end = Place(
+            segment=place.segment + 1,
+            position=reader.position,
+            next_line=reader.next_line,
+            objects=reader.objects,
+            consumed=stream.consumed,
+            ended=reader.ended,
+        )
+        if segment:
+            self._pending.append(Pending(segment, end=end, sha256=stream.sha256))
+        return end
 
-        for chunk in read_chunks(stream, start=state.position, first_line=state.next_line, max_objects=wanted):
-            size = len(chunk.data)
-            pending.append((chunk, size, self._pool.submit(self._encode, chunk)))
-            in_flight += size
-            del chunk
-            while pending and (
-                pending[0][2].done() or len(pending) > 2 * self.threads or (in_flight > IN_FLIGHT_BYTES)
-            ):
-                write_oldest()
-        while pending:
-            write_oldest()
+    def _submit(self, chunk: Chunk, segment: Segment, consumed: int) -> None:
+        size = len(chunk.data)
+        self._pending.append(Pending(segment, size, consumed, self._pool.submit(self._encode, chunk)))
+        self._in_flight += size
+        del chunk  # the pool lets go of it too when it is parsed
+        self._write_down_to(self._depth)
+
+    def _write_down_to(self, depth: int) -> None:
+        """Write what is encoded, and wait for it while more than `depth` chunks, or too many bytes, are on their way."""
+        while self._pending:
+            oldest = self._pending[0]
+            waiting = len(self._pending) > depth or self._in_flight > IN_FLIGHT_BYTES
+            if not (waiting or oldest.encoded is None or oldest.encoded.done()):
+                return
+            if oldest.encoded:
+                self._write(oldest)
+            else:
+                self._finish(oldest)
+            self._pending.popleft()
+            self._in_flight -= oldest.size
+
+    def _write(self, pending: Pending) -> None:
+        encoded = pending.encoded.result()
+        if self._strict:
+            refuse_losses(pending.segment.input, encoded.problems)
+        pending.segment.append(encoded.ids, encoded.documents, encoded.bytes, encoded.problems)
+        self._report(Work(pending.consumed, encoded.bytes, len(encoded.ids)))
+
+    def _finish(self, pending: Pending) -> None:
+        pending.segment.finish(pending.end, pending.sha256)
+        self._taken.discard(pending.segment)
+        if pending.end.ended:
+            self._report(Work(pending.segment.source.file_bytes - pending.end.consumed))
+        if self._merger and (self._merging is None or self._merging.done()):
+            if self._merging:
+                self._merging.result()
+            self._merging = self._merger.submit(self._workspace.merge)
 
     def _encode(self, chunk: Chunk) -> Encoded:
         if not hasattr(self._of_thread, "encode"):
-            self._of_thread.encode = self.encoder.encoder()
+            self._of_thread.encode = self._encoder.encoder()
         documents = parse(chunk)
-        chunk.data.clear()  # a document may be huge: do not hold it twice while it is encoded
         size = sum(map(len, documents.texts))
         count = len(documents.texts)
         return Encoded(self._of_thread.encode(documents.texts), count, size, documents.problems)
 
-    def _check(self, part: Part, problems: list[Problem]) -> None:
-        """PrepareError for the first problem that costs something, where `strict`."""
-        if self.strict:
-            for problem in sorted(problems, key=lambda problem: problem.line):
-                if problem.kind in LOSSES or problem.kind in CHANGES:
-                    raise PrepareError(f"{describe(part.input, problem)} (--strict)")
 
-
-def objects(source: Source) -> int:
-    """Return the lines of an input, white space aside, that have become documents or problems."""
-    return source.documents + sum(count for kind, count in source.skipped.items() if kind not in OF_A_FILE)
-
-
-def describe(path: object, problem: Problem) -> str:
-    """Return one line on a problem: file, line, what it is, and what the library said."""
-    detail = f" ({problem.detail})" if problem.detail else ""
-    return f"{path}:{problem.line}: {KINDS[problem.kind]}{detail}"
+def refuse_losses(source: Path, problems: Sequence[Problem]) -> None:
+    """PrepareError for the first of `problems` that loses or changes something."""
+    for problem in sorted(problems, key=lambda problem: problem.line):
+        if problem.kind in LOSSES or problem.kind in CHANGES:
+            detail = f" ({problem.detail})" if problem.detail else ""
+            raise PrepareError(f"{source}:{problem.line}: {KINDS[problem.kind]}{detail} (--strict)")

@@ -18,12 +18,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tools.documents import INPUT_PATTERNS, KINDS
-from tools.parts import Part, Workspace
-from tools.pipeline import Pipeline
+from tools.documents import INPUT_PATTERNS, KINDS, Problem
+from tools.parts import Settings, Workspace
+from tools.pipeline import Pipeline, refuse_losses
 from tools.progress import Progress
 from tools.text_encoders import TextEncoder
-from tools.token_file import PrepareError, Settings, Source
+from tools.token_file import PrepareError, Source
 from tools.workers import Helpers, available_cores, shares
 
 PATIENCE_S = 5
@@ -61,54 +61,80 @@ def prepare(
     call with `merge`, which prepares nothing. PrepareError says what went wrong, where, and what to do; what is done by
     then is kept for the next call.
     """
-    settings = Settings(tokenizer=tokenizer_name, max_data=max_data)
     _check_names(inputs)
     try:
         encoder = TextEncoder(tokenizer_name)
     except ValueError as error:
         raise PrepareError(str(error)) from None
-    workspace = Workspace(out_file, inputs, settings, encoder.dtype)
+    workspace = Workspace(out_file, inputs, Settings(tokenizer=tokenizer_name, max_data=max_data), encoder.dtype)
     with _explained(workspace), workspace.locked(shared=shard is not None):
         if description := workspace.finished():
             if shard is None:
                 workspace.remove()
+            if strict:
+                _refuse_losses(inputs, description.sources)
             print(f"{out_file} is there: {description.tokens} tokens of {description.documents} documents; nothing to do")
             return description.sources
+        if shard is None:
+            _take_over(workspace)
+            mine = workspace.inputs
+        else:
+            mine = workspace.inputs[shard[0] - 1 :: shard[1]]
+        if strict:
+            _refuse_losses(mine, workspace.sources(mine))
         if merge:
             _check_complete(workspace)
         else:
-            mine = [part for i, part in enumerate(workspace.parts) if shard is None or i % shard[1] == shard[0] - 1]
-            _fill(workspace, mine, encoder, workers or available_cores(), strict, progress)
-            if shard is not None:
-                print(f"{out_file}: share {shard[0]} of {shard[1]} is done; when all are, run again with --merge")
-                return [part.read_state().source for part in mine]
-        description = workspace.merge(encoder.vocab_size, encoder.end_of_text)
+            _fill(workspace, mine, encoder, workers or available_cores(), strict, progress, merging=shard is None)
+        if shard is not None:
+            print(f"{out_file}: share {shard[0]} of {shard[1]} is done; when all are, run again with --merge")
+            return workspace.sources(mine)
+        workspace.merge()
+        description = workspace.publish(encoder.vocab_size, encoder.end_of_text)
     print(f"{out_file}: {description.tokens} tokens of {description.documents} documents, {description.dtype}")
     return description.sources
 
 
-def _fill(
-    workspace: Workspace, parts: list[Part], encoder: TextEncoder, workers: int, strict: bool, progress: bool
-) -> None:
-    """Finish `parts`."""
+def _take_over(workspace: Workspace) -> None:
+    """Begin with what earlier runs have left."""
+    if changed := workspace.tidy():
+        print(f"{', '.join(changed)}: not what it was, or prepared in another way before; starting again with it")
     if reused := workspace.reuse():
-        print(f"{workspace.file}: kept what it has of {', '.join(reused)}")
-    missing = [part for part in workspace.missing() if part in parts]
+        print(f"{workspace.file}: keeping what it has of {', '.join(reused)}")
+
+
+def _fill(
+    workspace: Workspace,
+    inputs: list[Path],
+    encoder: TextEncoder,
+    workers: int,
+    strict: bool,
+    progress: bool,
+    *,
+    merging: bool,
+) -> None:
+    """Finish all segments of `inputs`."""
+    left = {}
+    for source in workspace.missing(inputs):
+        place = workspace.reach(source)
+        left[source] = source.stat().st_size - place.consumed
+        if place.segment:
+            print(f"{source}: going on at line {place.next_line}")
     # The first of several bad lines is only known where one process goes through the inputs in order.
-    threads = [workers] if strict else shares(workers, len(missing))
-    total = sum(part.input.stat().st_size for part in missing)
+    threads = [workers] if strict else shares(workers)
     with (
-        Progress(workspace.file.name, total, progress) as bar,
-        Helpers(workspace, missing, threads[1:], bar.add) as helpers,
-        Pipeline(encoder, threads[0], bar.add, strict) as pipeline,
+        Progress(workspace.file.name, sum(left.values()), progress) as bar,
+        Helpers(workspace, list(left), threads[1:], bar.add, merging=merging) as helpers,
+        Pipeline(workspace, encoder, threads[0], bar.add, merging=merging, strict=strict) as pipeline,
     ):
-        pipeline.run(missing)
+        pipeline.run(list(left))
         helpers.wait()
         patience = time.monotonic() + PATIENCE_S
-        while missing := [part for part in workspace.missing() if part in parts]:
-            pipeline.run(missing)  # of a helper that died; or one of a run that was killed just now may still be ending
+        # A helper may have died, or one of a run that was killed just now may still be ending.
+        while missing := workspace.missing(inputs):
             if time.monotonic() > patience:
-                raise PrepareError(f"another run is preparing {missing[0].input}: wait for it, or stop it")
+                raise PrepareError(f"another run is preparing {missing[0]}: wait for it, or stop it")
+            pipeline.run(missing)
             time.sleep(0.05)
 
 
@@ -124,13 +150,19 @@ def _check_names(inputs: Sequence[Path]) -> None:
 
 
 def _check_complete(workspace: Workspace) -> None:
-    """PrepareError naming the parts that are not done."""
-    if missing := workspace.missing():
+    """PrepareError naming the inputs that are not done."""
+    if missing := workspace.missing(workspace.inputs):
         raise PrepareError(
-            f"{len(missing)} of {len(workspace.parts)} parts of {workspace.file} are missing: "
-            f"{', '.join(part.input.name for part in missing)}. Run the same command without --merge to prepare them, or "
-            f"bring their .tokens and .state from where they were prepared to {workspace.folder}"
+            f"{workspace.file}: {len(missing)} of {len(workspace.inputs)} inputs are not done: "
+            f"{', '.join(source.name for source in missing)}. Prepare them with the same command without --merge, or "
+            f"copy what other machines have in {workspace.folder.name} into {workspace.folder}"
         )
+
+
+def _refuse_losses(inputs: Sequence[Path], sources: Sequence[Source]) -> None:
+    """PrepareError for the first problem of earlier runs that lost or changed something."""
+    for path, source in zip(inputs, sources):
+        refuse_losses(path, [Problem(kind, *lines[0]) for kind, lines in source.examples.items()])
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How far preparing has got: a bar on a terminal, a line for each finished shard anywhere."""
+"""How far preparing has got: a bar, on terminals only."""
 import threading
 import time
 
@@ -14,7 +14,6 @@ class Progress:
         self._lock = threading.Lock()
         self._started = time.monotonic()
         self._text_bytes = self._tokens = 0
-        self._shown = shown
         self._bar = tqdm(
             total=total_bytes,
             desc=name,
@@ -33,8 +32,6 @@ class Progress:
             rates = f"{self._text_bytes / seconds / 1e6:.0f} MB/s of text, {self._tokens / seconds / 1e6:.1f} M tokens/s"
             self._bar.set_postfix_str(rates, refresh=False)
             self._bar.update(work.consumed)
-            if work.message and self._shown:
-                self._bar.write(work.message)
 
     def __enter__(self) -> "Progress":
         return self

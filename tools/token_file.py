@@ -1,53 +1,77 @@
-"""What a token file says of itself: the JSON beside the flat ids, and how both get their names."""
+"""What a token file says of itself: the JSON beside the flat ids."""
+import functools
 import os
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from tools.documents import LOSSES, Problem
 from tools.shards import hash_file
 
 FORMAT = 1
+MAX_EXAMPLES = 5  # lines named of each kind of problem and input
 
 
 class PrepareError(RuntimeError):
     """Data that cannot be prepared; the message says what, where, and what to do."""
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What decides the ids that an input gives."""
-
-    format: int = FORMAT
-    tokenizer: str
-    max_data: int | None = None
-
-
 class Source(msgspec.Struct, kw_only=True):
-    """An input and what it gave; its first fields are the ones that readers of token files know."""
+    """An input, and what it gave; in a part of a token file, what that part of the input gave."""
 
     file: str
     documents: int = 0
     tokens: int = 0
     bytes: int = 0  # UTF-8 bytes of the texts
-    skipped: dict[str, int] = {}  # kind -> how often, kinds of documents.LOSSES
-    noted: dict[str, int] = {}  # the same for what cost no line
-    examples: dict[str, list[tuple[int, str]]] = {}  # kind -> the first few lines, and what was said of them
+    skipped: dict[str, int] = {}  # how often each of documents.LOSSES
+    noted: dict[str, int] = {}  # the same for what cost no text
+    examples: dict[str, list[tuple[int, str]]] = {}  # kind -> its first lines, and what was said of them
     crc32: int = 0  # of the ids as bytes
     file_bytes: int  # of the input as it is on disk
     file_mtime_ns: int
-    file_sha256: str | None = None  # None where not all of it was read, or it could not be
+    file_sha256: str | None = None  # None where not all of it was read
 
     @classmethod
     def of(cls, path: Path) -> "Source":
         stat = path.stat()
         return cls(file=path.name, file_bytes=stat.st_size, file_mtime_ns=stat.st_mtime_ns)
 
+    def is_of(self, other: "Source") -> bool:
+        """Whether both are of one state of one file."""
+        mine, others = (
+            (source.file, source.file_bytes, source.file_mtime_ns) for source in (self, other)
+        )
+        return mine == others
+
     def is_still(self, path: Path) -> bool:
-        """Whether `path` is the input this tells of. One whose time changed, as copies do, is hashed."""
-        stat = path.stat()
-        if (path.name, stat.st_size) != (self.file, self.file_bytes):
+        """Whether `path` is the input this tells of. One whose time changed, as copies do, is hashed, if that can tell."""
+        now = Source.of(path)
+        if self.is_of(now):
+            return True
+        if (self.file, self.file_bytes) != (now.file, now.file_bytes) or self.file_sha256 is None:
             return False
-        return stat.st_mtime_ns == self.file_mtime_ns or hash_file(path) == self.file_sha256
+        return _hash(path, now.file_mtime_ns) == self.file_sha256
+
+    def note(self, problems: list[Problem]) -> None:
+        """Count problems."""
+        for problem in problems:
+            counts = self.skipped if problem.kind in LOSSES else self.noted
+            counts[problem.kind] = counts.get(problem.kind, 0) + 1
+            if counts[problem.kind] <= MAX_EXAMPLES:
+                self.examples.setdefault(problem.kind, []).append((problem.line, problem.detail))
+
+    def add(self, later: "Source") -> None:
+        """Take in what a later part of the same input gave, all but its CRC-32."""
+        self.documents += later.documents
+        self.tokens += later.tokens
+        self.bytes += later.bytes
+        for mine, others in ((self.skipped, later.skipped), (self.noted, later.noted)):
+            for kind, count in others.items():
+                mine[kind] = mine.get(kind, 0) + count
+        for kind, lines in later.examples.items():
+            self.examples[kind] = (self.examples.get(kind, []) + lines)[:MAX_EXAMPLES]
+        self.file_sha256 = later.file_sha256
 
 
 class Description(msgspec.Struct, kw_only=True):
@@ -64,9 +88,10 @@ class Description(msgspec.Struct, kw_only=True):
     max_data: int | None = None
     sources: list[Source]
 
-    @property
-    def settings(self) -> Settings:
-        return Settings(format=self.format, tokenizer=self.tokenizer, max_data=self.max_data)
+
+@functools.cache
+def _hash(path: Path, mtime_ns: int) -> str:
+    return hash_file(path)
 
 
 def description_path(file: Path) -> Path:
@@ -83,14 +108,18 @@ def read_description(file: Path) -> Description | None:
     return description if size == description.tokens * np.dtype(description.dtype).itemsize else None
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file that appears whole or not at all, and is on the disk when this returns."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def write_whole(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Write a small file that appears whole or not at all; with `sync` it is on the disk when this returns."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

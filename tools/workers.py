@@ -1,10 +1,7 @@
-"""More processes for preparing: each takes the inputs that nobody is at, until there are none.
+"""More processes for preparing. Several threads of one wait for each other, since parsing holds the GIL.
 
-A process has a few threads; more of them would wait for each other, since parsing holds the GIL. Nothing is divided up
-beforehand: whoever gets the lock of a part does it. A helper ends with the process that started it, even a killed one,
-because the pipe between the two ends then.
+A helper ends with the process that started it, even a killed one, because the pipe between the two ends then.
 """
-import _thread
 import os
 import subprocess
 import sys
@@ -14,13 +11,12 @@ from pathlib import Path
 
 import msgspec
 
-from tools.parts import Part, Workspace
+from tools.parts import Settings, Workspace
 from tools.pipeline import Pipeline, Work
 from tools.text_encoders import TextEncoder
-from tools.token_file import PrepareError, Settings
+from tools.token_file import PrepareError
 
-THREADS = 4  # of a process, where there are inputs for several
-GRACE_S = 20  # for a helper to save what it has
+THREADS = 4  # of a process, where there are cores for several
 
 
 class Job(msgspec.Struct):
@@ -28,9 +24,27 @@ class Job(msgspec.Struct):
 
     file: str
     inputs: list[str]
-    mine: list[str]  # names of the inputs that may be taken
+    mine: list[int]  # which of the inputs it may work on
     settings: Settings
     threads: int
+    merging: bool
+
+
+class Failure(msgspec.Struct, tag=True):
+    """Why a helper gave up."""
+
+    message: str
+    errno: int | None = None
+    path: str | None = None
+
+    @classmethod
+    def of(cls, error: PrepareError | OSError) -> "Failure":
+        if isinstance(error, OSError):
+            return cls(error.strerror or str(error), error.errno, error.filename and str(error.filename))
+        return cls(str(error))
+
+    def exception(self) -> PrepareError | OSError:
+        return PrepareError(self.message) if self.errno is None else OSError(self.errno, self.message, self.path)
 
 
 def available_cores() -> int:
@@ -43,97 +57,90 @@ def available_cores() -> int:
         return cores
 
 
-def shares(workers: int, inputs: int) -> list[int]:
-    """Return the threads of each process: as many processes as make the last round of inputs a full one."""
-    most = max(1, min(inputs, workers // THREADS))
-    rounds = -(-inputs // most)
-    processes = -(-inputs // rounds)
+def shares(workers: int) -> list[int]:
+    """Return the threads of each process."""
+    processes = max(1, workers // THREADS)
     return [workers // processes + (i < workers % processes) for i in range(processes)]
 
 
 class Helpers:
-    """Processes that work on the parts of a workspace beside this one."""
+    """Processes that work on a workspace beside this one."""
 
-    def __init__(self, workspace: Workspace, parts: Sequence[Part], threads: Sequence[int], report: Callable) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        inputs: Sequence[Path],
+        threads: Sequence[int],
+        report: Callable[[Work], None],
+        *,
+        merging: bool,
+    ) -> None:
         self._report = report
-        self._error = ""
-        self._processes = [self._start(workspace, parts, count) for count in threads]
-        self._readers = [threading.Thread(target=self._read, args=(process,), daemon=True) for process in self._processes]
+        self._failure: Failure | None = None
+        job = Job(
+            file=str(workspace.file.absolute()),
+            inputs=[str(source.absolute()) for source in workspace.inputs],
+            mine=[workspace.inputs.index(source) for source in inputs],
+            settings=workspace.settings,
+            threads=1,
+            merging=merging,
+        )
+        self._processes = [_start(msgspec.structs.replace(job, threads=count)) for count in threads]
+        self._readers = [threading.Thread(target=self._read, args=[process]) for process in self._processes]
         for reader in self._readers:
             reader.start()
 
-    def _start(self, workspace: Workspace, parts: Sequence[Part], threads: int) -> subprocess.Popen:
-        job = Job(
-            file=str(workspace.file.absolute()),
-            inputs=[str(part.input.absolute()) for part in workspace.parts],
-            mine=[part.input.name for part in parts],
-            settings=workspace.settings,
-            threads=threads,
-        )
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from tools.workers import help_out; help_out()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=Path(__file__).parents[1],
-            start_new_session=True,  # a Ctrl-C reaches it through the pipe, once
-        )
-        process.stdin.write(msgspec.json.encode(job) + b"\n")
-        process.stdin.flush()
-        return process
-
     def _read(self, process: subprocess.Popen) -> None:
         for line in process.stdout:
-            work = msgspec.json.decode(line, type=Work | Failure)
-            if isinstance(work, Failure):
-                self._error = self._error or work.error
+            message = msgspec.json.decode(line, type=Work | Failure)
+            if isinstance(message, Failure):
+                self._failure = message
             else:
-                self._report(work)
+                self._report(message)
 
     def wait(self) -> None:
-        """Wait until none finds anything to do. PrepareError where one failed; one that died left its input to others."""
+        """Wait until none finds anything to do. PrepareError, or OSError, where one failed; one that died did not."""
         for process, reader in zip(self._processes, self._readers):
             reader.join()
             process.wait()
-        if self._error:
-            raise PrepareError(self._error)
+        if self._failure:
+            raise self._failure.exception()
 
     def __enter__(self) -> "Helpers":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
+        for process, reader in zip(self._processes, self._readers):
             process.stdin.close()
-        for process in self._processes:
-            try:
-                process.wait(GRACE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            reader.join()
+            process.stdout.close()
+            process.wait()
 
 
-class Failure(msgspec.Struct, tag=True):
-    """Why a helper gave up."""
-
-    error: str
+def _start(job: Job) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from tools.workers import help_out; help_out()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[1],  # where `tools` is found, installed or not
+        start_new_session=True,  # a Ctrl-C reaches it as the end of the pipe
+    )
+    process.stdin.write(msgspec.json.encode(job) + b"\n")
+    process.stdin.flush()
+    return process
 
 
 def help_out() -> None:
     """Do the job on standard input, reporting on standard output, for as long as standard input is open."""
     job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    encoder = TextEncoder(job.settings.tokenizer)
-    workspace = Workspace(Path(job.file), [Path(name) for name in job.inputs], job.settings, encoder.dtype)
-    parts = [part for part in workspace.missing() if part.input.name in job.mine]
     try:
-        with Pipeline(encoder, job.threads, _tell) as pipeline:
-            pipeline.run(parts)
-    except PrepareError as error:
-        _tell(Failure(str(error)))
-    except OSError as error:
-        _tell(Failure(f"{error.strerror}: {error.filename or workspace.folder}"))
-    except (KeyboardInterrupt, BrokenPipeError):
-        pass
-    os._exit(0)
+        encoder = TextEncoder(job.settings.tokenizer)
+        workspace = Workspace(Path(job.file), [Path(path) for path in job.inputs], job.settings, encoder.dtype)
+        with Pipeline(workspace, encoder, job.threads, _tell, merging=job.merging) as pipeline:
+            pipeline.run([workspace.inputs[i] for i in job.mine])
+    except (PrepareError, OSError) as error:
+        _tell(Failure.of(error))
 
 
 def _tell(message: Work | Failure) -> None:
@@ -142,5 +149,6 @@ def _tell(message: Work | Failure) -> None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
-    _thread.interrupt_main()
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(1)  # at any moment, as a kill may be: what is finished is kept
