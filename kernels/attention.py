@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from kernels.attention_triton import attention_forward
+from kernels.attention_triton import attention_forward, takes
 from kernels.dispatch import backend, chip
 
 # Up to these lengths one boolean mask (B, 1, T, T) for all heads beats a call for each document, and, in a compiled
@@ -34,7 +34,7 @@ def attention(
     if doc_start is not None and (not causal or doc_start.shape != q.shape[:2]):
         raise ValueError(f"attention: doc_start {tuple(doc_start.shape)} needs causal and shape {tuple(q.shape[:2])}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend("attention", q.device) == "triton" and q.shape[-1] <= 256 and scale > 0:
+    if backend("attention", q.device) == "triton" and takes(q) and scale > 0:
         return attention_forward(q, k, v, doc_start, causal, scale)[0]
     if doc_start is None:
         return _attention_plain(q, k, v, causal, scale)

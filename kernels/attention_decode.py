@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.aot import Case, triton_targets
 from kernels.attention import check_heads, sdpa
-from kernels.attention_triton import FLOOR, LOG2_E, attend_span, element_case, offset, precision
+from kernels.attention_triton import FLOOR, LOG2_E, attend_span, element_case, offset, takes
 from kernels.dispatch import backend, chip, custom_op, launch_config, processors, tl, triton, wrap_triton
 
 MAX_SPLITS = 64
@@ -24,7 +24,7 @@ def attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int) -
     check_heads(q, k_cache, v_cache)
     if not q.shape[1] <= length <= k_cache.shape[1]:
         raise ValueError(f"attention_decode: {q.shape[1]} new tokens, length {length}, cache of {k_cache.shape[1]}")
-    if backend("attention_decode", q.device) == "triton" and q.shape[-1] <= 256:
+    if backend("attention_decode", q.device) == "triton" and takes(q):
         return _decode(q, k_cache, v_cache, length)
     k, v = k_cache[:, :length], v_cache[:, :length]
     new, mask = q.shape[1], None
@@ -37,7 +37,7 @@ def attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int) -
 def decode_kernel(
     q, k, v, parts, parts_lse, length, keys_per_split, B, NEW, H, scale_log2,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
-    SHARED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
+    SHARED: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention over one stretch of the cache: parts fp32 (splits, B, Tn, H, D), parts_lse (splits, B, Tn, H).
@@ -60,7 +60,7 @@ def decode_kernel(
         tl.zeros((ROWS, BLOCK_D), tl.float32), tl.full((ROWS,), FLOOR, tl.float32), tl.zeros((ROWS,), tl.float32),
         q_tile, k + offset(batch, 0, group, k_b, k_t, k_h), v + offset(batch, 0, group, v_b, v_t, v_h), k_t, v_t,
         last_seen, last_seen, begin, end, length, scale_log2,
-        True, True, False, PRECISION, D, KEYS, BLOCK_D, EDGE_STAGES,
+        True, True, False, D, KEYS, BLOCK_D, EDGE_STAGES,
     )  # fmt: skip
     l = tl.where(l == 0.0, 1.0, l)  # a stretch that no query of the tile sees: its weight becomes 0
     row = ((tl.cast(split, tl.int64) * B + batch) * NEW + token) * H + head
@@ -88,9 +88,8 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
     B, new, H, D = q.shape
     G = k.shape[2]
     shared, width = H // G, max(16, triton.next_power_of_2(D))
-    here = chip(q.device)
     kernel = "attention_decode" if new * shared <= 16 else "attention_decode_many"
-    config = launch_config(here, kernel, q.dtype.itemsize * 8, width)
+    config = launch_config(chip(q.device), kernel, width)
     tiles = triton.cdiv(new * shared, config["ROWS"])
     keys_per_split = _keys_per_split(length, config["KEYS"], B * G * tiles, processors(q.device))
     splits = triton.cdiv(length, keys_per_split)
@@ -100,7 +99,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
     wrap_triton(decode_kernel)[(splits, tiles * G, B)](
         q, k, v, parts, parts_lse, length, keys_per_split, B, new, H, D**-0.5 * LOG2_E,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        SHARED=shared, PRECISION=precision(here, q.dtype), D=D, BLOCK_D=width, **config,
+        SHARED=shared, D=D, BLOCK_D=width, **config,
     )  # fmt: skip
     rows = B * new * H
     wrap_triton(combine_kernel)[(rows,)](
@@ -126,8 +125,7 @@ def compile_cases() -> list[Case]:
     for target in triton_targets("attention_decode"):
         for name in ("attention_decode", "attention_decode_many"):
             for width in (16, 32, 64, 128, 256):
-                for dtype in ("bf16", "fp32"):
-                    cases.append(element_case(name, decode_kernel, target, dtype, width, shared=4))
+                cases.append(element_case(name, decode_kernel, target, "bf16", width, shared=4))
         for width in (64, 256):
             cases.append(
                 Case(

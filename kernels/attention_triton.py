@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.aot import Case, triton_targets
-from kernels.dispatch import CHIPS, Chip, chip, custom_op, launch_config, tl, triton, wrap_triton
+from kernels.dispatch import CHIPS, chip, custom_op, interpreting, launch_config, tl, triton, wrap_triton
 
 LOG2_E = math.log2(math.e)
 # The running maximum starts here instead of at -inf, so that a row that sees nothing yet gives exp2(-inf) = 0, not NaN.
@@ -82,14 +82,14 @@ def visible(rows, keys, row_starts, T, CAUSAL: tl.constexpr, DOCS: tl.constexpr)
 @triton.jit
 def attend_span(
     acc, m, l, q, k, v, k_t, v_t, rows, row_starts, begin, end, T, scale_log2,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
     D: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys begin..end: acc (ROWS, BLOCK_D), maximum m and sum l (ROWS,)."""
     for start in tl.range(begin, end, KEYS, num_stages=EDGE_STAGES if MASK else None):
         start = tl.multiple_of(start, KEYS)
         k_tile = load_tile(k + tl.cast(start, tl.int64) * k_t, k_t, T - start, KEYS, D, BLOCK_D, MASK)
-        scores = tl.dot(q, k_tile.T, input_precision=PRECISION)
+        scores = tl.dot(q, k_tile.T, input_precision="ieee")
         if MASK:
             keys = start + tl.arange(0, KEYS)
             seen = visible(rows[:, None], keys[None, :], row_starts[:, None], T, CAUSAL, DOCS)
@@ -100,7 +100,7 @@ def attend_span(
         l = l * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
         v_tile = load_tile(v + tl.cast(start, tl.int64) * v_t, v_t, T - start, KEYS, D, BLOCK_D, MASK)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
         m = m_new
     return acc, m, l
 
@@ -109,7 +109,7 @@ def attend_span(
 def forward_kernel(
     q, k, v, doc_start, out, lse, T, H, scale_log2,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
-    SHARED: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """out (B, T, H, D) contiguous and lse (B, H, T) of one tile of queries: grid (tiles, H, B)."""
@@ -132,15 +132,15 @@ def forward_kernel(
     if DOCS:
         acc, m, l = attend_span(
             acc, m, l, q_tile, k, v, k_t, v_t, rows, row_starts, begin, full_begin, T, scale_log2,
-            True, CAUSAL, DOCS, PRECISION, D, KEYS, BLOCK_D, EDGE_STAGES,
+            True, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES,
         )  # fmt: skip
     acc, m, l = attend_span(
         acc, m, l, q_tile, k, v, k_t, v_t, rows, row_starts, full_begin, full_end, T, scale_log2,
-        False, CAUSAL, DOCS, PRECISION, D, KEYS, BLOCK_D, EDGE_STAGES,
+        False, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES,
     )  # fmt: skip
     acc, m, l = attend_span(
         acc, m, l, q_tile, k, v, k_t, v_t, rows, row_starts, full_end, end, T, scale_log2,
-        True, CAUSAL, DOCS, PRECISION, D, KEYS, BLOCK_D, EDGE_STAGES,
+        True, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES,
     )  # fmt: skip
 
     l = tl.where(l == 0.0, 1.0, l)
@@ -153,7 +153,7 @@ def forward_kernel(
 @triton.jit
 def _backward_q_span(
     dq, q, grad, lse, delta, k, v, k_t, v_t, rows, row_starts, begin, end, T, scale_log2,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
     D: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Adds the share of the keys begin..end to dq (ROWS, BLOCK_D), still without the scale."""
@@ -161,12 +161,12 @@ def _backward_q_span(
         start = tl.multiple_of(start, KEYS)
         k_tile = load_tile(k + tl.cast(start, tl.int64) * k_t, k_t, T - start, KEYS, D, BLOCK_D, MASK)
         v_tile = load_tile(v + tl.cast(start, tl.int64) * v_t, v_t, T - start, KEYS, D, BLOCK_D, MASK)
-        p = tl.math.exp2(tl.dot(q, k_tile.T, input_precision=PRECISION) * scale_log2 - lse[:, None])
+        p = tl.math.exp2(tl.dot(q, k_tile.T, input_precision="ieee") * scale_log2 - lse[:, None])
         if MASK:
             keys = start + tl.arange(0, KEYS)
             p = tl.where(visible(rows[:, None], keys[None, :], row_starts[:, None], T, CAUSAL, DOCS), p, 0.0)
-        ds = p * (tl.dot(grad, v_tile.T, input_precision=PRECISION) - delta[:, None])
-        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+        ds = p * (tl.dot(grad, v_tile.T, input_precision="ieee") - delta[:, None])
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
     return dq
 
 
@@ -174,7 +174,7 @@ def _backward_q_span(
 def backward_q_kernel(
     q, k, v, doc_start, out, lse, grad, delta, dq, T, H, scale, scale_log2,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, grad_b, grad_t, grad_h,
-    SHARED: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq (B, T, H, D) of one tile of queries, and delta (B, H, T), the row sums of out * grad: grid (tiles, H, B)."""
@@ -203,15 +203,15 @@ def backward_q_kernel(
     if DOCS:
         acc = _backward_q_span(
             acc, q_tile, grad_tile, row_lse, row_sum, k, v, k_t, v_t, rows, row_starts, begin, full_begin, T,
-            scale_log2, True, CAUSAL, DOCS, PRECISION, D, KEYS, BLOCK_D, EDGE_STAGES,
+            scale_log2, True, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES,
         )  # fmt: skip
     acc = _backward_q_span(
         acc, q_tile, grad_tile, row_lse, row_sum, k, v, k_t, v_t, rows, row_starts, full_begin, full_end, T,
-        scale_log2, False, CAUSAL, DOCS, PRECISION, D, KEYS, BLOCK_D, EDGE_STAGES,
+        scale_log2, False, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES,
     )  # fmt: skip
     acc = _backward_q_span(
         acc, q_tile, grad_tile, row_lse, row_sum, k, v, k_t, v_t, rows, row_starts, full_end, end, T,
-        scale_log2, True, CAUSAL, DOCS, PRECISION, D, KEYS, BLOCK_D, EDGE_STAGES,
+        scale_log2, True, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES,
     )  # fmt: skip
     store_tile(dq + dense, H * D, T - first, acc * scale, ROWS, D, BLOCK_D)
 
@@ -219,7 +219,7 @@ def backward_q_kernel(
 @triton.jit
 def _backward_kv_span(
     dk, dv, k, v, q, grad, lse, delta, doc_start, q_t, grad_t, keys, begin, end, T, scale_log2,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Adds the share of the queries begin..end to dk (still without the scale) and dv, both (KEYS, BLOCK_D)."""
@@ -233,16 +233,16 @@ def _backward_kv_span(
         else:
             row_lse, row_sum = tl.load(lse + rows), tl.load(delta + rows)
         # Transposed, (KEYS, ROWS): the products with q and grad then read their tiles as they lie.
-        p = tl.math.exp2(tl.dot(k, q_tile.T, input_precision=PRECISION) * scale_log2 - row_lse[None, :])
+        p = tl.math.exp2(tl.dot(k, q_tile.T, input_precision="ieee") * scale_log2 - row_lse[None, :])
         if MASK:
             row_starts = rows
             if DOCS:
                 row_starts = tl.load(doc_start + rows, mask=rows < T, other=0)
             p = tl.where(visible(rows[None, :], keys[:, None], row_starts[None, :], T, CAUSAL, DOCS), p, 0.0)
         grad_tile = load_tile(grad + tl.cast(start, tl.int64) * grad_t, grad_t, T - start, ROWS, D, BLOCK_D, MASK)
-        dv = tl.dot(p.to(grad_tile.dtype), grad_tile, dv, input_precision=PRECISION)
-        ds = p * (tl.dot(v, grad_tile.T, input_precision=PRECISION) - row_sum[None, :])
-        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+        dv = tl.dot(p.to(grad_tile.dtype), grad_tile, dv, input_precision="ieee")
+        ds = p * (tl.dot(v, grad_tile.T, input_precision="ieee") - row_sum[None, :])
+        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -250,7 +250,7 @@ def _backward_kv_span(
 def backward_kv_kernel(
     q, k, v, doc_start, doc_end, lse, grad, delta, dk, dv, T, H, scale, scale_log2,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, grad_b, grad_t, grad_h,
-    SHARED: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv (B, T, G, D) of one tile of keys, summed over the heads that share them: grid (tiles, G, B).
@@ -285,17 +285,17 @@ def backward_kv_kernel(
             acc_k, acc_v = _backward_kv_span(
                 acc_k, acc_v, k_tile, v_tile, q_head, grad_head, lse + statistics, delta + statistics, doc_start,
                 q_t, grad_t, keys, begin, tl.minimum(full_begin, end), T, scale_log2,
-                True, CAUSAL, DOCS, PRECISION, D, ROWS, BLOCK_D, EDGE_STAGES,
+                True, CAUSAL, DOCS, D, ROWS, BLOCK_D, EDGE_STAGES,
             )  # fmt: skip
         acc_k, acc_v = _backward_kv_span(
             acc_k, acc_v, k_tile, v_tile, q_head, grad_head, lse + statistics, delta + statistics, doc_start,
             q_t, grad_t, keys, full_begin, full_end, T, scale_log2,
-            False, CAUSAL, DOCS, PRECISION, D, ROWS, BLOCK_D, EDGE_STAGES,
+            False, CAUSAL, DOCS, D, ROWS, BLOCK_D, EDGE_STAGES,
         )  # fmt: skip
         acc_k, acc_v = _backward_kv_span(
             acc_k, acc_v, k_tile, v_tile, q_head, grad_head, lse + statistics, delta + statistics, doc_start,
             q_t, grad_t, keys, full_end, end, T, scale_log2,
-            True, CAUSAL, DOCS, PRECISION, D, ROWS, BLOCK_D, EDGE_STAGES,
+            True, CAUSAL, DOCS, D, ROWS, BLOCK_D, EDGE_STAGES,
         )  # fmt: skip
 
     groups = H // SHARED
@@ -376,6 +376,14 @@ def _gradients(ctx, grad, _):
 attention_forward.register_autograd(_gradients, setup_context=_context)
 
 
+def takes(q: Tensor) -> bool:
+    """Whether the kernels serve these queries: widths up to 256, and 16 bits, except under the interpreter.
+
+    fp32 on a GPU stays with PyTorch: exact fp32 products in registers spill at every useful tile.
+    """
+    return q.shape[-1] <= 256 and (q.dtype in (torch.float16, torch.bfloat16) or interpreting())
+
+
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -384,24 +392,15 @@ def _launch(kernel: str, q: Tensor, k: Tensor, causal: bool, doc_start: Tensor |
     """The chip's launch configuration and the constants of one kernel."""
     D = q.shape[-1]
     width = max(16, triton.next_power_of_2(D))
-    here = chip(q.device)
-    config = launch_config(here, kernel, q.dtype.itemsize * 8, width)
+    config = launch_config(chip(q.device), kernel, width)
     constants = {
         "SHARED": q.shape[2] // k.shape[2],
         "CAUSAL": causal,
         "DOCS": doc_start is not None,
-        "PRECISION": precision(here, q.dtype),
         "D": D,
         "BLOCK_D": width,
     }
     return config, constants
-
-
-def precision(here: Chip, dtype: torch.dtype) -> str:
-    """How fp32 products are made: as PyTorch's matrix products are; exact ones as three of TF32 where that is faster."""
-    if dtype != torch.float32 or not here.target.startswith("cuda"):
-        return "ieee"
-    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
 
 
 KERNELS = {
@@ -415,10 +414,9 @@ def element_case(
     name: str, kernel: Callable, target: str, dtype: str, width: int, *, docs: bool = False, shared: int = 1, D: int = 0
 ) -> Case:
     """The case of one attention kernel with its launch configuration on one chip; D defaults to the tile's width."""
-    config = dict(launch_config(CHIPS[target], name, 32 if dtype == "fp32" else 16, width))
+    config = dict(launch_config(CHIPS[target], name, width))
     options = {k: config.pop(k) for k in ("num_warps", "num_stages")}
     constants = config | {"SHARED": shared, "CAUSAL": True, "DOCS": docs, "D": D or width, "BLOCK_D": width}
-    constants["PRECISION"] = "tf32x3" if dtype == "fp32" and target.startswith("cuda") else "ieee"
     if not docs:
         constants |= {"doc_start": None, "doc_end": None}
     signature = {a: _type_of(a, dtype) for a in kernel.arg_names if a not in constants}
@@ -452,5 +450,5 @@ def compile_cases() -> list[Case]:
         for target in triton_targets("attention")
         for name, kernel in KERNELS.items()
         for width in (16, 32, 64, 128, 256)
-        for dtype, docs in (("bf16", False), ("fp16", True), ("fp32", True))
+        for dtype, docs in (("bf16", False), ("fp16", True))
     ]

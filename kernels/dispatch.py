@@ -178,14 +178,14 @@ def processors(device: torch.device) -> int:
 
 
 @functools.cache
-def launch_config(here: Chip, kernel: str, bits: int, width: int) -> dict[str, int]:
+def launch_config(here: Chip, kernel: str, width: int) -> dict[str, int]:
     """Tile sizes, num_warps and num_stages of a kernel, from kernels/configs/.
 
-    bits: of an element; width: of the tile, a power of two. A chip without a file of its own takes that of the newest
+    width: of the tile, a power of two. A chip without a file of its own takes that of the newest
     older chip of its family whose shared memory is no larger. Raises KeyError if the file lacks the case.
     """
     table = _config_table(_config_target(here))
-    return table[kernel][str(bits)][str(width)]
+    return table[kernel][str(width)]
 
 
 def config_targets() -> list[str]:

@@ -105,8 +105,8 @@ def test_an_unlisted_gpu_is_treated_as_the_nearest_older_one(major, minor, share
         chip = dispatch.chip(GPU)
         assert chip.target == target and chip.name == "some GPU" and chip.shared_bytes <= shared_kib << 10
         if config:
-            expected = dispatch.launch_config(CHIPS[config], "attention_forward", 16, 64)
-            assert dispatch.launch_config(chip, "attention_forward", 16, 64) == expected
+            expected = dispatch.launch_config(CHIPS[config], "attention_forward", 64)
+            assert dispatch.launch_config(chip, "attention_forward", 64) == expected
     finally:
         dispatch.force_chip(None)
 
