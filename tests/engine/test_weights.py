@@ -1,4 +1,5 @@
 """Weights in and out, unchanged: transformers' GPT-2, the classic script, our own files; what is wrong is named."""
+import dataclasses
 import json
 import os
 import pickle
@@ -434,6 +435,13 @@ def test_our_files_that_cannot_be_read_say_why(tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(WeightsError, match=r"a\.safetensors cannot be read whole"):
             load_model(file)
+    state = gpt().state_dict()
+    state["transformer.h.7.ln_1.bias"] = state.pop("transformer.h.1.ln_1.bias")
+    del state["lm_head.weight"]
+    save_file(state, file, metadata={"model_config": json.dumps(dataclasses.asdict(gpt().config))})
+    named = r"a\.safetensors: .*missing: transformer.h.1.ln_1.bias; unknown: transformer.h.7.ln_1.bias"
+    with pytest.raises(WeightsError, match=named):
+        load_model(file)
     config = json.dumps({"n_layer": 2, "n_experts": 8})
     save_file({"a": torch.zeros(1)}, file, metadata={"model_config": config})
     with pytest.raises(WeightsError, match="settings that this version does not know: n_experts"):
