@@ -8,6 +8,7 @@ The model is a run, a checkpoint, a .safetensors file, a folder of Hugging Face'
 The text goes to standard output as it is made, everything else to standard error.
 """
 import argparse
+import os
 import sys
 import time
 
@@ -50,7 +51,10 @@ def write_text(options: argparse.Namespace) -> None:
     check_sampling(options.temperature, options.top_k, options.top_p)
     device, device_reason = choose_device(options.device)
     dtype, dtype_reason = choose_dtype(options.dtype, device)
-    encoding = load_encoding(options.tokenizer_name)
+    try:
+        encoding = load_encoding(options.tokenizer_name)
+    except ValueError as error:
+        raise ConfigError(f"--tokenizer_name: {error}") from None
     path = find_weights(options.model_path)
     model = load_model(path, device, dtype)
     rows = model.config.vocab_size
@@ -108,9 +112,12 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end the program
     try:
         write_text(options)
-    except (CheckpointError, ConfigError, WeightsError, ValueError) as error:
+    except (CheckpointError, ConfigError, WeightsError) as error:
         note(f"error: {error}")
         return 2
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at exit
+        return 0
     except KeyboardInterrupt:
         show("\n")
         return 130

@@ -114,8 +114,11 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token: int) -> str:
-        """Return the characters that are complete with this token."""
-        return self._decoder.decode(self._encoding.decode_single_token_bytes(token))
+        """Return the characters that are complete with this token; an id that the encoding leaves out has none."""
+        try:
+            return self._decoder.decode(self._encoding.decode_single_token_bytes(token))
+        except KeyError:
+            return ""
 
     def finish(self) -> str:
         """Return U+FFFD where the last character stayed incomplete."""

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiktoken
 import torch
 
 from engine import generate as program
@@ -197,6 +198,12 @@ def test_bytes_that_are_no_character_become_the_replacement_character():
     assert stream.finish() == "\ufffd"
 
 
+def test_an_id_that_the_encoding_leaves_out_is_no_text():
+    gap = tiktoken.Encoding("gap", pat_str="a", mergeable_ranks={b"a": 0, b"b": 1}, special_tokens={"<end>": 5})
+    stream = TextStream(gap)
+    assert [stream.feed(token) for token in (0, 3, 1, 5)] == ["a", "", "b", "<end>"]
+
+
 def test_an_empty_prompt_begins_a_document():
     assert prompt_tokens(ENCODING, "").tolist() == [[END_OF_TEXT]]
     assert prompt_tokens(ENCODING, "<|endoftext|>", 2).tolist() == [ENCODING.encode_ordinary("<|endoftext|>")] * 2
@@ -228,6 +235,17 @@ def test_the_program_streams_utf8(saved):
     text = done.stdout.decode()
     assert text.startswith("你好") and text.endswith("\n") and len(text) > 20
     assert b"device: cpu" in done.stderr and b"20 tokens in" in done.stderr
+
+
+def test_a_reader_that_has_enough_ends_it_quietly(saved):
+    script = Path(__file__).parents[2] / "engine/generate.py"
+    flags = [f"--model_path={saved}", "--max_new_tokens=100000", "--device=cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, script, *flags], **pipes, env=environment)
+    assert process.stdout.read(5)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0 and b"Traceback" not in process.stderr.read()
 
 
 def run(capsys, *flags: str) -> tuple[int, str, str]:
