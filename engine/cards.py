@@ -165,3 +165,17 @@ def peak_flops(device_name: str, dtype: torch.dtype | str) -> float | None:
     """Return the peak FLOP/s of a device in `dtype` with fp32 accumulation, or None where the card is not listed."""
     card = find(device_name)
     return card.peak_flops(dtype) if card else None
+
+
+def parse_memory(text: str) -> int:
+    """Return what "24GB", "24GiB" or "24" says, in bytes: memory is sold in units of 2^30, whatever the label says.
+
+    A card's name means what its driver offers to programs. ValueError for anything else.
+    """
+    number = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])I?B?)?\s*", text.upper())
+    if number:
+        return int(float(number[1]) * 2 ** (10 * " KMGT".index(number[2] or "G")))
+    card = find(text)
+    if card is None:
+        raise ValueError(f"{text!r} is no size of memory such as 24GB, nor a card such as rtx3090")
+    return card.memory_bytes

@@ -1,0 +1,338 @@
+"""What a training step holds in memory, by formula: every way of keeping weights, states and activations.
+
+The formulas follow the code: what the ops in kernels/ save for the backward pass, what DeepSpeed 0.19 allocates for each
+stage (its tensors were counted, one and two processes), what autograd holds while gradients of a tied matrix meet.
+Shapes: B micro-batch, T tokens, C n_embd, H heads, V words, N parameters, n blocks. Sizes in bytes.
+"""
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from engine.config import ModelConfig
+from kernels.cross_entropy import CPU_LOGITS_BYTES
+from kernels.cross_entropy_gpu import LOGITS_BYTES, SLAB_BYTES, WORKSPACE_BYTES
+from kernels.dispatch import Chip
+from kernels.number_formats import BLOCK
+
+MiB, GiB = 2**20, 2**30
+ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
+PARTS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "master_weights": "master weights",
+    "optimizer_states": "optimizer states",
+    "saved_activations": "saved activations",
+    "working_layer": "one layer's work",
+    "loss_workspace": "loss",
+    "communication": "communication buckets",
+    "context": "context and fragmentation",
+}
+
+# Assumed: a CUDA or ROCm context with its modules takes 0.3 to 0.6 GiB that no allocator sees.
+CONTEXT_BYTES = GiB // 2
+# Assumed: what comes and goes within a step is cut to whole 2 and 20 MiB blocks that do not all fit together again.
+FRAGMENTATION, FRAGMENTATION_BYTES = 0.08, 192 * MiB
+HOST_PROCESS_BYTES = 3 * GiB  # assumed: Python, torch, the CUDA libraries, the file's pages of one process
+DEEPSPEED_BUCKET = 50_000_000  # elements, engine/strategy/zero.py
+DEEPSPEED_REDUCE = 500_000_000  # elements that its bf16 stage 1 reduces at once
+DEEPSPEED_LIVE = 1_000_000_000  # elements of gathered parameters that stage 3 keeps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way of keeping weights and optimizer states. Everything here is data: what runs, and what is preferred.
+
+    settings: the fields of StrategyConfig that ask for it. available: the engine runs it today in one process, and in
+    several where `several` says so. rank: order of preference among methods of about equal speed, exactness first.
+    weights and moments as in engine/optimizer.py; `streamed`: master weights and moments lie in pinned host memory and
+    pass through the optimizer kernel a layer at a time; `in_backward`: each gradient is used and freed in the backward
+    pass, so there is no accumulation and no global clipping. stage: DeepSpeed's, 0 for ours; offload as in the config.
+    """
+
+    name: str
+    title: str
+    rank: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    available: bool = False
+    several: bool = False
+    weights: Literal["fp32", "residual", "stochastic"] = "fp32"
+    moments: Literal["fp32", "bf16", "int8"] = "fp32"
+    streamed: bool = False
+    in_backward: bool = False
+    stage: int = 0
+    offload: Literal["none", "optimizer", "params"] = "none"
+
+
+def _resident(name: str, title: str, rank: int, available: bool = False, **kinds: Any) -> Method:
+    asked = {key: value for key, value in kinds.items() if value != Method.__dataclass_fields__[key].default}
+    return Method(name=name, title=title, rank=rank, available=available, settings={"strategy": "resident", **asked}, **kinds)
+
+
+def _zero(stage: int, offload: str, rank: int) -> Method:
+    moved = {"none": "", "optimizer": ", optimizer in host memory", "params": ", optimizer and parameters in host memory"}
+    settings = {"strategy": "zero", "zero_stage": stage, "offload": offload}
+    name = f"zero-{stage}" + (f"-offload-{offload}" if offload != "none" else "")
+    title = f"DeepSpeed ZeRO stage {stage}{moved[offload]}"
+    return Method(
+        name=name, title=title, rank=rank, settings=settings, available=True, several=True, stage=stage, offload=offload
+    )
+
+
+METHODS: tuple[Method, ...] = (
+    _resident("resident", "fp32 weights and moments on the card", 0, available=True),
+    _zero(1, "none", 1),
+    _zero(2, "none", 1),
+    _zero(3, "none", 1),
+    _resident("residual", "16-bit weights and their int16 residuals, together fp32, and 8-bit moments", 2,
+              weights="residual", moments="int8"),
+    _resident("stochastic", "16-bit weights rounded stochastically and 8-bit moments", 3,
+              weights="stochastic", moments="int8"),
+    _resident("streamed", "16-bit weights on the card; residuals and fp32 moments streamed from host memory", 4,
+              weights="residual", moments="fp32", streamed=True),
+    _resident("streamed-int8", "16-bit weights on the card; residuals and 8-bit moments streamed from host memory", 4,
+              weights="residual", moments="int8", streamed=True),
+    _zero(1, "optimizer", 5),
+    _zero(2, "optimizer", 5),
+    _zero(3, "optimizer", 5),
+    _zero(3, "params", 6),
+    _resident("residual-in-backward", "16-bit weights, residuals, 8-bit moments, updated inside the backward pass", 7,
+              weights="residual", moments="int8", in_backward=True),
+    _resident("stochastic-in-backward", "16-bit weights, 8-bit moments, updated inside the backward pass", 8,
+              weights="stochastic", moments="int8", in_backward=True),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What the backward pass computes again, in the first `layers` blocks.
+
+    kind "blocks": all but the block's input (Chen et al., 2016); "selective": all but the input and attention's output
+    and log-sum-exp; "offloaded": as "blocks", the inputs lying in pinned host memory until they are needed.
+    """
+
+    kind: Literal["none", "blocks", "selective", "offloaded"] = "none"
+    layers: int = 0
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes by part at the fullest moment of a step, on the card and in host memory; `moment` names it."""
+
+    card: dict[str, int]
+    host: dict[str, int]
+    moment: str
+
+    @property
+    def card_bytes(self) -> int:
+        return sum(self.card.values())
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What torch.cuda.max_memory_allocated should say: all but the context and fragmentation."""
+        return self.card_bytes - self.card["context"]
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Numbers in the parts of a model: one block with its four matrices, the largest of these, a V x C matrix, all."""
+
+    block: int
+    largest: int
+    head: int
+    total: int
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "Elements":
+        C, V = model.n_embd, model.vocab_size
+        block = 12 * C * C + 4 * C + 3 * C * model.qkv_bias + 6 * C * model.bias
+        positions = model.block_size * C * (model.positions == "learned")
+        head = V * C * (not model.tie_head) + V * model.head_bias
+        return cls(block, 4 * C * C, V * C, V * C + positions + model.n_layer * block + 2 * C + head)
+
+
+def itemsizes(method: Method, dtype: str) -> tuple[int, int]:
+    """Return the bytes of a stored weight and of an activation when computing in `dtype`."""
+    computed = ITEMSIZE[dtype]
+    if method.stage:
+        return computed, computed
+    return (4 if method.weights == "fp32" else 2), computed
+
+
+def predict(
+    model: ModelConfig,
+    method: Method,
+    *,
+    dtype: str,
+    micro_batch_size: int,
+    recompute: Recompute = Recompute(),
+    accumulates: bool = True,
+    gpus: int = 1,
+    chip: Chip | None = None,
+    traced: bool = False,
+) -> Footprint:
+    """Return what one process of `gpus` holds at the fullest moment of a step over sequences of model.block_size.
+
+    dtype: "bf16", "fp16" or "fp32". accumulates: gradients of an earlier micro-batch are there already. chip: a row of
+    kernels/dispatch.py; None for a CPU. traced: as torch's memory tracker sees it, without what ops hold inside and with
+    autograd adding gradients out of place, as it does under every dispatch mode.
+    """
+    sizes = Elements.of(model)
+    states, host, extra = (_deepspeed if method.stage else _ours)(model, method, sizes, dtype, gpus)
+    moments = _moments(model, method, sizes, dtype, micro_batch_size, recompute, accumulates, chip, traced) | extra
+    name, fullest = max(moments.items(), key=lambda item: sum(item[1].values()))
+    card = {part: int(states.get(part, 0) + fullest.get(part, 0)) for part in PARTS}
+    if chip is not None:
+        passing = sum(fullest.values()) - fullest.get("gradients", 0)
+        card["context"] = int(CONTEXT_BYTES + FRAGMENTATION_BYTES + FRAGMENTATION * passing)
+    if recompute.kind == "offloaded":
+        inputs = micro_batch_size * model.block_size * model.n_embd * ITEMSIZE[dtype]
+        host = host | {"saved_activations": recompute.layers * _pinned(inputs)}
+    # A model is built in fp32 in host memory and then moved: whichever is more, the building or the states.
+    held = {part: int(size) for part, size in host.items()}
+    held["process"] = HOST_PROCESS_BYTES + max(0, 4 * sizes.total - sum(held.values()))
+    return Footprint(card, held, name)
+
+
+def _ours(model: ModelConfig, method: Method, sizes: Elements, dtype: str, gpus: int) -> tuple[dict, dict, dict]:
+    """Bytes of the states of our own strategy on the card and on the host, and its further moments."""
+    n = sizes.total
+    stored, computed = itemsizes(method, dtype)
+    master = 2 * (method.weights == "residual")
+    moments = {"fp32": 8, "bf16": 4, "int8": 2 + 1 / BLOCK}[method.moments]
+    card = {"weights": stored * n, "communication": 2 * DEEPSPEED_BUCKET * stored * (gpus > 1)}
+    parts = {"master_weights": master, "optimizer_states": moments}
+    if not method.streamed:
+        return card | {part: size * n for part, size in parts.items()}, {}, {}
+    # Two layers' worth at a time: one being updated, one on its way.
+    card |= {part: 2 * size * sizes.block for part, size in parts.items()}
+    return card, {part: size * n for part, size in parts.items()}, {}
+
+
+def _deepspeed(model: ModelConfig, method: Method, sizes: Elements, dtype: str, gpus: int) -> tuple[dict, dict, dict]:
+    """The same of DeepSpeed with fp32 accumulation of gradients, as engine/strategy/zero.py configures it."""
+    n, share, w = sizes.total, sizes.total / gpus, ITEMSIZE[dtype]
+    # A flat buffer of the bucket's length, two where communication overlaps; and the gradients that wait to be reduced,
+    # as they are, flattened and in fp32.
+    bucket = w * DEEPSPEED_BUCKET * (2 if gpus > 1 else 1) + 8 * min(DEEPSPEED_BUCKET, n)
+    in_double = 8 * sizes.head / (gpus if method.stage == 3 else 1)  # the norm of the largest gradient is taken in fp64
+    if method.stage == 3:
+        gathered = w * min(n, DEEPSPEED_LIVE) if gpus > 1 or method.offload == "params" else 0
+        weights = gathered + (w * share if method.offload != "params" else 0)
+    else:
+        weights = w * n
+    card = {"weights": weights, "communication": bucket}
+    if method.offload == "none":
+        card |= {"master_weights": 4 * share, "optimizer_states": 8 * share}
+        if method.stage == 1 and dtype == "bf16":
+            # BF16_Optimizer keeps all gradients twice and, at the end, reduces them in two dtypes at once.
+            card["gradients"] = (4 + w) * n
+            return card, {}, {"reduce": {"communication": (4 + w) * min(n, DEEPSPEED_REDUCE)}}
+        card["gradients"] = 4 * (n if method.stage == 1 else share)
+        update = {1: 4 * share, 2: in_double, 3: 4 * min(share, DEEPSPEED_LIVE)}[method.stage]
+        return card, {}, {"update": {"communication": update}}
+    if method.stage == 1:
+        card["gradients"] = 4 * n
+    staging = w * max(sizes.head, sizes.largest) if method.stage < 3 else 0  # one parameter on its way, at both ends
+    card["communication"] += staging
+    # Flat partitions and each parameter's accumulated gradient are pinned, and pinned memory comes in powers of two.
+    host = {
+        "weights": _pinned(w * share) if method.offload == "params" or method.stage < 3 else 0,
+        "gradients": _pinned(4 * share) + _pinned_gradients(model, sizes, gpus) + _pinned(staging),
+        "master_weights": _pinned(4 * share),
+        "optimizer_states": 8 * share,
+    }
+    return card, host, {"norm": {"communication": in_double}}
+
+
+def _pinned(size: float) -> int:
+    """What torch's caching allocator of pinned memory takes for `size`: the next power of two."""
+    return 1 << (int(size) - 1).bit_length() if size > 0 else 0
+
+
+def _pinned_gradients(model: ModelConfig, sizes: Elements, gpus: int) -> int:
+    """fp32 gradients in host memory, a pinned tensor for each matrix."""
+    C = model.n_embd
+    block = sum(_pinned(4 * m * C * C / gpus) for m in (3, 1, 4, 4))
+    return model.n_layer * block + (1 if model.tie_head else 2) * _pinned(4 * sizes.head / gpus)
+
+
+def _moments(
+    model: ModelConfig, method: Method, sizes: Elements, dtype: str, B: int, recompute: Recompute,
+    accumulates: bool, chip: Chip | None, traced: bool,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Bytes beyond the states at each moment of a step that can be the fullest."""
+    n, C = model.n_layer, model.n_embd
+    w, a = itemsizes(method, dtype)
+    cast = a if w != a else 0  # 16-bit copies of fp32 weights live as long as the backward pass needs them
+    stream, row, scores = B * model.block_size * C * a, B * model.block_size * 4, B * model.n_head * model.block_size * 4
+    tied = sizes.head * w * model.tie_head  # the head's gradient waits for that of the embedding
+    # A block saves its input, the normed input, queries, keys and values, attention's output, the sum, the normed sum,
+    # the MLP's hidden layer before and after the activation: 1 + 1 + 3 + 1 + 1 + 1 + 4 + 4; and statistics in fp32.
+    whole = 16 * stream + scores + 4 * row + 12 * C * C * cast
+    again = {"none": 0, "blocks": stream, "selective": 2 * stream + scores, "offloaded": 0}[recompute.kind]
+    queued = 2 * stream if recompute.kind == "offloaded" else 0
+
+    def saved(blocks: int) -> int:
+        first = min(blocks, recompute.layers)
+        return first * again + (blocks - first) * whole + queued
+
+    # Beyond what it saved, a block's backward pass holds at most: the gradients of its output and of the activation
+    # with that of a weight; or after these the weight's gradient in both dtypes.
+    work = max(5 * stream + sizes.largest * a, stream + sizes.largest * (a + (w if cast else 0)))
+    if chip is not None and chip.sdpa == "none" and not traced:
+        # Attention in chunks: fp32 sums of two gradients and four chunks of scores, when the MLP's part is gone.
+        work = max(work, (2 * 4 // a - 2) * stream + 4 * 64 * MiB)
+
+    def gradients(blocks_done: int, head_done: bool) -> int:
+        """Gradients that exist by then, in the backward pass of our own strategy."""
+        if method.stage or method.in_backward:
+            return 0
+        if accumulates:
+            return w * sizes.total
+        return w * (blocks_done * sizes.block + (sizes.head if head_done and not model.tie_head else 0))
+
+    workspace = 0 if traced else _loss_workspace(model, B * model.block_size, a, chip)
+    head = sizes.head * a
+    scaled = 2 * 4 * min(sizes.head, SLAB_BYTES // a) if a < 4 else 0  # rounded in place, a slab in fp32 at a time
+    moments = {
+        "loss": {
+            "gradients": gradients(0, False),
+            "saved_activations": saved(n) + stream + 2 * row,
+            "loss_workspace": 2 * stream + head + sizes.head * cast + workspace,
+        },
+        "head's backward": {
+            "gradients": gradients(0, False),
+            "saved_activations": saved(n) + stream,
+            "loss_workspace": 2 * stream + head + max(sizes.head * w if cast else 0, scaled),
+        },
+    }
+    for i in {n - 1, max(0, recompute.layers - 1), 0}:
+        moments[f"block {i}'s backward"] = {
+            "gradients": gradients(n - i, True) + tied,
+            "saved_activations": saved(i + 1),
+            "working_layer": work + (whole - again if i < recompute.layers else 0),
+        }
+    last = w * (sizes.total - sizes.head) if not (accumulates or method.stage or method.in_backward) else gradients(n, True)
+    matrices = (3 if traced else 2) if model.tie_head else 1
+    moments["embedding's backward"] = {
+        "gradients": last + matrices * sizes.head * w,
+        "working_layer": stream + (B * model.block_size * C * w if cast else 0),
+    }
+    whole_gradients = 0 if method.stage or method.in_backward else w * sizes.total
+    unpacked = 7 * 4 * 2**24 if method.weights != "fp32" and chip is not None and not chip.triton else 0
+    moments["update"] = {"gradients": whole_gradients, "working_layer": unpacked}
+    return moments
+
+
+def _loss_workspace(model: ModelConfig, rows: int, a: int, chip: Chip | None) -> int:
+    """What linear_cross_entropy holds beside its inputs and outputs."""
+    V, C = model.vocab_size, model.n_embd
+    if chip is None:
+        wide = 2 * 4 * V * C if a < 4 else 0
+        return wide + 2 * rows * C * 4 + min(CPU_LOGITS_BYTES, rows * V * 4)
+    per_logit = a + (4 if a < 4 and not chip.triton else 0)
+    sums = min((V - V // 2) * C * 4, WORKSPACE_BYTES) if a < 4 else 0
+    return min(LOGITS_BYTES, rows * V * per_logit) + sums + 2 * SLAB_BYTES

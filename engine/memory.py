@@ -1,0 +1,294 @@
+"""The planner: which way of running a step fits a card and its host, how fast each is, and which to take and why.
+
+`plan` weighs every method of engine/footprint.py with every way of recomputing and every micro-batch; `choose` takes the
+best that the engine can run today. Bytes come from engine/footprint.py, seconds from engine/step_time.py.
+"""
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from engine.cards import CARDS, Card, find
+from engine.config import ConfigError, ModelConfig, require
+from engine.footprint import METHODS, Elements, Footprint, GiB, Method, Recompute, predict
+from engine.model import flops_per_token
+from engine.step_time import NETWORK_BYTES_S, StepTime, chip_of, communication_bytes, step_time
+from kernels import dispatch
+
+HOST_RESERVE_BYTES = 4 * GiB  # assumed: the system and other programs
+CARD_RESERVE = 0.02  # of the card, assumed: what the estimate of context and fragmentation may be wrong by
+GPUS_PER_MACHINE = 8
+# A method that is preferred for its exactness may be this much slower than the fastest.
+PREFERENCE = 0.10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One way of running a step on a card: what it takes, how long, and whether it fits.
+
+    micro_batch_size in sequences; batch_tokens: tokens a step over all cards, other than asked (`keeps_batch` False)
+    where the method cannot accumulate. footprint and host bytes are those of one process; `processes` of them share a
+    machine. available: the engine runs it today.
+    """
+
+    card: Card
+    model: ModelConfig
+    method: Method
+    recompute: Recompute
+    dtype: str
+    gpus: int
+    processes: int
+    micro_batch_size: int
+    grad_accum: int
+    batch_tokens: int
+    keeps_batch: bool
+    footprint: Footprint
+    time: StepTime
+    card_limit: int
+    host_limit: int
+    available: bool
+
+    @property
+    def host_bytes(self) -> int:
+        return self.footprint.host_bytes * self.processes
+
+    @property
+    def fits_card(self) -> bool:
+        return self.footprint.card_bytes <= self.card_limit
+
+    @property
+    def fits_host(self) -> bool:
+        return self.host_bytes <= self.host_limit
+
+    @property
+    def fits(self) -> bool:
+        return self.fits_card and self.fits_host
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.batch_tokens / self.time.total
+
+    @property
+    def mfu(self) -> float:
+        flops = flops_per_token(self.model, Elements.of(self.model).total)
+        return self.tokens_per_s * flops / (self.gpus * self.card.peak_flops(self.dtype))
+
+    @property
+    def days_per_billion_tokens(self) -> float:
+        return 1e9 / self.tokens_per_s / 86_400
+
+    @property
+    def communication_bytes(self) -> float:
+        n = Elements.of(self.model).total
+        return communication_bytes(self.method, n, self.dtype, self.gpus, self.grad_accum)
+
+    @property
+    def name(self) -> str:
+        kind, layers = self.recompute.kind, self.recompute.layers
+        added = {
+            "none": "",
+            "blocks": "recompute" if layers == self.model.n_layer else f"recompute-{layers}-of-{self.model.n_layer}",
+            "selective": "recompute-all-but-attention",
+            "offloaded": "recompute-from-host-memory",
+        }[kind]
+        return self.method.name + (f"+{added}" if added else "")
+
+    @property
+    def title(self) -> str:
+        n = self.model.n_layer
+        done = {
+            "none": "nothing recomputed",
+            "blocks": f"{'all' if self.recompute.layers == n else self.recompute.layers} of {n} blocks recomputed",
+            "selective": "blocks recomputed but for attention",
+            "offloaded": "blocks recomputed from inputs kept in host memory",
+        }[self.recompute.kind]
+        return f"{self.method.title}; {done}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a run's configuration says to run this plan; keys of StrategyConfig and OptimizerConfig."""
+        strategy = {**self.method.settings, "dtype": self.dtype}
+        if self.available:
+            strategy["activation_checkpointing"] = self.recompute.kind == "blocks"
+        return {"strategy": strategy, "optimizer": {"micro_batch_size": self.micro_batch_size}}
+
+
+def plan(
+    model: ModelConfig,
+    card: Card,
+    host_memory: int,
+    *,
+    gpus: int = 1,
+    block_size: int | None = None,
+    micro_batch_size: int | None = None,
+    batch_tokens: int = 524_288,
+    dtype: str | None = None,
+    gpus_per_machine: int = GPUS_PER_MACHINE,
+    network_bytes_s: float = NETWORK_BYTES_S,
+) -> list[Plan]:
+    """Return a plan for each method and way of recomputing, with its best micro-batch, best plan first.
+
+    host_memory: bytes of one machine. block_size: other than the model's. micro_batch_size: this one rather than the
+    best. dtype: other than the card's best. ConfigError where batch_tokens does not divide into sequences and cards.
+    """
+    if block_size:
+        model = replace(model, block_size=block_size)
+    sequences = batch_tokens // model.block_size
+    require(
+        sequences > 0 and batch_tokens % model.block_size == 0,
+        f"batch_tokens ({batch_tokens}) must be a multiple of block_size ({model.block_size})",
+    )
+    require(sequences % gpus == 0, f"{sequences} sequences of {model.block_size} a step cannot be shared by {gpus} cards evenly")
+    mine = sequences // gpus
+    require(
+        micro_batch_size is None or mine % micro_batch_size == 0,
+        f"micro_batch_size ({micro_batch_size}) must divide the {mine} sequences of a card and step",
+    )
+    sizes = [micro_batch_size] if micro_batch_size else [size for size in range(1, mine + 1) if mine % size == 0]
+    dtype = dtype or best_dtype(card)
+    processes = min(gpus, gpus_per_machine)
+
+    def make(method: Method, recompute: Recompute, size: int) -> Plan:
+        grad_accum = 1 if method.in_backward else mine // size
+        common = dict(dtype=dtype, micro_batch_size=size, gpus=gpus)
+        footprint = predict(
+            model, method, recompute=recompute, accumulates=grad_accum > 1, chip=chip_of(card), **common
+        )
+        time = step_time(
+            model, card, method, recompute, grad_accum=grad_accum,
+            gpus_per_machine=gpus_per_machine, network_bytes_s=network_bytes_s, **common,
+        )  # fmt: skip
+        tokens = size * grad_accum * gpus * model.block_size
+        whole = recompute.kind == "none" or (recompute.kind == "blocks" and recompute.layers == model.n_layer)
+        return Plan(
+            card=card, model=model, method=method, recompute=recompute, processes=processes, grad_accum=grad_accum,
+            batch_tokens=tokens, keeps_batch=tokens == batch_tokens, footprint=footprint, time=time,
+            card_limit=int(card.memory_bytes * (1 - CARD_RESERVE)), host_limit=host_memory - HOST_RESERVE_BYTES,
+            available=whole and method.available and (gpus == 1 or method.several), **common,
+        )  # fmt: skip
+
+    plans = []
+    for method in METHODS:
+        for options in _ways_to_recompute(model.n_layer):
+            made = [_first_that_fits(make(method, recompute, size) for recompute in options) for size in sizes]
+            fitting = [p for p in made if p.fits]
+            plans.append(max(fitting, key=_merit) if fitting else min(made, key=lambda p: p.footprint.card_bytes))
+    return best_first(plans)
+
+
+def best_dtype(card: Card) -> str:
+    """bf16 where the card multiplies it; else fp16, which is never slower than fp32 with fp32 accumulation."""
+    return "bf16" if card.bf16_flops else "fp16"
+
+
+def _ways_to_recompute(n_layer: int) -> Iterator[list[Recompute]]:
+    """Groups of alternatives, the fastest of each first."""
+    yield [Recompute()]
+    yield [Recompute("blocks", n_layer)]
+    if n_layer > 1:
+        yield [Recompute("blocks", layers) for layers in range(1, n_layer)]
+    yield [Recompute("selective", n_layer)]
+    yield [Recompute("offloaded", n_layer)]
+
+
+def _first_that_fits(plans: Iterator[Plan]) -> Plan:
+    for made in plans:
+        if made.fits:
+            break
+    return made
+
+
+def _merit(p: Plan) -> tuple[bool, float]:
+    return p.keeps_batch, p.tokens_per_s
+
+
+def best_first(plans: list[Plan]) -> list[Plan]:
+    """Sort: what fits and keeps the batch first; of these the most exact that is not much slower than the fastest."""
+    fastest = max((p.tokens_per_s for p in plans if p.fits and p.keeps_batch), default=0.0)
+
+    def order(p: Plan) -> tuple:
+        if not p.fits:
+            return 3, max(0, p.footprint.card_bytes - p.card_limit), p.host_bytes
+        if not p.keeps_batch:
+            return 2, -p.tokens_per_s, 0
+        if p.tokens_per_s >= (1 - PREFERENCE) * fastest:
+            return 0, p.method.rank, -p.tokens_per_s
+        return 1, -p.tokens_per_s, p.method.rank
+
+    return sorted(plans, key=order)
+
+
+def choose(plans: list[Plan]) -> Plan | None:
+    """Return the best plan that fits and that the engine can run today; None where none does."""
+    runnable = best_first([p for p in plans if p.available])
+    return runnable[0] if runnable and runnable[0].fits else None
+
+
+def reason(chosen: Plan, plans: list[Plan]) -> str:
+    """Say why `chosen` rather than what would be preferred to it, and what it costs."""
+    runs = [p for p in plans if p.available or not chosen.available]
+    passed_over = []
+    for method in METHODS:
+        if method.rank >= chosen.method.rank or (method.stage and method.offload == "none" and chosen.gpus == 1):
+            continue
+        best = next((p for p in best_first(runs) if p.method == method), None)
+        if best is None:
+            continue
+        if not best.fits_card:
+            passed_over.append(f"{method.title}: would take {_gib(best.footprint.card_bytes)} GiB")
+        elif not best.fits_host:
+            passed_over.append(f"{method.title}: would take {_gib(best.host_bytes)} GiB of host memory")
+        elif best.keeps_batch:
+            passed_over.append(f"{method.title}: {1 - best.tokens_per_s / chosen.tokens_per_s:.0%} slower")
+    said = ["Not chosen: " + "; ".join(passed_over) if passed_over else "Nothing more exact is left to choose"]
+    whole = next((p for p in runs if p.method == chosen.method and p.recompute.kind == "none"), None)
+    if chosen.recompute.kind != "none" and whole and not whole.fits:
+        share = chosen.time.recompute / chosen.time.total
+        said.append(f"With all activations kept it would take {_gib(whole.footprint.card_bytes)} GiB; recomputing is {share:.0%} of the time")
+    if not chosen.keeps_batch:
+        said.append(f"It cannot accumulate: a step is {chosen.batch_tokens:,} tokens")
+    return ". ".join(said) + "."
+
+
+def _gib(size: float) -> str:
+    return f"{size / GiB:.1f}"
+
+
+def nearest(model: ModelConfig, card: Card, host_memory: int, **options: Any) -> tuple[str, Plan] | None:
+    """For what does not fit: the smallest change that makes it fit, in words, and its plan; None where none is found.
+
+    Tried in this order: more host memory, shorter sequences, more cards, another card. Options as in `plan`.
+    """
+    options = {"gpus": 1, "batch_tokens": 524_288} | options
+    length = options.pop("block_size", None) or model.block_size
+    memories = [size * GiB for size in (32, 48, 64, 96, 128, 192, 256, 512) if size * GiB > host_memory]
+    changes: list[tuple[str, Card, int, dict[str, Any]]] = []
+    changes += [(f"with {size // GiB} GiB of host memory", card, size, {}) for size in memories]
+    shorter = [length >> n for n in range(1, 5) if (length >> n) >= 128]
+    changes += [(f"with sequences of {size} tokens", card, host_memory, {"block_size": size}) for size in shorter]
+    more = [options["gpus"] * n for n in (2, 4, 8)]
+    changes += [(f"with {count} cards", card, host_memory, {"gpus": count}) for count in more]
+    larger = sorted((c for c in CARDS if c.memory_bytes > card.memory_bytes), key=lambda c: c.memory_bytes)
+    changes += [(f"on a {other.name}", other, host_memory, {}) for other in larger]
+    for words, other, memory, change in changes:
+        try:
+            found = choose(plan(model, other, memory, **({"block_size": length} | options | change)))
+        except ConfigError:
+            continue
+        if found:
+            return words, found
+    return None
+
+
+def card_of(device: torch.device) -> Card:
+    """Return the card of a CUDA device with the memory that it really has and that this process may use.
+
+    A card that the table does not have gets the speeds of a listed one of its kind: enough to choose, not to promise.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    memory = int(properties.total_memory * torch.cuda.get_per_process_memory_fraction(device))
+    target = dispatch.chip(device).target
+    kin = next((card for card in CARDS if card.target == target), CARDS[0])
+    known = find(properties.name)
+    return replace(known or replace(kin, name=properties.name), memory_bytes=memory)

@@ -1,0 +1,281 @@
+"""Show what each way of training a model takes on a card: memory by part, time, and which to choose.
+
+    python tools/plan.py --preset 2b --gpu rtx3090                       # every method on this card, and the choice
+    python tools/plan.py --preset 2b --gpu rtx3090 --gpus 8 --host_memory 256GB
+    python tools/plan.py --preset 2b --gpu all --picture plan.png        # the choice for every card
+    python tools/plan.py --preset 2b --gpu t4 --json                     # for programs
+
+Bytes are formulas checked against torch's memory tracker; times are estimates from published peaks and the shares of
+them named in engine/step_time.py.
+"""
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from engine.cards import CARDS, CLASSIC, Card, get, parse_memory
+from engine.config import PRESETS, ConfigError, ModelConfig
+from engine.footprint import PARTS, Elements, GiB
+from engine.memory import GPUS_PER_MACHINE, Plan, choose, nearest, plan, reason
+
+SHORT = {
+    "weights": "weights", "gradients": "grads", "master_weights": "master", "optimizer_states": "states",
+    "saved_activations": "saved", "working_layer": "layer", "loss_workspace": "loss", "communication": "buckets",
+    "context": "context",
+}  # fmt: skip
+SCALES = (1, 2, 8, 64)
+COLOURS = ("#1f4e79", "#2e86ab", "#5fa8d3", "#a9cfe8", "#e07a5f", "#f2a65a", "#f2cc8f", "#81b29a", "#bdbdbd")
+
+
+def to_json(made: Plan | None, card: Card, chosen: bool, why: str = "", near: tuple[str, Plan] | None = None) -> dict[str, Any]:
+    """Return a plan for programs: sizes in bytes of one card, host_bytes of one machine."""
+    if made is None:
+        fields = dict.fromkeys(("strategy", "micro_batch_size", "peak_bytes", "host_bytes", "tokens_per_s"))
+        entry = {"gpu": card.name, "fits": False} | fields | {"chosen": False}
+    else:
+        entry = {
+            "gpu": card.name,
+            "fits": made.fits,
+            "strategy": made.name,
+            "micro_batch_size": made.micro_batch_size,
+            "peak_bytes": made.footprint.card,
+            "host_bytes": made.host_bytes,
+            "tokens_per_s": round(made.tokens_per_s, 1),
+            "chosen": chosen,
+            "available": made.available,
+            "title": made.title,
+            "dtype": made.dtype,
+            "gpus": made.gpus,
+            "grad_accum": made.grad_accum,
+            "batch_tokens": made.batch_tokens,
+            "card_bytes": made.footprint.card_bytes,
+            "card_limit_bytes": made.card_limit,
+            "host_parts_bytes": made.footprint.host,
+            "step_s": {name: round(getattr(made.time, name), 4) for name in made.time.__dataclass_fields__},
+            "communication_bytes": round(made.communication_bytes),
+            "mfu": round(made.mfu, 3),
+            "days_per_billion_tokens": round(made.days_per_billion_tokens, 3),
+            "settings": made.settings,
+        }
+    if why:
+        entry["reason"] = why
+    if near:
+        entry["nearest"] = {"change": near[0], "gpu": near[1].card.name, "strategy": near[1].name}
+    return entry
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return columns lined up: to the right where a column holds numbers, words to the left."""
+    columns = list(zip(header, *rows))
+    right = [all(not cell or cell[0].isdigit() or cell == "-" for cell in column[1:]) for column in columns]
+    widths = [max(map(len, column)) for column in columns]
+    lines = ([f"{cell:{'>' if r else '<'}{w}}" for cell, r, w in zip(row, right, widths)] for row in (header, *rows))
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def gib(size: float) -> str:
+    return f"{size / GiB:.1f}"
+
+
+def small(size: float) -> str:
+    return f"{size / GiB:.2f}" if size else "-"
+
+
+def speed(made: Plan) -> str:
+    return f"{made.tokens_per_s:,.0f}"
+
+
+def days(count: float) -> str:
+    return f"{count:.2f}" if count < 1 else f"{count:.1f}" if count < 100 else f"{count:,.0f}"
+
+
+def one_of_each_method(plans: list[Plan], chosen: Plan | None) -> list[Plan]:
+    """Return the choice, then the best plan of every other method: what fits and runs today first."""
+    best = {p.method.name: p for p in reversed(plans)}
+    if chosen:
+        best[chosen.method.name] = chosen
+    places = {id(p): i for i, p in enumerate(plans)}
+    return sorted(best.values(), key=lambda p: (p is not chosen, not p.fits, not p.available, places[id(p)]))
+
+
+def show_card(card: Card, plans: list[Plan], chosen: Plan | None, near: tuple[str, Plan] | None) -> str:
+    """Return the table of one card by method, the choice and its reason."""
+    first = plans[0]
+    cards = f"{first.gpus} x {card.name}" if first.gpus > 1 else card.name
+    lines = [
+        f"{cards}: {gib(card.memory_bytes)} GiB for programs, {first.dtype} at {card.peak_flops(first.dtype) / 1e12:.0f} TFLOPS, "
+        f"{card.bandwidth_bytes_s / 1e9:.0f} GB/s; {gib(first.host_limit)} GiB of host memory to use",
+        "",
+    ]
+    rows = []
+    for p in one_of_each_method(plans, chosen):
+        state = "chosen" if p is chosen else "too large" if not p.fits_card else "host too small" if not p.fits_host else ""
+        state = state or ("changes the batch" if not p.keeps_batch else "fits") + ("" if p.available else ", not yet in the engine")
+        parts = [small(p.footprint.card[part]) for part in PARTS]
+        took = [gib(p.footprint.card_bytes), gib(p.host_bytes), str(p.micro_batch_size), speed(p)]
+        rows.append([p.name, *parts, *took, days(p.days_per_billion_tokens), state])
+    header = ["method, GiB by part", *SHORT.values(), "card", "host", "micro", "tokens/s", "days/1e9", ""]
+    lines += [table(header, rows), ""]
+    if chosen:
+        n = Elements.of(chosen.model).total
+        lines += [
+            f"Choice: {chosen.title}.",
+            reason(chosen, plans),
+            f"Micro-batch {chosen.micro_batch_size} x {chosen.grad_accum} on each card, {chosen.batch_tokens:,} tokens a step "
+            f"in {chosen.time.total:,.1f} s, MFU {chosen.mfu:.0%}. A billion tokens take {days(chosen.days_per_billion_tokens)} days; "
+            f"20 tokens a parameter, {20 * n / 1e9:.1f} billion, {days(20 * n / 1e9 * chosen.days_per_billion_tokens)} days.",
+        ]
+        if plans[0] is not chosen and plans[0].fits:
+            lines.append(f"Better once the engine has it: {plans[0].title}, {speed(plans[0])} tokens/s.")
+    else:
+        lines += ["Nothing that the engine runs today fits.", *([show_nearest(near)] if near else [])]
+    return "\n".join(lines)
+
+
+def show_nearest(near: tuple[str, Plan]) -> str:
+    return f"Nearest: {near[0]}, {near[1].title}, {speed(near[1])} tokens/s."
+
+
+def show_scales(made: dict[int, Plan | None]) -> str:
+    """Return what more cards bring: memory of one, what one sends in a step, speed."""
+    rows = []
+    alone = next((p for p in made.values() if p), None)
+    for gpus, p in made.items():
+        if p is None:
+            rows.append([f"{gpus}", "nothing fits", *[""] * 7])
+            continue
+        ideal = alone.tokens_per_s / alone.gpus * gpus
+        rows.append([
+            f"{gpus}", p.name, gib(p.footprint.card_bytes), gib(p.host_bytes), f"{p.communication_bytes / 1e9:.1f}",
+            f"{p.time.communication:.2f}", speed(p), f"{p.tokens_per_s / ideal:.0%}", days(p.days_per_billion_tokens),
+        ])  # fmt: skip
+    header = ["cards", "choice", "card GiB", "host GiB", "GB sent", "s waited", "tokens/s", "of ideal", "days/1e9"]
+    return table(header, rows)
+
+
+def show_cards(made: dict[Card, tuple[Plan | None, list[Plan], tuple[str, Plan] | None]]) -> str:
+    """Return a row for each card: the choice, and why in the line below it."""
+    rows = []
+    for card, (chosen, plans, near) in made.items():
+        if chosen is None:
+            rows.append([card.name, gib(card.memory_bytes), "nothing fits" + (f"; {near[0]}: {near[1].name}" if near else ""), *[""] * 6])
+            continue
+        best = plans[0] if plans[0] is not chosen else None
+        rows.append([
+            card.name, gib(card.memory_bytes), chosen.name, str(chosen.micro_batch_size), gib(chosen.footprint.card_bytes),
+            gib(chosen.host_bytes), speed(chosen), days(chosen.days_per_billion_tokens), f"{best.name} ({speed(best)})" if best else "-",
+        ])  # fmt: skip
+    header = ["card", "GiB", "choice", "micro", "card GiB", "host GiB", "tokens/s", "days/1e9", "better, not yet in the engine"]
+    return table(header, rows)
+
+
+def draw(bars: list[tuple[str, Plan | None, float]], title: str, path: str) -> None:
+    """Draw memory by part, a bar for each (label, plan, limit in bytes), as a PNG or whatever `path` ends in."""
+    figure = Figure(figsize=(11, 1.6 + 0.42 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    for row, (_, made, limit) in enumerate(bars):
+        left = 0.0
+        for part, colour in zip(PARTS, COLOURS, strict=True):
+            size = made.footprint.card[part] / GiB if made else 0.0
+            axes.barh(row, size, left=left, color=colour, label=PARTS[part] if row == 0 else None, height=0.7)
+            left += size
+        axes.plot([limit / GiB] * 2, [row - 0.45, row + 0.45], color="black", linewidth=2, label="memory of the card" if row == 0 else None)
+        axes.text(max(left, limit / GiB) + 0.3, row, speed(made) + " tokens/s" if made and made.fits else "does not fit", va="center", fontsize=8)
+    axes.set_yticks(range(len(bars)), [label for label, *_ in bars], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB at the fullest moment of a step")
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.12)
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tools/plan.py", description="Show what training a model takes on a card.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--preset", required=True, choices=list(PRESETS))
+    add("--gpu", required=True, metavar="NAME", help="such as rtx3090; all: the classic table's ten and the common ones since")
+    add("--gpus", type=int, default=1, metavar="N", help="how many of them [1]")
+    add("--host_memory", default="64GB", metavar="SIZE", help="of one machine [64GB]")
+    add("--gpu_memory", metavar="SIZE", help="less or more than the card has")
+    add("--block_size", type=int, metavar="N", help="tokens of a sequence; without it the preset's")
+    add("--batch_tokens", type=int, metavar="N", help="tokens a step; without it the preset's")
+    add("--micro_batch_size", type=int, metavar="N", help="sequences; without it the best that fits")
+    add("--dtype", choices=["bf16", "fp16", "fp32"], help="of the computation; without it the card's best")
+    add("--gpus_per_machine", type=int, default=GPUS_PER_MACHINE, metavar="N", help=f"[{GPUS_PER_MACHINE}]")
+    add("--network_gbit", type=float, default=100.0, metavar="X", help="Gb/s between machines [100]")
+    add("--json", action="store_true", help="a list for programs instead of tables")
+    add("--picture", metavar="FILE", help="draw memory by part, as .png, .svg or .pdf")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    asked = parse_arguments(arguments)
+    try:
+        return run(asked)
+    except (ConfigError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(asked: argparse.Namespace) -> int:
+    cards = CARDS if asked.gpu == "all" else (get(asked.gpu),)
+    if asked.gpu_memory:
+        cards = tuple(replace(card, memory_bytes=parse_memory(asked.gpu_memory)) for card in cards)
+    preset = PRESETS[asked.preset]
+    model = ModelConfig(**(preset["model"] | ({"block_size": asked.block_size} if asked.block_size else {})))
+    host_memory = parse_memory(asked.host_memory)
+    options = dict(
+        gpus=asked.gpus, batch_tokens=asked.batch_tokens or preset["optimizer"]["batch_tokens"], dtype=asked.dtype,
+        micro_batch_size=asked.micro_batch_size, gpus_per_machine=asked.gpus_per_machine, network_bytes_s=asked.network_gbit * 1e9 / 8,
+    )  # fmt: skip
+    made = {}
+    for card in cards:
+        plans = plan(model, card, host_memory, **options)
+        chosen = choose(plans)
+        made[card] = chosen, plans, None if chosen else nearest(model, card, host_memory, **options)
+    n = Elements.of(model).total
+    title = f"{asked.preset}: {n / 1e6:,.0f} M parameters, sequences of {model.block_size}, {options['batch_tokens']:,} tokens a step"
+    if len(cards) > 1:
+        bars = [(card.name, chosen or plans[0], card.memory_bytes) for card, (chosen, plans, _) in made.items()][: len(CLASSIC)]
+        entries = [
+            to_json(chosen, card, True, reason(chosen, plans)) if chosen else to_json(None, card, False, near=near)
+            for card, (chosen, plans, near) in made.items()
+        ]
+        text = show_cards(made)
+    else:
+        ((card, (chosen, plans, near)),) = made.items()
+        bars = [(p.name + (" (chosen)" if p is chosen else ""), p, card.memory_bytes) for p in one_of_each_method(plans, chosen)]
+        why = reason(chosen, plans) if chosen else ""
+        entries = [to_json(p, card, p is chosen, why if p is chosen else "", near if i == 0 else None) for i, p in enumerate(plans)]
+        text = show_card(card, plans, chosen, near)
+        text += f"\n\nMore of them, up to {asked.gpus_per_machine} to a machine with {gib(host_memory)} GiB of host memory for each:\n"
+        text += show_scales(scales(model, card, host_memory, options))
+        title += f" on {options['gpus']} x {card.name}" if options["gpus"] > 1 else f" on {card.name}"
+    if asked.picture:
+        draw(bars, title, asked.picture)
+    print(json.dumps(entries, indent=1) if asked.json else f"{title}\n{text}")
+    return 0
+
+
+def scales(model: ModelConfig, card: Card, host_memory: int, options: dict[str, Any]) -> dict[int, Plan | None]:
+    """Return the choice for several numbers of cards; numbers that cannot share the batch are left out."""
+    made = {}
+    for gpus in SCALES:
+        here = host_memory * min(gpus, options["gpus_per_machine"])
+        try:
+            made[gpus] = choose(plan(model, card, here, **(options | {"gpus": gpus})))
+        except ConfigError:
+            continue
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(main())
