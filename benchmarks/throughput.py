@@ -12,6 +12,8 @@ the machine disturbs them alike.
 """
 import argparse
 import multiprocessing
+import os
+import socket
 import statistics
 import sys
 import time
@@ -30,9 +32,11 @@ from engine import cards
 from engine.config import Config, ConfigError, parse, require
 from engine.data import Batch
 from engine.device import choose_device, choose_dtype
+from engine.distributed import Processes
+from engine.memory import Plan
 from engine.model import GPT, flops_per_token
+from engine.placement import settle
 from engine.report import human
-from engine.train import derive_batch
 from kernels import dispatch
 
 ROUNDS = 4  # turns that the contenders take on a CPU
@@ -58,54 +62,83 @@ def random_batches(config: Config, micro_batch_size: int, grad_accum: int, seed:
     return [Batch(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in rows]
 
 
+@dataclass(frozen=True)
+class Job:
+    """What is measured: a contender with a config, in one process or in several that share its batch."""
+
+    contender: str
+    config: Config
+    gpu_memory: int | None = None
+    processes: int = 1
+    threads: int = field(default_factory=torch.get_num_threads)
+
+
 @dataclass
 class Measured:
-    """What a contender's process told: (seconds, loss) of each timed step, memory, and the joules of all timed steps."""
+    """What a job's first process told.
 
-    steps: list[tuple[float, float]] = field(default_factory=list)
-    first_loss: float = 0.0
-    step_bytes: int = 0
+    config: with the open choices made; plan: the planner's bytes by part, on a card; steps: (seconds, loss) of each
+    timed step; memory: `step_bytes`, `peak_bytes`, `reserved_bytes`; energy_j: joules of all timed steps.
+    """
+
+    config: Config
+    plan: dict[str, Any] | None
+    first_loss: float
+    step_bytes: int
     peak_bytes: int = 0
     reserved_bytes: int = 0
+    steps: list[tuple[float, float]] = field(default_factory=list)
     energy_j: float | None = 0.0
 
-    def add(self, answer: dict[str, Any]) -> None:
-        self.first_loss = answer.get("first_loss", self.first_loss)
-        self.step_bytes = answer.get("step_bytes", self.step_bytes)
-        self.peak_bytes = max(self.peak_bytes, answer["peak_bytes"])
-        self.reserved_bytes = max(self.reserved_bytes, answer["reserved_bytes"])
-        self.steps += answer.get("steps", [])
-        if "energy_j" in answer:
-            self.energy_j = None if None in (self.energy_j, answer["energy_j"]) else self.energy_j + answer["energy_j"]
+    def saw(self, peak_bytes: int, reserved_bytes: int) -> None:
+        self.peak_bytes = max(self.peak_bytes, peak_bytes)
+        self.reserved_bytes = max(self.reserved_bytes, reserved_bytes)
 
 
-def measure(name: str, config: Config, gpu_memory: int | None, threads: int, channel: Connection) -> None:
-    """Runs in a contender's own process: build, warm up, answer with the memory, then with the times of the steps asked for."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(config.seed)
-    device, _ = choose_device(config.strategy.device)
+def measure(job: Job, rank: int, port: int, channel: Connection) -> None:
+    """Runs in a process of its own: build and warm up, tell the memory, then time as many steps as are asked for."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(job.threads)
+    torch.manual_seed(job.config.seed)
+    processes = Processes.from_environment()
+    device, _ = choose_device(job.config.strategy.device, rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        limit_memory(device, gpu_memory)
-    dispatch.set_backend(config.strategy.kernels)
-    dtype, _ = choose_dtype(config.strategy.dtype, device)
-    micro_batch_size, grad_accum = derive_batch(config, 1, device)
-    batches = random_batches(config, micro_batch_size, grad_accum, config.seed)
+        limit_memory(device, job.gpu_memory)
+    dispatch.set_backend(job.config.strategy.kernels)
+    dtype, _ = choose_dtype(job.config.strategy.dtype, device)
     try:
-        step = CONTENDERS[name](config, device, dtype, grad_accum)
+        config, grad_accum, plan = settle(job.config, device, dtype, job.processes)
+        if device.type == "cuda":
+            limit_memory(device, job.gpu_memory, context_counts=True)
+        batches = random_batches(config, config.optimizer.micro_batch_size, grad_accum, config.seed + rank)
+        step = CONTENDERS[job.contender](config, device, dtype, grad_accum, processes)
         forget_peak(device)
         losses = [step(batches).item() for _ in range(channel.recv())]
-        warm = peak_bytes(device)  # the first step makes the moments: it may need more than any other
-        channel.send({"first_loss": losses[0], "step_bytes": step_bytes(lambda: step(batches).item(), device)} | warm)
+        measured = Measured(config, plan and describe(plan), losses[0], step_bytes=0)
+        measured.saw(**peak_bytes(device))  # the first step makes the moments: it may need more than any other
+        measured.step_bytes = step_bytes(lambda: step(batches).item(), device)
+        channel.send(measured)
         while steps := channel.recv():
             joules = energy_j(device)
-            timed = [timed_step(step, batches) for _ in range(steps)]
-            used = None if joules is None else energy_j(device) - joules
-            channel.send({"steps": timed, "energy_j": used} | peak_bytes(device))
-    except Unsupported as reason:
+            measured.steps += [timed_step(step, batches) for _ in range(steps)]
+            measured.energy_j = None if joules is None else measured.energy_j + energy_j(device) - joules
+            measured.saw(**peak_bytes(device))
+            channel.send(measured)
+    except (Unsupported, ConfigError) as reason:
         channel.send(f"not run: {reason}")
     except torch.OutOfMemoryError as error:
         channel.send(f"out of memory: {str(error).splitlines()[0]}")
+    finally:
+        processes.close()
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """Return what the result file says of the planner's choice."""
+    footprint = plan.footprint
+    allocated = {part: size for part, size in footprint.card.items() if part != "context" and size}
+    return {"name": plan.name, "parts": allocated, "allocated_bytes": footprint.allocated_bytes, "host_bytes": plan.host_bytes}
 
 
 def timed_step(step: Step, batches: list[Batch]) -> tuple[float, float]:
@@ -115,53 +148,70 @@ def timed_step(step: Step, batches: list[Batch]) -> tuple[float, float]:
     return time.perf_counter() - began, loss
 
 
-def compare(names: list[str], config: Config, gpu_memory: int | None, warmup: int, steps: int) -> dict[str, Measured | str]:
-    """Return what was measured of each contender, or why nothing was. On a CPU they take turns, on a GPU they follow."""
-    device, _ = choose_device(config.strategy.device)
-    if device.type == "cuda":
-        return {name: take_turns([name], config, gpu_memory, warmup, steps, rounds=1)[name] for name in names}
-    return take_turns(names, config, gpu_memory, warmup, steps, ROUNDS)
+def compare(jobs: dict[str, Job], warmup: int, steps: int) -> dict[str, Measured | str]:
+    """Return what was measured of each job, or why nothing was. On a CPU they take turns, on a GPU they follow."""
+    if torch.cuda.is_available():
+        return {name: take_turns({name: job}, warmup, steps, rounds=1)[name] for name, job in jobs.items()}
+    return take_turns(jobs, warmup, steps, ROUNDS)
 
 
-def take_turns(
-    names: list[str], config: Config, gpu_memory: int | None, warmup: int, steps: int, rounds: int
-) -> dict[str, Measured | str]:
-    context = multiprocessing.get_context("spawn")
-    channels: dict[str, Connection] = {}
+def take_turns(jobs: dict[str, Job], warmup: int, steps: int, rounds: int) -> dict[str, Measured | str]:
+    running = {name: Running(job) for name, job in jobs.items()}
     results: dict[str, Measured | str] = {}
-
-    def ask(name: str, count: int) -> None:
-        with suppress(BrokenPipeError):  # one that cannot run has said so and gone
-            channels[name].send(count)
-        try:
-            answer = channels[name].recv()
-        except (EOFError, ConnectionResetError):
-            answer = "failed: its process ended; the error is above"
-        if isinstance(answer, str):
-            results[name] = answer
-            del channels[name]
-        else:
-            results.setdefault(name, Measured()).add(answer)
-
-    for name in names:
-        channels[name], theirs = context.Pipe()
-        context.Process(target=measure, args=(name, config, gpu_memory, torch.get_num_threads(), theirs), daemon=True).start()
-        theirs.close()
-    for name in names:
-        ask(name, warmup)
-    for turn in range(min(rounds, steps)):
-        for name in list(channels):
-            ask(name, (turn + 1) * steps // min(rounds, steps) - turn * steps // min(rounds, steps))
-    for channel in channels.values():
-        channel.send(0)
+    rounds = min(rounds, steps)
+    for turn in range(rounds + 1):  # 0: warm up, all of them before any is timed
+        count = warmup if turn == 0 else turn * steps // rounds - (turn - 1) * steps // rounds
+        for name in list(running):
+            results[name] = running[name].run(count)
+            if isinstance(results[name], str):
+                running.pop(name).end()
+    for job in running.values():
+        job.end()
     return results
 
 
-def summarise(measured: Measured, config: Config, peak_flops_s: float | None, flops: int) -> dict[str, Any]:
+class Running:
+    """A job's processes, as the one that waits for them sees it."""
+
+    def __init__(self, job: Job) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.channels, self.processes = [], []
+        for rank in range(job.processes):
+            mine, theirs = context.Pipe()
+            self.channels.append(mine)
+            self.processes.append(context.Process(target=measure, args=(job, rank, port, theirs)))
+            self.processes[-1].start()
+            theirs.close()
+
+    def run(self, steps: int) -> Measured | str:
+        """Return what is measured once it has done `steps` more, or why it cannot."""
+        self._send(steps)
+        try:
+            answers = [channel.recv() for channel in self.channels]
+        except (EOFError, ConnectionResetError):
+            return "failed: its process ended; the error is above"
+        return next((a for a in answers if isinstance(a, str)), answers[0])
+
+    def end(self) -> None:
+        self._send(0)
+        for process in self.processes:
+            process.join(timeout=20)
+            process.kill()
+
+    def _send(self, steps: int) -> None:
+        for channel in self.channels:
+            with suppress(BrokenPipeError):  # one that cannot run has said so and gone
+                channel.send(steps)
+
+
+def summarise(measured: Measured, peak_flops_s: float | None, flops: int) -> dict[str, Any]:
     """Return what the result file says of a contender; energy only where the GPU counts it."""
     seconds = [s for s, _ in measured.steps]
-    median = statistics.median(seconds)
-    tokens_per_s = config.optimizer.batch_tokens / median
+    median, batch_tokens = statistics.median(seconds), measured.config.optimizer.batch_tokens
+    tokens_per_s = batch_tokens / median
     energy = measured.energy_j
     return {
         "tokens_per_s": tokens_per_s,
@@ -169,7 +219,7 @@ def summarise(measured: Measured, config: Config, peak_flops_s: float | None, fl
         "step_s_quartiles": statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [median] * 3,
         "steps": len(seconds),
         "mfu": tokens_per_s * flops / peak_flops_s if peak_flops_s else None,
-        "tokens_per_j": None if energy is None else len(seconds) * config.optimizer.batch_tokens / energy,
+        "tokens_per_j": None if energy is None else len(seconds) * batch_tokens / energy,
         "peak_bytes": measured.peak_bytes,
         "reserved_bytes": measured.reserved_bytes,
         "step_bytes": measured.step_bytes,
@@ -183,18 +233,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each contender [20]")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them, not measured [3]")
     parser.add_argument("--gpu_memory", help="use no more of the GPU than this, such as 24GB, or than this card has, such as rtx3090")
+    parser.add_argument("--processes", type=int, default=1, help="processes that share our batch, one for each GPU [1]")
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     parser.add_argument("--compare", nargs="?", const="all", metavar="NAMES", help=f"also measure others: all, or some of {', '.join(CONTENDERS)}")
     options, rest = parser.parse_known_args(arguments)
     try:
         config, _ = parse(rest)
-        require(options.steps > 0 and options.warmup > 0, "--steps and --warmup must be positive")
+        require(min(options.steps, options.warmup, options.processes) > 0, "--steps, --warmup and --processes must be positive")
         wanted = {None: ["pilesmith"], "all": list(CONTENDERS)}.get(options.compare) or ["pilesmith", *options.compare.split(",")]
         require(set(wanted) <= set(CONTENDERS), f"--compare knows {', '.join(CONTENDERS)}; got {options.compare}")
+        require(options.processes == 1 or len(wanted) == 1, "--compare runs in one process: leave --processes out")
         gpu_memory = parse_bytes(options.gpu_memory) if options.gpu_memory else None
         device, reason = choose_device(config.strategy.device)
         dtype, _ = choose_dtype(config.strategy.dtype, device)
-        micro_batch_size, grad_accum = derive_batch(config, 1, device)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -203,31 +254,35 @@ def main(arguments: list[str] | None = None) -> int:
     flops = flops_per_token(config.model, n_parameters)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak = cards.peak_flops(name, dtype)
-    print(f"{config.preset}: {n_parameters:,} parameters; {device} ({reason}), {str(dtype).removeprefix('torch.')}; a step is "
-          f"{config.optimizer.batch_tokens} tokens: {grad_accum} x {micro_batch_size} x {config.model.block_size}")  # fmt: skip
-    measured = compare(list(dict.fromkeys(wanted)), config, gpu_memory, options.warmup, options.steps)
-    results = {n: m if isinstance(m, str) else summarise(m, config, peak, flops) for n, m in measured.items()}
-    show(results)
+    print(f"{config.preset}: {n_parameters:,} parameters; {device} ({reason}), {str(dtype).removeprefix('torch.')}", flush=True)
+    jobs = {name: Job(name, config, gpu_memory, options.processes) for name in dict.fromkeys(wanted)}
+    measured = compare(jobs, options.warmup, options.steps)
+    results = {n: m if isinstance(m, str) else summarise(m, peak and peak * options.processes, flops) for n, m in measured.items()}
+    ours = measured["pilesmith"]
+    settled = config if isinstance(ours, str) else ours.config
+    show(results, settled)
     payload = {
         "benchmark": "throughput",
         "environment": environment(),
-        "config": config.to_dict(),
+        "config": settled.to_dict(),
         "dtype": str(dtype).removeprefix("torch."),
         "n_parameters": n_parameters,
-        "micro_batch_size": micro_batch_size,
-        "grad_accum": grad_accum,
+        "processes": options.processes,
         "threads": torch.get_num_threads(),
         "gpu_memory_bytes": gpu_memory,
         "flops_per_token": flops,
         "peak_flops": peak,
+        "plan": None if isinstance(ours, str) else ours.plan,
         "results": results,
     }
     if options.out:
         write_result(options.out, payload)
-    return 1 if isinstance(results["pilesmith"], str) else 0
+    return 1 if isinstance(ours, str) else 0
 
 
-def show(results: dict[str, Any]) -> None:
+def show(results: dict[str, Any], config: Config) -> None:
+    batch, micro = config.optimizer.batch_tokens, config.optimizer.micro_batch_size
+    print(f"a step is {batch} tokens, a micro-batch {micro} sequences of {config.model.block_size}")
     ours = results["pilesmith"]
     print(f"{'':20}{'tokens/s':>10}{'step':>10}{'MFU':>8}{'peak':>11}{'of a step':>11}{'ours is':>10}")
     for name, row in results.items():

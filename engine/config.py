@@ -97,7 +97,10 @@ class OptimizerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class StrategyConfig:
-    """How a step is run, and what is given up for memory."""
+    """How a step is run, and what is given up for memory.
+
+    What is "auto" or None is chosen at the start, by the planner where there is a card (engine/placement.py).
+    """
 
     strategy: Literal["auto", "resident", "zero"] = field(
         default="auto", metadata={"help": "auto: resident in one process, DeepSpeed ZeRO in several"}
@@ -106,7 +109,9 @@ class StrategyConfig:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = field(default="auto", metadata={"help": "of the computation"})
     kernels: Literal["auto", "triton", "torch"] = field(default="auto", metadata={"help": "kernel backend"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the model"})
-    activation_checkpointing: bool = field(default=False, metadata={"help": "recompute every block in the backward pass"})
+    activation_checkpointing: bool | None = field(
+        default=None, metadata={"help": "recompute every block in the backward pass"}
+    )
     weights: Literal["auto", "fp32", "residual", "stochastic"] = field(
         default="auto",
         metadata={"help": "resident: fp32; 16 bits and a residual, together the exact fp32; 16 bits, stochastic rounding"},
@@ -114,30 +119,31 @@ class StrategyConfig:
     moments: Literal["auto", "fp32", "bf16", "int8"] = field(
         default="auto", metadata={"help": "resident: AdamW's moments; int8 is block-wise"}
     )
-    optimizer_in_backward: bool = field(
-        default=False, metadata={"help": "resident: update inside the backward pass and free each gradient at once"}
+    optimizer_in_backward: bool | None = field(
+        default=None, metadata={"help": "resident: update inside the backward pass and free each gradient at once"}
     )
-    zero_stage: int = field(default=1, metadata={"help": "DeepSpeed ZeRO stage, 0 to 3"})
-    offload: Literal["none", "optimizer", "params"] = field(
-        default="none", metadata={"help": "ZeRO: what lives in host memory (params: optimizer too, stage 3)"}
+    zero_stage: int | None = field(default=None, metadata={"help": "DeepSpeed ZeRO stage, 0 to 3"})
+    offload: Literal["auto", "none", "optimizer", "params"] = field(
+        default="auto", metadata={"help": "ZeRO: what lives in host memory (params: optimizer too, stage 3)"}
     )
     nvme_path: str = field(default="", metadata={"help": "ZeRO stage 3: offload to this folder instead of host memory"})
     deepspeed_config: str = field(default="", metadata={"help": "JSON file merged over the derived DeepSpeed config"})
 
     def __post_init__(self) -> None:
-        require(0 <= self.zero_stage <= 3, f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
+        stage = self.zero_stage
+        require(stage is None or 0 <= stage <= 3, f"zero_stage must be 0, 1, 2 or 3, got {stage}")
         if self.offload == "params":
-            require(self.zero_stage == 3, f"--offload params needs --zero_stage 3, got {self.zero_stage}")
+            require(stage in (None, 3), f"--offload params needs --zero_stage 3, got {stage}")
         if self.offload == "optimizer":
-            require(self.zero_stage >= 1, "--offload optimizer needs --zero_stage 1, 2 or 3")
+            require(stage != 0, "--offload optimizer needs --zero_stage 1, 2 or 3")
         if self.nvme_path:
-            require(self.offload != "none", "--nvme_path needs --offload optimizer or params")
-            require(self.zero_stage == 3, f"--nvme_path needs --zero_stage 3, got {self.zero_stage}")
+            require(self.offload in ("optimizer", "params"), "--nvme_path needs --offload optimizer or params")
+            require(stage == 3, f"--nvme_path needs --zero_stage 3, got {stage}")
         if self.strategy == "zero":
             resident_only = self.weights not in ("auto", "fp32") or self.moments not in ("auto", "fp32") or self.optimizer_in_backward
             require(not resident_only, "--weights, --moments and --optimizer_in_backward are the resident strategy's")
         if self.strategy == "resident":
-            require(self.offload == "none", f"--offload {self.offload} is ZeRO's: use --strategy zero")
+            require(self.offload in ("auto", "none"), f"--offload {self.offload} is ZeRO's: use --strategy zero")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -228,13 +234,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "2b": {
         "model": dict(n_layer=24, n_head=20, n_embd=2560, block_size=2048, positions="rotary", activation="gelu_tanh"),
         "optimizer": _GPT2_TRAINING | dict(lr=2e-4, min_lr=2e-5, max_steps=80_000, warmup_steps=1000),
-        "strategy": dict(activation_checkpointing=True),
         "report": _BIG_REPORT,
     },
     "3b": {
         "model": dict(n_layer=64, n_head=16, n_embd=2048, block_size=512, **_CLASSIC),
         "optimizer": _GPT2_TRAINING | dict(lr=2e-4, min_lr=2e-5, max_steps=80_000, warmup_steps=1000),
-        "strategy": dict(activation_checkpointing=True),
         "report": _BIG_REPORT,
     },
 }
@@ -242,11 +246,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class _Flag:
-    """A leaf of the tree: `section` is empty for the fields of Config itself."""
+    """A leaf of the tree: `section` is empty for the fields of Config itself; `optional` ones may be None, "auto"."""
 
     section: str
     name: str
     kind: Any
+    optional: bool
     help: str
     default: Any
 
@@ -261,7 +266,10 @@ def _flags() -> dict[str, _Flag]:
                 collect(hints[f.name], f.name)
             else:
                 assert f.name not in flags, f"two settings are called {f.name}"
-                flags[f.name] = _Flag(section, f.name, hints[f.name], f.metadata.get("help", ""), f.default)
+                kinds = [kind for kind in typing.get_args(hints[f.name]) if kind is not type(None)]
+                optional = typing.get_origin(hints[f.name]) is types.UnionType
+                kind = kinds[0] if optional else hints[f.name]
+                flags[f.name] = _Flag(section, f.name, kind, optional, f.metadata.get("help", ""), f.default)
 
     collect(Config, "")
     return flags
@@ -270,6 +278,8 @@ def _flags() -> dict[str, _Flag]:
 def _convert(flag: _Flag, value: Any) -> Any:
     """Check `value`, a string from the command line or a value from JSON, against the field's type."""
     kind, text = flag.kind, str(value).strip()
+    if flag.optional and (value is None or text == "auto"):
+        return None
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         require(text in choices, f"{flag.name} must be one of {', '.join(choices)}; got {text!r}{_meant(text, choices)}")
@@ -367,7 +377,7 @@ def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
         shown = f" ({', '.join(choices)})" if choices else ""
         options = {"nargs": "?", "const": "true"} if flag.kind is bool else {}
         metavar = {int: "N", float: "X", bool: "true|false"}.get(flag.kind, "NAME" if choices else "TEXT")
-        parser.add_argument(f"--{flag.name}", help=f"{flag.help}{shown} [{flag.default}]".replace("%", "%%"), metavar=metavar, **options)
+        parser.add_argument(f"--{flag.name}", help=f"{flag.help}{shown} [{'auto' if flag.default is None else flag.default}]".replace("%", "%%"), metavar=metavar, **options)
     dashed = [f"--{a[2:].partition('=')[0].replace('-', '_')}{a[a.index('='):] if '=' in a else ''}" if a.startswith("--") else a for a in arguments]
     given, unknown = parser.parse_known_args(dashed)
     if unknown:
@@ -375,7 +385,7 @@ def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
         raise ConfigError(f"unknown flag {unknown[0]!r}{_meant(name, flags)}")
     chosen: dict[str, Any] = {}
     for name, flag in flags.items():
-        value = getattr(given, name)
+        value = getattr(given, name)  # a string; None where the flag was not given
         if value is not None:
             where = chosen.setdefault(flag.section, {}) if flag.section else chosen
             where[name] = _convert(flag, value)

@@ -26,7 +26,9 @@ from engine.data import Batch, DataError, TokenFile, TrainingBatches, prefetch, 
 from engine.device import choose_device, choose_dtype, peak_memory
 from engine.distributed import Processes
 from engine.sampling import sample_text
+from engine.memory import Plan
 from engine.model import GPT, flops_per_token
+from engine.placement import explain, settle
 from engine.report import Report, human
 from engine.schedule import learning_rate
 from engine.strategy import Strategy, build
@@ -34,7 +36,6 @@ from engine.tokenizer import load_encoding
 from kernels import dispatch
 
 EMBEDDED_DATA = Path("data/embedded")
-CPU_MICRO_BATCH_TOKENS = 8192  # beyond this a CPU gains nothing and the activations leave its caches
 EXIT_DIVERGED = 3
 
 
@@ -57,9 +58,13 @@ class Interrupt:
 
 @dataclass
 class Run:
-    """What a training run consists of; `report` is the main process's only."""
+    """What a training run consists of; `config` is `asked` with every open choice made, on a card by `plan`.
+
+    `report` is the main process's only.
+    """
 
     config: Config
+    asked: Config
     processes: Processes
     device: torch.device
     strategy: Strategy
@@ -68,22 +73,7 @@ class Run:
     encoding: tiktoken.Encoding
     progress: dict[str, Any]
     report: Report | None
-
-
-def derive_batch(config: Config, world_size: int, device: torch.device) -> tuple[int, int]:
-    """Return (micro_batch_size, grad_accum) in sequences for one process; ConfigError where they do not come out even."""
-    sequences = config.optimizer.batch_tokens // config.model.block_size
-    require(
-        sequences % world_size == 0,
-        f"batch_tokens ({config.optimizer.batch_tokens}) is {sequences} sequences, which {world_size} processes cannot share evenly",
-    )
-    mine, micro = sequences // world_size, config.optimizer.micro_batch_size
-    if micro:
-        require(mine % micro == 0, f"micro_batch_size ({micro}) must divide the {mine} sequences of a process and step")
-    else:
-        fits = max(1, CPU_MICRO_BATCH_TOKENS // config.model.block_size)
-        micro = max(size for size in range(1, min(mine, fits) + 1) if mine % size == 0)
-    return micro, mine // micro
+    plan: Plan | None
 
 
 def prepare_default_data(config: Config, processes: Processes) -> None:
@@ -117,7 +107,9 @@ def set_up(config: Config, resume: str | None, processes: Processes) -> Run:
     for file in (train_file, val_file):
         rows = math.ceil(file.vocab_size / 64) * 64
         require(file.vocab_size <= config.model.vocab_size, f"{file.path} has ids up to {file.vocab_size - 1}: set --vocab_size {rows}")
-    micro_batch_size, grad_accum = derive_batch(config, processes.world_size, device)
+    asked = config  # saved as it is: a run may be resumed elsewhere, where other choices are better
+    config, grad_accum, chosen = settle(asked, device, dtype, processes.world_size)
+    micro_batch_size = config.optimizer.micro_batch_size
     common = {"block_size": config.model.block_size, "document_masking": config.data.document_masking}
     common |= {"rank": processes.rank, "world_size": processes.world_size}
     data = TrainingBatches(train_file, micro_batch_size=micro_batch_size, grad_accum=grad_accum, seed=config.seed, **common)
@@ -137,10 +129,13 @@ def set_up(config: Config, resume: str | None, processes: Processes) -> Run:
         flops = flops_per_token(config.model, n_parameters)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         report = Report(config, progress["step"], flops, peak_flops(name, dtype))
-        config.save(Path(config.run_dir) / "config.json")
+        asked.save(Path(config.run_dir) / "config.json")
+        config.save(Path(config.run_dir) / "resolved.json")
         report.say(f"{config.preset}: {n_parameters:,} parameters, {flops / 1e6:.1f} MFLOPs a token")
         report.say(f"device: {device} ({device_reason}); dtype: {str(dtype).removeprefix('torch.')} ({dtype_reason})")
         for line in kernel_lines(device):
+            report.say(line)
+        for line in explain(chosen) if chosen else ():
             report.say(line)
         report.say(f"strategy: {strategy.describe()}")
         report.say(
@@ -150,7 +145,7 @@ def set_up(config: Config, resume: str | None, processes: Processes) -> Run:
         if start_from:
             report.say(f"resumed from {start_from} at step {progress['step']}")
     encoding = load_encoding(train_file.tokenizer)
-    return Run(config, processes, device, strategy, data, validation, encoding, progress, report)
+    return Run(config, asked, processes, device, strategy, data, validation, encoding, progress, report, chosen)
 
 
 def loop(run: Run, interrupt: Interrupt) -> int:
@@ -193,6 +188,9 @@ def loop(run: Run, interrupt: Interrupt) -> int:
     steps.close()
     if report:
         report.close()
+        if run.plan:
+            predicted, measured = run.plan.footprint.allocated_bytes, peak_memory(run.device)
+            report.say(f"memory: predicted {predicted / 2**30:.2f} GiB, measured {measured / 2**30:.2f} GiB ({measured / predicted - 1:+.1%})")
         report.say(f"run: {config.run_dir}; newest checkpoint: {saved}")
     return 0
 
@@ -221,7 +219,7 @@ def validate(run: Run) -> None:
 def save(run: Run, final: bool) -> Path | None:
     """Write a checkpoint and return it; a full disk ends the run only where there is no later chance to save."""
     try:
-        return checkpoint.save(run.config, run.strategy, run.processes, run.progress)
+        return checkpoint.save(run.asked, run.strategy, run.processes, run.progress)
     except checkpoint.CheckpointError as error:
         if final:
             raise

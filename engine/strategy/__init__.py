@@ -51,9 +51,8 @@ class Strategy(Protocol):
 
 
 def build(config: Config, model: GPT, processes: Processes, device: torch.device, dtype: torch.dtype, grad_accum: int) -> Strategy:
-    """Return the strategy that `config` asks for; "auto" is resident in one process and ZeRO in several."""
-    wanted = config.strategy.strategy
-    if wanted == "zero" or (wanted == "auto" and (processes.world_size > 1 or config.strategy.offload != "none")):
+    """Return the strategy of a config whose choices are made (engine/placement.py)."""
+    if config.strategy.strategy == "zero":
         try:
             from engine.strategy.zero import Zero  # deepspeed takes seconds to import: only where it is used
         except ImportError as error:

@@ -26,7 +26,6 @@ class Resident:
         self.model = model.to(device)
         self.model.dtype = dtype
         self.formats = {"weights": choices.weights, "moments": choices.moments}
-        self.formats = {part: "fp32" if chosen == "auto" else chosen for part, chosen in self.formats.items()}
         # Chips that train in fp16 may have no bf16; where the computation is in fp32, bf16 has its range.
         storage = torch.float16 if dtype == torch.float16 else torch.bfloat16
         adamw, settings = AdamW, {}

@@ -31,9 +31,9 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 BUCKET_ELEMENTS = 50_000_000  # DeepSpeed's own 5e8 costs about 1 GB a bucket
 
 
-def deepspeed_config(config: Config, dtype: torch.dtype, micro_batch_size: int, grad_accum: int, world_size: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, dtype: torch.dtype, grad_accum: int, world_size: int) -> dict[str, Any]:
     """Return the DeepSpeed configuration that follows from ours, with `--deepspeed_config FILE` laid over it."""
-    strategy = config.strategy
+    strategy, micro_batch_size = config.strategy, config.optimizer.micro_batch_size
     where = {"device": "nvme", "nvme_path": strategy.nvme_path} if strategy.nvme_path else {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     zero: dict[str, Any] = {
         "stage": strategy.zero_stage,
@@ -79,8 +79,7 @@ class Zero:
             checkpoint_blocks(model)
         self.checkpointing = config.strategy.activation_checkpointing
         options = config.optimizer
-        micro_batch_size = options.batch_tokens // config.model.block_size // processes.world_size // grad_accum
-        settings = deepspeed_config(config, dtype, micro_batch_size, grad_accum, processes.world_size)
+        settings = deepspeed_config(config, dtype, grad_accum, processes.world_size)
         if processes.main:
             path = Path(config.run_dir) / "deepspeed.json"
             path.parent.mkdir(parents=True, exist_ok=True)
