@@ -1,0 +1,97 @@
+"""What a run leaves open, settled: strategy, formats, recomputation, micro-batch. With a card the planner chooses."""
+import copy
+from dataclasses import asdict
+
+import psutil
+import torch
+
+from engine.config import Config, require
+from engine.memory import Plan, card_of, choose, nearest, plan
+
+CPU_MICRO_BATCH_TOKENS = 8192  # beyond this a CPU gains nothing and the activations leave its caches
+_OPEN = (None, "auto")
+_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def settle(config: Config, device: torch.device, dtype: torch.dtype, world_size: int) -> tuple[Config, int, Plan | None]:
+    """Return `config` with every open choice made, the accumulation steps, and on a card the plan that made them.
+
+    What a person has set is kept. ConfigError where nothing fits the card, with the nearest thing that does, or where
+    the batch cannot be shared evenly.
+    """
+    config = copy.deepcopy(config)
+    sequences = config.optimizer.batch_tokens // config.model.block_size
+    require(
+        sequences % world_size == 0,
+        f"batch_tokens ({config.optimizer.batch_tokens}) is {sequences} sequences, which {world_size} processes cannot share evenly",
+    )
+    mine, micro = sequences // world_size, config.optimizer.micro_batch_size
+    require(not micro or mine % micro == 0, f"micro_batch_size ({micro}) must divide the {mine} sequences of a process and step")
+    chosen = _plan(config, device, dtype, world_size) if device.type == "cuda" else None
+    if chosen:
+        _fill(config, choices(chosen))
+        config.optimizer.micro_batch_size = chosen.micro_batch_size
+        if chosen.method.in_backward:
+            config.optimizer.batch_tokens, config.optimizer.grad_clip = chosen.batch_tokens, 0.0
+        return config, chosen.grad_accum, chosen
+    strategy = config.strategy
+    zero = strategy.strategy == "zero" or (strategy.strategy == "auto" and _asks_for_zero(config, world_size))
+    stage = 3 if strategy.offload == "params" else 1
+    _fill(config, {"strategy": "zero" if zero else "resident", "zero_stage": stage if zero else None, "offload": "none"})
+    _fill(config, {"weights": "fp32", "moments": "fp32", "optimizer_in_backward": False, "activation_checkpointing": False})
+    if not micro:
+        fits = max(1, CPU_MICRO_BATCH_TOKENS // config.model.block_size)
+        micro = max(size for size in range(1, min(mine, fits) + 1) if mine % size == 0)
+        config.optimizer.micro_batch_size = micro
+    return config, mine // micro, None
+
+
+def choices(candidate: Plan) -> dict[str, object]:
+    """Return the fields of StrategyConfig that run this plan."""
+    method = candidate.method
+    return {
+        "strategy": "zero" if method.stage else "resident",
+        "zero_stage": method.stage or None,
+        "offload": method.offload,
+        "weights": method.weights,
+        "moments": method.moments,
+        "optimizer_in_backward": method.in_backward,
+        "activation_checkpointing": candidate.recompute.kind == "blocks",
+    }
+
+
+def explain(chosen: Plan) -> list[str]:
+    """Return the lines that say what was chosen, why, and what it is predicted to hold."""
+    parts = ", ".join(f"{part.replace('_', ' ')} {size / 2**30:.2f}" for part, size in chosen.footprint.card.items() if size)
+    return [
+        f"plan: {chosen.title}; tools/plan.py shows the others",
+        f"plan: {chosen.footprint.card_bytes / 2**30:.2f} GiB on the card ({parts}), {chosen.host_bytes / 2**30:.1f} GiB on the host",
+    ]
+
+
+def _asks_for_zero(config: Config, world_size: int) -> bool:
+    return world_size > 1 or config.strategy.zero_stage is not None or config.strategy.offload in ("optimizer", "params")
+
+
+def _plan(config: Config, device: torch.device, dtype: torch.dtype, world_size: int) -> Plan:
+    card, host = card_of(device), psutil.virtual_memory().total
+    options = {"gpus": world_size, "batch_tokens": config.optimizer.batch_tokens, "dtype": _DTYPE_NAMES[dtype]}
+    plans = plan(config.model, card, host, micro_batch_size=config.optimizer.micro_batch_size or None, **options)
+    chosen = choose(allowed(config, plans))
+    if chosen is None:
+        found = nearest(config.model, card, host, **options)
+        hint = f"; it fits {found[0]}" if found else ""
+        require(False, f"no way that the settings allow fits {config.preset} into {card.memory_bytes / 2**30:.1f} GiB{hint}; tools/plan.py shows all")
+    return chosen
+
+
+def allowed(config: Config, plans: list[Plan]) -> list[Plan]:
+    """Return the plans that contradict nothing that a person has set."""
+    asked = {key: value for key, value in asdict(config.strategy).items() if value not in _OPEN}
+    return [p for p in plans if all(asked.get(key, value) == value for key, value in choices(p).items())]
+
+
+def _fill(config: Config, values: dict[str, object]) -> None:
+    for key, value in values.items():
+        if getattr(config.strategy, key) in _OPEN:
+            setattr(config.strategy, key, value)
