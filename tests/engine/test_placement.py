@@ -1,0 +1,82 @@
+"""Open choices are made by the planner on a card and by plain defaults without one; what a person set is kept."""
+import pytest
+import torch
+
+from engine import placement
+from engine.cards import get
+from engine.config import ConfigError, StrategyConfig, parse
+from engine.memory import plan
+
+GiB = 2**30
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def on_card(monkeypatch):
+    """on_card("rtx3090", 64): plan as if that card and so many GiB of host memory were here."""
+
+    def pretend(card: str, host_gib: int) -> None:
+        monkeypatch.setattr(placement, "card_of", lambda device: get(card))
+        monkeypatch.setattr(placement.psutil, "virtual_memory", lambda: type("Memory", (), {"total": host_gib * GiB}))
+
+    return pretend
+
+
+def settled(*flags: str, device=CUDA, dtype=torch.bfloat16, world_size=1):
+    return placement.settle(parse(list(flags))[0], device, dtype, world_size)
+
+
+@pytest.mark.parametrize(
+    "flags, world_size, strategy, stage",
+    [([], 1, "resident", None), ([], 2, "zero", 1), (["--zero_stage=2"], 1, "zero", 2), (["--offload=params"], 1, "zero", 3)],
+)
+def test_without_a_card(flags, world_size, strategy, stage):
+    config, grad_accum, chosen = settled("--preset=13m", *flags, device=CPU, dtype=torch.float32, world_size=world_size)
+    assert (config.strategy.strategy, config.strategy.zero_stage, chosen) == (strategy, stage, None)
+    assert config.optimizer.micro_batch_size * grad_accum * world_size * 128 == config.optimizer.batch_tokens
+    assert config.strategy.weights == config.strategy.moments == "fp32"
+
+
+def test_a_card_gets_the_plan_that_fits(on_card):
+    on_card("rtx3090", 64)
+    config, grad_accum, chosen = settled("--preset=2b")
+    assert chosen.fits and chosen.available
+    assert config.strategy.weights == "residual" and config.strategy.moments == "int8"
+    assert config.optimizer.micro_batch_size * grad_accum * 2048 == config.optimizer.batch_tokens == 524_288
+    assert placement.choices(chosen).items() <= placement.asdict(config.strategy).items()
+    assert any("GiB on the card" in line for line in placement.explain(chosen))
+
+
+@pytest.mark.parametrize(
+    "flag, field, value",
+    [
+        ("--strategy=zero", "strategy", "zero"),
+        ("--offload=optimizer", "offload", "optimizer"),
+        ("--weights=stochastic", "weights", "stochastic"),
+        ("--activation_checkpointing=true", "activation_checkpointing", True),
+    ],
+)
+def test_what_a_person_set_is_kept(on_card, flag, field, value):
+    on_card("rtx3090", 64)
+    config, _, chosen = settled("--preset=2b", flag)
+    assert getattr(config.strategy, field) == value == placement.choices(chosen)[field]
+
+
+def test_the_smallest_card_updates_inside_the_backward_pass_without_clipping(on_card):
+    on_card("rtx3080", 16)
+    config, grad_accum, chosen = settled("--preset=2b")
+    assert chosen.method.in_backward and config.strategy.optimizer_in_backward
+    assert grad_accum == 1 and config.optimizer.grad_clip == 0
+    assert config.optimizer.batch_tokens == config.optimizer.micro_batch_size * 2048
+
+
+def test_what_fits_nowhere_is_refused_with_what_would(on_card):
+    on_card("rtx3080", 16)
+    with pytest.raises(ConfigError, match="it fits "):
+        settled("--preset=3b", "--weights=fp32")
+
+
+def test_every_plan_that_the_engine_runs_is_a_valid_configuration():
+    for candidate in plan(parse(["--preset=gpt2"])[0].model, get("rtx3090"), 64 * GiB):
+        if candidate.available:
+            StrategyConfig(**placement.choices(candidate))
