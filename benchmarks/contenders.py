@@ -1,6 +1,7 @@
 """What is compared: our engine and what a person would pick instead, each as a function that runs one training step.
 
-All take the same config, random tokens, dtype and AdamW, and do the whole step: forward, backward, clipping, update.
+All take the same config, with its open choices made, random tokens, dtype and AdamW, and do the whole step: forward,
+backward, clipping, update. Only ours runs in several processes.
 """
 from collections.abc import Callable
 from typing import Any
@@ -24,11 +25,11 @@ class Unsupported(Exception):
     """This contender cannot express the config or is not installed; the message says why."""
 
 
-def pilesmith(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int) -> Step:
+def pilesmith(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int, processes: Processes) -> Step:
     with torch.device("meta"):
         model = GPT(config.model)
     fill_weights(model.to_empty(device="cpu"), config.seed)  # in host memory, as a run begins
-    strategy = build(config, model, Processes(), device, dtype, grad_accum)
+    strategy = build(config, model, processes, device, dtype, grad_accum)
 
     def step(batches: list[Batch]) -> Tensor:
         strategy.set_lr(config.optimizer.lr)
@@ -115,19 +116,19 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(self.lm_head(self.ln_f(x)).flatten(0, 1), targets.flatten())
 
 
-def pytorch(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int) -> Step:
+def pytorch(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int, processes: Processes) -> Step:
     with device:
         model = PlainGPT(config.model)
     return _plain_step(model, config, dtype)
 
 
-def pytorch_compiled(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int) -> Step:
+def pytorch_compiled(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int, processes: Processes) -> Step:
     with device:
         model = PlainGPT(config.model)
     return _plain_step(torch.compile(model), config, dtype)
 
 
-def classic(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int) -> Step:
+def classic(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int, processes: Processes) -> Step:
     """The classic script's loop: fp32 (autocast in 16 bits, as its --amp), torch's default AdamW, no clipping."""
     shape = config.model
     if shape.positions != "learned":
@@ -138,7 +139,7 @@ def classic(config: Config, device: torch.device, dtype: torch.dtype, grad_accum
     return _plain_step(model, config, dtype, optimizer=optimizer, clip=0.0, loss=lambda b: model(b.tokens, b.targets)[1])
 
 
-def transformers(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int) -> Step:
+def transformers(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int, processes: Processes) -> Step:
     """GPT-2 where positions are learned, else GPT-NeoX with sequential residuals, both with SDPA."""
     try:
         import transformers as hf
@@ -171,7 +172,7 @@ def transformers(config: Config, device: torch.device, dtype: torch.dtype, grad_
     return _plain_step(model, config, dtype, loss=loss)
 
 
-def transformers_liger(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int) -> Step:
+def transformers_liger(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int, processes: Processes) -> Step:
     """transformers with Liger-Kernel's LayerNorm and fused linear cross-entropy in place of its own."""
     if device.type != "cuda":
         raise Unsupported("Liger-Kernel needs a GPU")
@@ -179,7 +180,7 @@ def transformers_liger(config: Config, device: torch.device, dtype: torch.dtype,
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerLayerNorm
     except ImportError:
         raise Unsupported("liger-kernel is not installed") from None
-    step = transformers(config, device, dtype, grad_accum)
+    step = transformers(config, device, dtype, grad_accum, processes)
     model = step.model
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -235,7 +236,7 @@ def _plain_step(
     return step
 
 
-CONTENDERS: dict[str, Callable[[Config, torch.device, torch.dtype, int], Step]] = {
+CONTENDERS: dict[str, Callable[[Config, torch.device, torch.dtype, int, Processes], Step]] = {
     "pilesmith": pilesmith,
     "pytorch": pytorch,
     "pytorch-compiled": pytorch_compiled,

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 
-def limit_memory(device: torch.device, limit_bytes: int | None) -> None:
-    """Keep this process within `limit_bytes` of a GPU's memory, its context included, as on a card that has no more.
+def limit_memory(device: torch.device, limit_bytes: int | None, context_counts: bool = False) -> None:
+    """Keep this process within `limit_bytes` of a GPU's memory, so that PyTorch raises OutOfMemoryError beyond it.
 
-    None: no limit. PyTorch then raises OutOfMemoryError where the smaller card would have.
+    None: no limit. `context_counts`: what CUDA itself holds by now is part of the limit, as on a card that has no more.
     """
     if limit_bytes is None:
         return
     free, total = torch.cuda.mem_get_info(device)
-    context = total - free - torch.cuda.memory_reserved(device)
+    context = total - free - torch.cuda.memory_reserved(device) if context_counts else 0
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit_bytes - context) / total), device)
 
 

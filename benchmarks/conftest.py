@@ -1,0 +1,76 @@
+"""What the benchmarks share: a clock that waits for the device, as many rounds as a budget allows, a record of where.
+
+    pytest benchmarks/test_kernels.py --benchmark-json benchmarks/results/kernels-cpu.json
+"""
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.environment import environment
+from benchmarks.meters import step_bytes
+from engine.device import choose_device
+
+ROUND_S = 0.01  # a shorter round would measure the clock and the wait
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise pytest.UsageError("TRITON_INTERPRET=1 is set: the interpreter's times mean nothing; unset it")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--budget_s", type=float, default=0.5, help="seconds of measuring for each case [0.5]")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "measure" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=device_clock))
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict[str, Any]) -> None:
+    """Say where it was measured as every other result does; leave out single rounds and the machine's own name."""
+    output_json["benchmark"] = "pytest-benchmark"
+    output_json["environment"] = environment()
+    cpu = output_json["machine_info"]["cpu"]
+    output_json["machine_info"] = {"cpu": {key: cpu[key] for key in ("brand_raw", "count") if key in cpu}}
+    for case in output_json["benchmarks"]:
+        case["stats"].pop("data", None)
+
+
+def device_clock() -> float:
+    """Return seconds, once everything asked of the GPU is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return choose_device("auto")[0]
+
+
+@pytest.fixture
+def measure(benchmark: Any, request: pytest.FixtureRequest, device: torch.device) -> Callable[..., None]:
+    """measure(run, **about): time `run()` and keep `about` beside the times.
+
+    `about` has op, step, implementation, shape, dtype and, where they are known, the flops and bytes that the result
+    needs at least: what must be read and written once. The memory that one run needs is measured as well.
+    """
+
+    def measure(run: Callable[[], Any], **about: Any) -> None:
+        run()  # compiles
+        began = device_clock()
+        run()
+        seconds = max(device_clock() - began, 1e-7)
+        iterations = max(1, int(ROUND_S / seconds))
+        rounds = int(request.config.getoption("--budget_s") / (iterations * seconds))
+        benchmark.extra_info |= {"flops": None, "bytes": None} | about | {"step_bytes": step_bytes(run, device)}
+        benchmark.pedantic(run, iterations=iterations, rounds=min(max(rounds, MIN_ROUNDS), MAX_ROUNDS))
+
+    return measure
