@@ -110,7 +110,10 @@ class StrategyConfig:
     kernels: Literal["auto", "triton", "torch"] = field(default="auto", metadata={"help": "kernel backend"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the model"})
     activation_checkpointing: bool | None = field(
-        default=None, metadata={"help": "recompute every block in the backward pass"}
+        default=None, metadata={"help": "recompute blocks in the backward pass rather than keep their activations"}
+    )
+    recomputed_blocks: int | None = field(
+        default=None, metadata={"help": "how many blocks activation checkpointing recomputes, from the first on"}
     )
     weights: Literal["auto", "fp32", "residual", "stochastic"] = field(
         default="auto",
@@ -186,6 +189,8 @@ class Config:
         if self.strategy.optimizer_in_backward:
             why = "each gradient is used and freed inside the backward pass, before the others are known"
             require(self.optimizer.grad_clip == 0, f"--optimizer_in_backward cannot clip to a global norm, {why}: --grad_clip 0")
+        recomputed, n_layer = self.strategy.recomputed_blocks, self.model.n_layer
+        require(recomputed is None or 0 < recomputed <= n_layer, f"recomputed_blocks must be 1 to n_layer ({n_layer}), got {recomputed}")
         tokens, block = self.optimizer.batch_tokens, self.model.block_size
         require(
             tokens % block == 0,

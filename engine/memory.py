@@ -111,6 +111,7 @@ class Plan:
         strategy = {**self.method.settings, "dtype": self.dtype}
         if self.available:
             strategy["activation_checkpointing"] = self.recompute.kind == "blocks"
+            strategy["recomputed_blocks"] = self.recompute.layers or self.model.n_layer
         return {"strategy": strategy, "optimizer": {"micro_batch_size": self.micro_batch_size}}
 
 
@@ -160,12 +161,12 @@ def plan(
             gpus_per_machine=gpus_per_machine, network_bytes_s=network_bytes_s, **common,
         )  # fmt: skip
         tokens = size * grad_accum * gpus * model.block_size
-        whole = recompute.kind == "none" or (recompute.kind == "blocks" and recompute.layers == model.n_layer)
+        known = recompute.kind in ("none", "blocks")
         return Plan(
             card=card, model=model, method=method, recompute=recompute, processes=processes, grad_accum=grad_accum,
             batch_tokens=tokens, keeps_batch=tokens == batch_tokens, footprint=footprint, time=time,
             card_limit=int(card.memory_bytes * (1 - CARD_RESERVE)), host_limit=host_memory - HOST_RESERVE_BYTES,
-            available=whole and method.available and (gpus == 1 or method.several), **common,
+            available=known and method.available and (gpus == 1 or method.several), **common,
         )  # fmt: skip
 
     plans = []

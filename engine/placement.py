@@ -38,7 +38,8 @@ def settle(config: Config, device: torch.device, dtype: torch.dtype, world_size:
     zero = strategy.strategy == "zero" or (strategy.strategy == "auto" and _asks_for_zero(config, world_size))
     stage = 3 if strategy.offload == "params" else 1
     _fill(config, {"strategy": "zero" if zero else "resident", "zero_stage": stage if zero else None, "offload": "none"})
-    _fill(config, {"weights": "fp32", "moments": "fp32", "optimizer_in_backward": False, "activation_checkpointing": False})
+    _fill(config, {"weights": "fp32", "moments": "fp32", "optimizer_in_backward": False})
+    _fill(config, {"activation_checkpointing": False, "recomputed_blocks": config.model.n_layer})
     if not micro:
         fits = max(1, CPU_MICRO_BATCH_TOKENS // config.model.block_size)
         micro = max(size for size in range(1, min(mine, fits) + 1) if mine % size == 0)
@@ -57,6 +58,7 @@ def choices(candidate: Plan) -> dict[str, object]:
         "moments": method.moments,
         "optimizer_in_backward": method.in_backward,
         "activation_checkpointing": candidate.recompute.kind == "blocks",
+        "recomputed_blocks": candidate.recompute.layers or candidate.model.n_layer,
     }
 
 

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.model import GPT
 
 
-def checkpoint_blocks(model: GPT) -> None:
-    """Keep only each block's input and recompute the block in the backward pass (Chen et al., 2016)."""
-    for block in model.transformer["h"]:
+def checkpoint_blocks(model: GPT, count: int) -> None:
+    """Keep only the inputs of the first `count` blocks and recompute these in the backward pass (Chen et al., 2016)."""
+    for block in model.transformer["h"][:count]:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

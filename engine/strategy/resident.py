@@ -43,9 +43,8 @@ class Resident:
             **settings,
         )
         self.in_backward = choices.optimizer_in_backward
-        self.checkpointing = choices.activation_checkpointing
-        if self.checkpointing:
-            checkpoint_blocks(self.model)
+        self.recomputed = choices.recomputed_blocks if choices.activation_checkpointing else 0
+        checkpoint_blocks(self.model, self.recomputed)
         self.module = torch.compile(self.model) if choices.compile else self.model
         self.parameters = dict(self.model.named_parameters())
         self.loss_scale = LossScale() if dtype == torch.float16 else None
@@ -55,7 +54,7 @@ class Resident:
         weights = {"fp32": "fp32 weights", "residual": "16-bit weights and residuals (exact fp32)", "stochastic": "16-bit weights, rounded stochastically"}
         parts = [f"resident: {weights[self.formats['weights']]}, {self.formats['moments']} moments, on the device"]
         parts += ["updated inside the backward pass"] if self.in_backward else []
-        return "; ".join(parts + (["every block recomputed in the backward pass"] if self.checkpointing else []))
+        return "; ".join(parts + ([f"{self.recomputed} blocks recomputed in the backward pass"] if self.recomputed else []))
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:

@@ -75,9 +75,8 @@ class Zero:
         processes.connect(device)
         self.device, self.dtype = device, dtype
         self.stage, self.offload, self.grad_accum = config.strategy.zero_stage, config.strategy.offload, grad_accum
-        if config.strategy.activation_checkpointing:
-            checkpoint_blocks(model)
-        self.checkpointing = config.strategy.activation_checkpointing
+        self.recomputed = config.strategy.recomputed_blocks if config.strategy.activation_checkpointing else 0
+        checkpoint_blocks(model, self.recomputed)
         options = config.optimizer
         settings = deepspeed_config(config, dtype, grad_accum, processes.world_size)
         if processes.main:
@@ -95,7 +94,7 @@ class Zero:
 
     def describe(self) -> str:
         moved = {"none": "", "optimizer": ", optimizer in host memory", "params": ", optimizer and parameters in host memory"}
-        recomputed = "; every block recomputed in the backward pass" if self.checkpointing else ""
+        recomputed = f"; {self.recomputed} blocks recomputed in the backward pass" if self.recomputed else ""
         return f"DeepSpeed ZeRO stage {self.stage}{moved[self.offload]}, {self.engine.world_size} processes{recomputed}"
 
     def set_lr(self, lr: float) -> None:
