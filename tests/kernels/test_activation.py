@@ -1,5 +1,7 @@
 """Bias and activation on both paths against fp64, and what they keep for the backward pass."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,12 +26,12 @@ def results(run, x, bias, kind, grad):
     return y, *torch.autograd.grad(y, tensors, grad.to(y.dtype))
 
 
-def check(context, shape, kind, dtype, with_bias):
+def check(context, shape, kind, dtype, with_bias, device="cpu"):
     generator = torch.Generator().manual_seed(0)
     # Rows apart, as a slice of a wider tensor has them; values on all branches of the functions.
-    x = (2 * torch.randn(*shape[:-1], shape[-1] + 5, generator=generator)).to(dtype)[..., :-5].requires_grad_()
-    bias = torch.randn(shape[-1], generator=generator).to(dtype).requires_grad_() if with_bias else None
-    grad = torch.randn(shape, generator=generator).to(dtype)
+    x = (2 * torch.randn(*shape[:-1], shape[-1] + 5, generator=generator)).to(device, dtype)[..., :-5].requires_grad_()
+    bias = torch.randn(shape[-1], generator=generator).to(device, dtype).requires_grad_() if with_bias else None
+    grad = torch.randn(shape, generator=generator).to(device, dtype)
     with context:
         ours = results(bias_activation, x, bias, kind, grad)
     double = None if bias is None else bias.detach().double().requires_grad_()
@@ -101,3 +103,11 @@ def test_ops_are_registered_right(triton_path):
     torch.library.opcheck(_bias_activation_op, (x, bias, 0))
     torch.library.opcheck(_bias_activation_op, (x, None, 1))
     torch.library.opcheck(_bias_activation_backward_op, (x.detach(), x.detach(), bias.detach(), 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [1023, 3072, 6400, 10240])
+def test_on_a_gpu(dtype, kind, width):
+    check(nullcontext(), (4099, width), kind, dtype, True, "cuda")

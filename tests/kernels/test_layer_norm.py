@@ -1,5 +1,7 @@
 """Layer norm on both paths against fp64: values, gradients, odd widths, strides, bits."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,7 +34,7 @@ def results(run, tensors, grads):
     """Outputs and the gradients of all tensors."""
     outputs = run(*tensors)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return *outputs, *torch.autograd.grad(outputs, tensors, [g.to(o.dtype) for g, o in zip(grads, outputs)])
+    return *outputs, *torch.autograd.grad(outputs, tensors, [g.to(o) for g, o in zip(grads, outputs)])
 
 
 def assert_close(ours, own, exact, n_outputs):
@@ -136,3 +138,13 @@ def test_ops_are_registered_right(triton_path):
     x, residual, weight = x.detach(), residual.detach(), weight.detach()
     rstd = torch.rand(6)
     torch.library.opcheck(_layer_norm_backward_op, (x, residual, x, weight, rstd, rstd, True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [768, 1023, 1024, 1280, 1600, 2048, 2560, 9001])
+def test_on_a_gpu(dtype, width):
+    tensors = [t.detach().cuda().requires_grad_() for t in leaves(4099, width, dtype)]
+    check(nullcontext(), tensors, add_layer_norm, plain)
+    first, *others = (torch.autograd.grad(add_layer_norm(*tensors)[0].sum(), tensors) for _ in range(100))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))

@@ -1,5 +1,7 @@
 """Row softmax on both paths against fp64: values, gradients, masks, empty rows."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -13,8 +15,8 @@ DTYPES = [torch.float32, torch.float16]
 def hidden(x, causal):
     if not causal:
         return x
-    rows, columns = torch.arange(x.shape[-2])[:, None], torch.arange(x.shape[-1])
-    return x.masked_fill(columns > rows + x.shape[-1] - x.shape[-2], float("-inf"))
+    rows, columns = (torch.arange(size, device=x.device) for size in x.shape[-2:])
+    return x.masked_fill(columns > rows[:, None] + x.shape[-1] - x.shape[-2], float("-inf"))
 
 
 def definition(x, causal=False, temperature=1.0):
@@ -29,7 +31,7 @@ def definition_gradient(p, grad, temperature):
 
 
 def check(context, x, causal, temperature):
-    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
     x.requires_grad_()
     with context:
         p = softmax(x, causal=causal, temperature=temperature)
@@ -101,3 +103,13 @@ def test_ops_are_registered_right(triton_path):
     x = torch.randn(6, 40, requires_grad=True)
     torch.library.opcheck(_softmax_op, (x, 3, 0.5))
     torch.library.opcheck(_softmax_backward_op, (x.detach(), x.detach().softmax(1), 3, 0.5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "queries, keys, causal", [(1024, 1024, True), (2048, 2560, True), (777, 1023, False), (64, 50257, False)]
+)
+def test_on_a_gpu(dtype, queries, keys, causal):
+    x = torch.randn(2, 3, queries, keys, generator=torch.Generator().manual_seed(0))
+    check(nullcontext(), x.cuda().to(dtype), causal, 0.7)
