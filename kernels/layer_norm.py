@@ -9,8 +9,8 @@ from kernels.dispatch import CHIPS, backend, chip, custom_op, tl, triton, wrap_t
 from kernels.rows import (
     COLUMN_SUMS_TILE,
     WIDEST_TILE,
-    _column_sums_kernel,
     column_sums,
+    column_sums_kernel,
     contiguous_rows,
     persistent_programs,
     pipeline_stages,
@@ -123,7 +123,7 @@ def _forward_wide_kernel(
             x = total.to(tl.float32)
         partial += x
     if residual_ptr is not None:
-        # Every thread reads back the columns that it wrote.
+        # The sum below is a barrier between these stores and the loads that follow.
         x_ptr = sum_ptr + row * n_cols
     mean = tl.sum(partial, axis=0) / n_cols
     partial = tl.zeros((BLOCK,), tl.float32)
@@ -484,7 +484,7 @@ def compile_cases() -> list[Case]:
             (_forward_wide_kernel, WIDE_TILE, 8),
             (_backward_wide_kernel, {"BLOCK": WIDE_TILE["BLOCK"]}, 8),
             (_backward_wide_sums_kernel, {"SUMS": 2, **WIDE_SUMS_TILE}, 4),
-            (_column_sums_kernel, COLUMN_SUMS_TILE, 4),
+            (column_sums_kernel, COLUMN_SUMS_TILE, 4),
         ):
             label = f"{kernel.__name__.removeprefix('_').removesuffix('_kernel')}_{dtype}"
             launch = {"constants": constants, "num_warps": num_warps, "targets": targets}

@@ -41,7 +41,7 @@ def pipeline_stages(shared_bytes: int, bytes_per_stage: int, num_warps: int) -> 
 
 
 @triton.jit
-def _column_sums_kernel(
+def column_sums_kernel(
     partial_ptr,  # fp32 (n_rows, 2, n_cols)
     first_ptr,  # (n_cols,)
     second_ptr,  # (n_cols,) or None
@@ -75,7 +75,7 @@ def column_sums(partial: Tensor, first: Tensor, second: Tensor | None = None) ->
     """
     programs, sums, width = partial.shape
     grid = (triton.cdiv(width, COLUMN_SUMS_TILE["BLOCK"]), sums)
-    wrap_triton(_column_sums_kernel)[grid](partial, first, second, programs, width, **COLUMN_SUMS_TILE, num_warps=4)
+    wrap_triton(column_sums_kernel)[grid](partial, first, second, programs, width, **COLUMN_SUMS_TILE, num_warps=4)
 
 
 def shipped_dtypes(op: str) -> list[tuple[str, tuple[str, ...]]]:
