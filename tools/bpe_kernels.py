@@ -531,16 +531,6 @@ def make_keys(text, first, count, scratch):
 
 
 @njit
-def long_row_holds(text, i, n, cache, row):
-    full = n >> 3
-    same = cache[row] & uint64(0xFF) == uint64(n)
-    same &= cache[row + 1 + full] == load64(text, i + 8 * full) & LOW_MASKS[n & 7]
-    for k in range(full):
-        same &= cache[row + 1 + k] == load64(text, i + 8 * k)
-    return same
-
-
-@njit
 def pack(out, at, count):
     """Return up to four ids as one word, the first one lowest."""
     word = uint64(0)
@@ -550,16 +540,13 @@ def pack(out, at, count):
 
 
 @njit
-def encode_new(text, i, n, low, high, row, tables, scratch, out, at):
-    """Write the ids of a pre-token of at most SHORT_BYTES bytes to out[at:] and cache them; return where they end.
+def keep_short(cache, row, low, high, out, at, count):
+    """Cache the ids of a pre-token of at most SHORT_BYTES bytes, whose key is (low, high).
 
     A row of eight words has two halves: two words of key; seven ids and, above them, their number. More ids go where
     the second half's would be, and its key is zero. What was in the first half moves to the second, what was there is
     forgotten.
     """
-    cache = scratch.cache
-    end = merge_short(text, i, n, tables, scratch, out, at)
-    count = end - at
     if cache[row + 3] >> uint64(48) <= SHORT_IDS:
         for word in range(row, row + 4):
             cache[word + 4] = cache[word]
@@ -570,35 +557,55 @@ def encode_new(text, i, n, low, high, row, tables, scratch, out, at):
         cache[row + 4] = cache[row + 5] = uint64(0)
         cache[row + 6] = pack(out, at + 7, count - 7)
         cache[row + 7] = pack(out, at + 11, count - 11)
+
+
+@njit
+def long_row_holds(text, i, n, cache, row):
+    """Say whether a long row is that of text[i : i + n]."""
+    full = n >> 3
+    same = cache[row] & uint64(0xFF) == uint64(n)
+    same &= cache[row + 1 + full] == load64(text, i + 8 * full) & LOW_MASKS[n & 7]
+    for k in range(full):
+        same &= cache[row + 1 + k] == load64(text, i + 8 * k)
+    return same
+
+
+@njit
+def keep_long(cache, row, text, i, n, out, at, count):
+    """Cache the ids of a pre-token of SHORT_BYTES + 1 to LONG_BYTES bytes, if they are at most LONG_IDS.
+
+    A long row has the numbers of bytes and of ids, eight words of bytes, seven of ids.
+    """
+    if count > LONG_IDS:
+        return
+    full = n >> 3
+    cache[row] = uint64(n) | uint64(count) << uint64(8)
+    for k in range(full):
+        cache[row + 1 + k] = load64(text, i + 8 * k)
+    cache[row + 1 + full] = load64(text, i + 8 * full) & LOW_MASKS[n & 7]
+    for k in range(0, count, 4):
+        cache[row + 9 + (k >> 2)] = pack(out, at + k, count - k)
+
+
+@njit
+def encode_short(text, i, n, row, low, high, tables, scratch, out, at):
+    """Write the ids of a pre-token of at most SHORT_BYTES bytes to out[at:], and cache them; return where they end."""
+    end = merge_short(text, i, n, tables, scratch, out, at)
+    keep_short(scratch.cache, row, low, high, out, at, end - at)
     return end
 
 
 @njit
 def encode_long(text, i, n, row, tables, scratch, out, at):
-    """Write the ids of a pre-token of SHORT_BYTES + 1 to LONG_BYTES bytes to out[at:]; return where they end.
-
-    A long row has the numbers of bytes and of ids, eight words of bytes, seven of ids. A new row replaces the old one.
-    """
+    """Write the ids of a pre-token of SHORT_BYTES + 1 to LONG_BYTES bytes to out[at:]; return where they end."""
     cache = scratch.cache
-    full = n >> 3
-    last = load64(text, i + 8 * full) & LOW_MASKS[n & 7]
-    same = cache[row] & uint64(0xFF) == uint64(n) and cache[row + 1 + full] == last
-    for k in range(full):
-        same &= cache[row + 1 + k] == load64(text, i + 8 * k)
-    if same:
+    if long_row_holds(text, i, n, cache, row):
         count = int64(cache[row] >> uint64(8))
         for k in range(0, count, 4):
             store64(out, at + k, cache[row + 9 + (k >> 2)])
         return at + count
     end = merge_short(text, i, n, tables, scratch, out, at)
-    count = end - at
-    if count <= LONG_IDS:
-        cache[row] = uint64(n) | uint64(count) << uint64(8)
-        for k in range(full):
-            cache[row + 1 + k] = load64(text, i + 8 * k)
-        cache[row + 1 + full] = last
-        for k in range(0, count, 4):
-            cache[row + 9 + (k >> 2)] = pack(out, at + k, count - k)
+    keep_long(cache, row, text, i, n, out, at, end - at)
     return end
 
 
@@ -625,7 +632,7 @@ def encode_pretokens(text, first, count, tables, scratch, out, at):
             if cache[row] != low or cache[row + 1] != high:
                 if cache[row + 4] != low or cache[row + 5] != high:
                     i, n = positions[first + k], int64(high >> uint64(56))
-                    at = encode_new(text, i, n, low, high, row, tables, scratch, out, at)
+                    at = encode_short(text, i, n, row, low, high, tables, scratch, out, at)
                     continue
                 for word in range(row, row + 4):  # what was used last is what stays
                     cache[word], cache[word + 4] = cache[word + 4], cache[word]
