@@ -322,7 +322,7 @@ class Workspace:
             whole.add(record.source)
             merged.end = record.end
             merged.bytes += size
-            added.extend(paths)
+            added += reversed(paths)  # ids without a record are nothing, a record without ids looks like a damaged one
         return added
 
     def publish(self, vocab_size: int, end_of_text: int) -> Description:

@@ -106,6 +106,8 @@ class Pipeline:
         """Bring the segments of an input that nobody has into the pool, and write what comes out of it."""
         workspace, settings = self._workspace, self._workspace.settings
         place = workspace.reach(source)
+        if place.ended:
+            return
         with ShardStream(source) as stream:
             reader = ChunkReader(stream, settings.chunk_bytes, settings.max_data)
             while not place.ended:
