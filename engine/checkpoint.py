@@ -160,8 +160,11 @@ class _Writer:
 
 def _commit(folder: Path, final: Path) -> None:
     """Sync everything, then rename: after a power cut the checkpoint is there whole or not at all."""
-    for path in (*folder.iterdir(), folder):
+    mode = (folder / "state.json").stat().st_mode
+    for path in folder.iterdir():
+        path.chmod(mode)  # safetensors makes files that only their owner may read
         _sync(path)
+    _sync(folder)
     if final.exists():
         shutil.rmtree(final)
     os.rename(folder, final)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from engine.data import Batch, DataError, TokenFile, TrainingBatches, prefetch, 
 from engine.device import choose_device, choose_dtype, peak_memory
 from engine.distributed import Processes
 from engine.sampling import sample_text
+from engine.formats import WeightsError
 from engine.memory import Plan
 from engine.model import GPT, flops_per_token
 from engine.placement import explain, settle
@@ -33,6 +34,7 @@ from engine.report import Report, human
 from engine.schedule import learning_rate
 from engine.strategy import Strategy, build
 from engine.tokenizer import load_encoding
+from engine.weights import read_weights
 from kernels import dispatch
 
 EMBEDDED_DATA = Path("data/embedded")
@@ -116,7 +118,10 @@ def set_up(config: Config, resume: str | None, processes: Processes) -> Run:
     validation = validation_batches(val_file, batch_size=micro_batch_size, tokens=config.report.eval_tokens, **common)
 
     model = GPT(config.model)
-    model.init_weights(torch.Generator().manual_seed(config.seed))
+    if config.init_from and not start_from:
+        start_from_weights(model, config.init_from)
+    else:
+        model.init_weights(torch.Generator().manual_seed(config.seed))
     n_parameters = model.num_parameters()
     strategy = build(config, model, processes, device, dtype, grad_accum)
     progress: dict[str, Any] = {"step": 0, "tokens": 0, "val_loss": None, "bad_steps": 0}
@@ -209,7 +214,7 @@ def validate(run: Run) -> None:
     loss, count = run.processes.mean(total).tolist()
     run.progress["val_loss"] = loss / count
     sample = None
-    if options.sample_tokens:  # in every process, since ZeRO gathers parameters as they are used
+    if options.sample_tokens and math.isfinite(run.progress["val_loss"]):  # in every process, since ZeRO gathers parameters as they are used
         eager = getattr(module, "_orig_mod", module)  # a compiled model would compile again for each length
         sample = sample_text(eager, run.encoding, options.sample_prompt, options.sample_tokens, seed=run.config.seed)
     if run.report:
@@ -226,6 +231,15 @@ def save(run: Run, final: bool) -> Path | None:
         if run.report:
             run.report.say(f"warning: {error}; training goes on")
         return checkpoint.newest(run.config.run_dir)
+
+
+def start_from_weights(model: GPT, path: str) -> None:
+    """Give `model` the weights of any file that generate reads: a run, Hugging Face's GPT-2, the classic script's .pt."""
+    there, state = read_weights(path)
+    here = model.config
+    other = [f"{k} is {v} there and {getattr(here, k)} here" for k, v in asdict(there).items() if k != "z_loss" and v != getattr(here, k)]
+    require(not other, f"--init_from {path} holds another model: {', '.join(other)}")
+    model.load_state_dict(state, strict=not here.tie_head)  # a tied head is stored once
 
 
 def kernel_lines(device: torch.device) -> list[str]:
@@ -267,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
         config, options = parse(sys.argv[1:] if arguments is None else arguments)
         with Interrupt() as interrupt:
             return loop(set_up(config, options.resume, processes), interrupt)
-    except (ConfigError, DataError, checkpoint.CheckpointError) as error:
+    except (ConfigError, DataError, WeightsError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:

@@ -139,6 +139,15 @@ def test_resume_from_a_named_checkpoint(tiny_flags, tmp_path):
     assert all(branch[step] == original[step] for step in branch)
 
 
+def test_training_begins_with_weights_from_elsewhere(tiny_flags, tmp_path, capsys):
+    assert train.main([*tiny_flags, "--max_steps=60", "--lr=1e-2"]) == 0
+    run = str(tmp_path / "run")
+    assert train.main([*tiny_flags, f"--run_dir={tmp_path}/second", f"--init_from={run}"]) == 0
+    assert losses(tmp_path / "run")[1] > 6 and losses(tmp_path / "second")[1] < 4.7  # 6.2 is a guess among 512 words
+    assert train.main([*tiny_flags, f"--run_dir={tmp_path}/third", f"--init_from={run}", "--n_layer=2"]) == 2
+    assert "n_layer is 1 there and 2 here" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, complaint",
     [
