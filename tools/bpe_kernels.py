@@ -417,7 +417,8 @@ def merge_windows(text, start, end, window, tables, scratch, out, at):
         count = merge_lists(text, begin, n, tables, scratch, out, at)
         if at > first:
             left, right = int64(tables.lengths[out[at - 1]]), int64(tables.lengths[out[at]])
-            if merge_lists(text, begin - left, left + right, tables, scratch, scratch.seam, 0) != 2:
+            pair = merge_lists(text, begin - left, left + right, tables, scratch, scratch.seam, 0)
+            if pair != 2 or scratch.seam[0] != out[at - 1]:
                 return -1
         if begin + n == end:
             return at + count - first
