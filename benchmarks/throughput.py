@@ -42,19 +42,6 @@ from kernels import dispatch
 ROUNDS = 4  # turns that the contenders take on a CPU
 
 
-def parse_bytes(text: str) -> int:
-    """Return what "24GB", "24GiB" or a card's name says, in bytes: for a card what its driver offers to programs.
-
-    Memory is sold in units of 2^30 bytes, whatever the label says. ConfigError for anything else.
-    """
-    number = text.strip().upper().removesuffix("B").removesuffix("I").removesuffix("G")
-    if number.replace(".", "", 1).isdigit():
-        return int(float(number) * 2**30)
-    card = cards.find(text)
-    require(card is not None, f"--gpu_memory takes a size such as 24GB or a card such as rtx3090, got {text!r}")
-    return card.memory_bytes
-
-
 def random_batches(config: Config, micro_batch_size: int, grad_accum: int, seed: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(seed)
     shape = (micro_batch_size, config.model.block_size + 1)
@@ -243,10 +230,10 @@ def main(arguments: list[str] | None = None) -> int:
         wanted = {None: ["pilesmith"], "all": list(CONTENDERS)}.get(options.compare) or ["pilesmith", *options.compare.split(",")]
         require(set(wanted) <= set(CONTENDERS), f"--compare knows {', '.join(CONTENDERS)}; got {options.compare}")
         require(options.processes == 1 or len(wanted) == 1, "--compare runs in one process: leave --processes out")
-        gpu_memory = parse_bytes(options.gpu_memory) if options.gpu_memory else None
+        gpu_memory = cards.parse_memory(options.gpu_memory) if options.gpu_memory else None
         device, reason = choose_device(config.strategy.device)
         dtype, _ = choose_dtype(config.strategy.dtype, device)
-    except ConfigError as error:
+    except ValueError as error:  # ConfigError is one
         print(f"error: {error}", file=sys.stderr)
         return 2
     with torch.device("meta"):

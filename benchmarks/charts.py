@@ -1,0 +1,262 @@
+"""The charts: for each what it draws from benchmarks/results/, and how. Without its data a chart is not drawn."""
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.tables import Results, cases, device_name, of_kind
+from engine import cards
+from engine.report import human
+
+OURS, OTHERS = "#08519c", ("#9ecae1", "#fdae6b", "#a1d99b", "#bcbddc", "#d9d9d9", "#fdd0a2")
+PARTS = ("#08519c", "#6baed6", "#e6550d", "#fdae6b", "#31a354", "#a1d99b", "#756bb1", "#bcbddc", "#636363", "#bdbdbd", "#8c6d31")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """data: what is drawn, as JSON, or None where the files do not hold it; draw: the picture of it."""
+
+    title: str
+    data: Callable[[Results], Any]
+    draw: Callable[[Any], Figure]
+
+
+def throughput_data(results: Results) -> Any:
+    """[{title, rows: [(contender, tokens/s, bytes of a step)]}], for the runs that compare."""
+    panels = []
+    for result in of_kind(results, "throughput").values():
+        rows = [[name, r["tokens_per_s"], max(0, r["step_bytes"])] for name, r in result["results"].items() if isinstance(r, dict)]
+        if len(rows) > 1:
+            panels.append({"title": f"{result['config']['preset']}, {device_name(result)}, {result['dtype']}", "rows": rows})
+    return panels or None
+
+
+def draw_throughput(panels: Any) -> Figure:
+    figure = Figure(figsize=(9, 0.9 + 2.1 * len(panels)), layout="constrained")
+    for (left, right), panel in zip(figure.subplots(len(panels), 2, squeeze=False), panels):
+        names = [name for name, *_ in panel["rows"]]
+        colours = [OURS if name == "pilesmith" else OTHERS[0] for name in names]
+        for axes, column, unit, scale in ((left, 1, "tokens/s", 1), (right, 2, "GiB that a step adds", 2**30)):
+            values = [row[column] / scale for row in panel["rows"]]
+            bars = axes.barh(names, values, color=colours)
+            axes.bar_label(bars, [human(v) for v in values], padding=3, fontsize=8)
+            axes.set_xlim(0, 1.15 * max(values))
+            axes.set_xlabel(unit)
+            axes.invert_yaxis()
+            _plain(axes)
+        right.set_yticklabels([])
+        left.set_title(panel["title"], loc="left", fontsize=10)
+    return figure
+
+
+def models_data(results: Results) -> Any:
+    """[(preset, card and limit, tokens/s)] of our runs on GPUs."""
+    rows = []
+    for result in of_kind(results, "throughput").values():
+        ours = result["results"]["pilesmith"]
+        if result["environment"]["gpu"] and isinstance(ours, dict):
+            limit = f" as {result['gpu_memory_bytes'] / 2**30:.3g} GiB" if result["gpu_memory_bytes"] else ""
+            rows.append([result["config"]["preset"], device_name(result) + limit, ours["tokens_per_s"]])
+    return rows or None
+
+
+def draw_models(rows: Any) -> Figure:
+    presets, where = (list(dict.fromkeys(row[i] for row in rows)) for i in (0, 1))
+    figure = Figure(figsize=(9, 1.5 + 0.28 * len(rows)), layout="constrained")
+    for axes, preset in zip(figure.subplots(len(presets), 1, squeeze=False)[:, 0], presets):
+        mine = [(place, speed) for name, place, speed in rows if name == preset]
+        bars = axes.barh([place for place, _ in mine], [speed for _, speed in mine], color=OURS)
+        axes.bar_label(bars, [human(speed) for _, speed in mine], padding=3, fontsize=8)
+        axes.set_title(preset, loc="left", fontsize=10)
+        axes.invert_yaxis()
+        _plain(axes)
+    axes.set_xlabel("tokens/s")
+    return figure
+
+
+def attention_data(results: Results) -> Any:
+    """{"device", "peak", "panels": {"D 128, forward": {implementation: [(length, FLOP/s)]}}} of a GPU."""
+    found: dict[str, Any] = {}
+    for _, result, about, stats in cases(results):
+        gpu = result["environment"]["gpu"]
+        if gpu and about["op"] == "attention":
+            panels = found.setdefault(gpu["name"], {"device": gpu["name"], "peak": cards.peak_flops(gpu["name"], _dtype(about)), "panels": {}})["panels"]
+            lines = panels.setdefault(f"head width {about['shape']['D']}, {about['step']}", {})
+            lines.setdefault(about["implementation"], []).append([about["shape"]["T"], about["flops"] / stats["min"]])
+    return list(found.values()) or None
+
+
+def _dtype(about: dict[str, Any]) -> str:
+    return {"bfloat16": "bf16", "float16": "fp16"}.get(about["dtype"], "fp32")
+
+
+def draw_attention(devices: Any) -> Figure:
+    columns = max(len(d["panels"]) for d in devices)
+    figure = Figure(figsize=(4.2 * columns, 3.6 * len(devices)), layout="constrained")
+    for row, device in zip(figure.subplots(len(devices), columns, squeeze=False), devices):
+        for axes, (title, lines) in zip(row, device["panels"].items()):
+            for i, (name, points) in enumerate(lines.items()):
+                lengths, rates = zip(*sorted(points))
+                style = {"color": OURS, "linewidth": 2.4} if name == "pilesmith" else {"linewidth": 1.2}
+                axes.plot(lengths, [rate / 1e12 for rate in rates], marker="o", markersize=3, label=name, **style)
+            if device["peak"]:
+                axes.axhline(device["peak"] / 1e12, color="black", linestyle="--", linewidth=0.8, label="peak of the chip")
+            axes.set_xscale("log", base=2)
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("sequence length")
+            axes.set_ylabel("TFLOPS, causal half counted")
+            axes.set_title(f"{device['device']}: {title}", fontsize=9)
+            _plain(axes)
+        row[0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def memory_data(results: Results) -> Any:
+    """[(label, {part: bytes}, measured bytes or None)] of the runs that had a plan."""
+    rows = []
+    for result in of_kind(results, "throughput").values():
+        ours, plan = result["results"]["pilesmith"], result["plan"]
+        if plan:
+            limit = f"{result['gpu_memory_bytes'] / 2**30:.3g} GiB" if result["gpu_memory_bytes"] else device_name(result)
+            rows.append([f"{result['config']['preset']}, {limit}", plan["parts"], ours["peak_bytes"] if isinstance(ours, dict) else None])
+    return rows or None
+
+
+def draw_memory(rows: Any) -> Figure:
+    parts = list(dict.fromkeys(part for _, sizes, _ in rows for part in sizes))
+    figure = Figure(figsize=(9, 1.6 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for y, (_, sizes, measured) in enumerate(rows):
+        left = 0.0
+        for part in parts:
+            size = sizes.get(part, 0) / 2**30
+            axes.barh(y, size, left=left, color=PARTS[parts.index(part) % len(PARTS)], label=part.replace("_", " ") if y == 0 else None)
+            left += size
+        if measured:
+            axes.plot([measured / 2**30] * 2, [y - 0.42, y + 0.42], color="black", linewidth=2, label="measured" if y == 0 else None)
+    axes.set_yticks(range(len(rows)), [label for label, *_ in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB of tensors at the fullest moment of a step, predicted by part")
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    _plain(axes)
+    return figure
+
+
+def scaling_data(axis: str) -> Callable[[Results], Any]:
+    def data(results: Results) -> Any:
+        lines = []
+        for result in of_kind(results, "scaling").values():
+            points = [p for p in result["axes"].get(axis, ()) if "failed" not in p]
+            if len(points) > 1:
+                line = [[p["value"], p["tokens_per_s"], p["flops_per_token"]] for p in points]
+                lines.append({"label": f"{device_name(result)}, {result['dtype']}", "points": line})
+        return {"axis": axis, "lines": lines} if lines else None
+
+    return data
+
+
+def draw_scaling(data: Any) -> Figure:
+    """Measured tokens/s, and what the first point's FLOP/s would give, or its tokens/s times the processes."""
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for i, line in enumerate(data["lines"]):
+        values, speeds, flops = zip(*line["points"])
+        colour = (OURS, "#d94801", "#31a354")[i % 3]
+        axes.plot(values, speeds, color=colour, marker="o", markersize=4, label=line["label"])
+        if data["axis"] == "processes":
+            expected = [speeds[0] * n / values[0] for n in values]
+        else:
+            expected = [speeds[0] * flops[0] / f for f in flops]
+        axes.plot(values, expected, color=colour, linestyle=":", linewidth=1, label="at the first point's FLOP/s" if i == 0 else None)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(values, [str(v) for v in values])
+    axes.minorticks_off()
+    axes.set_yscale("log")
+    axes.set_xlabel({"length": "sequence length", "depth": "layers", "micro-batch": "sequences of a micro-batch"}.get(data["axis"], data["axis"]))
+    axes.set_ylabel("tokens/s")
+    axes.legend(fontsize=7, frameon=False)
+    _plain(axes)
+    return figure
+
+
+def paper_data(results: Results) -> Any:
+    """{"title", "cards": {card: [(cards, tokens/s)]}} as predicted, from the newest scaling file."""
+    for result in of_kind(results, "scaling").values():
+        lines = defaultdict(list)
+        for row in result["paper"]["rows"]:
+            if "failed" not in row:
+                lines[row["card"]].append([row["gpus"], row["tokens_per_s"]])
+        if lines:
+            return {"title": f"{result['paper']['preset']}, {result['paper']['batch_tokens']:,} tokens a step, predicted", "cards": dict(lines)}
+    return None
+
+
+def draw_paper(data: Any) -> Figure:
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for (card, points), colour in zip(data["cards"].items(), (OURS, "#d94801", "#31a354", "#756bb1")):
+        gpus, speeds = zip(*points)
+        axes.plot(gpus, speeds, color=colour, marker="o", markersize=3, label=card)
+        axes.plot(gpus, [speeds[0] / gpus[0] * n for n in gpus], color=colour, linestyle=":", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("cards")
+    axes.set_ylabel("tokens/s (dotted: ideal)")
+    axes.set_title(data["title"], fontsize=9)
+    axes.legend(fontsize=8, frameon=False)
+    _plain(axes)
+    return figure
+
+
+def profile_data(results: Results) -> Any:
+    """[(label, {part: share})] of the profiled steps."""
+    rows = [
+        [f"{r['config']['preset']}, {device_name(r)}", {part["part"]: part["share"] for part in r["parts"]}]
+        for r in of_kind(results, "profile").values()
+    ]
+    return rows or None
+
+
+def draw_profile(rows: Any) -> Figure:
+    parts = list(dict.fromkeys(part for _, shares in rows for part in shares))
+    figure = Figure(figsize=(9, 1.5 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for y, (_, shares) in enumerate(rows):
+        left = 0.0
+        for part in parts:
+            share = 100 * shares.get(part, 0)
+            axes.barh(y, share, left=left, color=PARTS[parts.index(part) % len(PARTS)], label=part if y == 0 else None)
+            if share > 4:
+                axes.text(left + share / 2, y, f"{share:.0f}%", ha="center", va="center", color="white", fontsize=8)
+            left += share
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("% of a step's time")
+    figure.legend(loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    _plain(axes)
+    return figure
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.2)
+    axes.set_axisbelow(True)
+
+
+CHARTS: dict[str, Chart] = {
+    "throughput": Chart("Tokens a second and memory of a step, beside what would be used instead", throughput_data, draw_throughput),
+    "models": Chart("Tokens a second by model, card and memory", models_data, draw_models),
+    "attention": Chart("Attention: TFLOPS against the length, with others and the peak", attention_data, draw_attention),
+    "memory": Chart("Memory by part, predicted, and measured", memory_data, draw_memory),
+    "profile": Chart("Where the time of a step goes", profile_data, draw_profile),
+    **{
+        f"scaling-{axis}": Chart(f"Tokens a second against {words}", scaling_data(axis), draw_scaling)
+        for axis, words in (
+            ("depth", "depth"), ("width", "width"), ("length", "length"), ("micro-batch", "the micro-batch"), ("processes", "processes"),
+        )
+    },
+    "scaling-paper": Chart("Tokens a second on 1 to 1024 cards, predicted", paper_data, draw_paper),
+}  # fmt: skip

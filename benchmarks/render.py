@@ -1,0 +1,125 @@
+"""Write what benchmarks/results/ holds into benchmarks/RESULTS.md, the charts and the marked places of the READMEs.
+
+    python benchmarks/render.py            # after a new result
+    python benchmarks/render.py --check    # exit 1 if a page or a chart is not what its files say
+
+A marked place is `<!-- results:NAME ARGUMENTS -->…<!-- /results:NAME -->`, where NAME is one of `PLACES`: a
+table, a chart, or a single figure in a sentence.
+"""
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import tables
+from benchmarks.charts import CHARTS
+from benchmarks.tables import Place, Results, load
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "benchmarks" / "RESULTS.md"
+CHART_FOLDER = ROOT / "benchmarks" / "charts"
+READMES = ("README.md", "README.zh-CN.md")
+_MARKED = re.compile(r"(<!-- results:([\w-]+)((?: [^\s>]+)*) -->)(.*?)(<!-- /results:\2 -->)", re.DOTALL)
+
+
+def chart(results: Results, base: str, name: str) -> str:
+    """A chart, where its data is there."""
+    return f"![{CHARTS[name].title}]({base}charts/{name}.png)" if CHARTS[name].data(results) else ""
+
+
+PLACES: dict[str, Place] = tables.PLACES | {"chart": chart}
+
+
+def fill(text: str, results: Results, base: str) -> str:
+    """Return a page's text with its marked places filled; `base`: the way from the page to benchmarks/, such as "./".
+
+    ValueError for a place that nothing here can fill.
+    """
+
+    def replace(match: re.Match) -> str:
+        opening, name, arguments, _, closing = match.groups()
+        if name not in PLACES:
+            raise ValueError(f"{opening}: no such place; known: {', '.join(PLACES)}")
+        content = PLACES[name](results, base, *arguments.split())
+        return opening + (f"\n{content}\n" if "\n" in content or content.startswith("!") else content) + closing
+
+    return _MARKED.sub(replace, text)
+
+
+def page(results: Results) -> str:
+    """Return benchmarks/RESULTS.md."""
+    sections = [
+        ("Training", "throughput", "`python benchmarks/throughput.py --preset 13m --compare`. MFU counts 6 N + 12 n_layer n_embd T "
+         "FLOPs a token, attention in full, over the chip's dense peak. Peak memory is that of tensors on a GPU, of the whole process "
+         "on a CPU; \"of a step\" is what a step adds to what is held between steps."),
+        ("Where a step's time goes", "profile", "`python tools/profile_step.py --preset 13m`."),
+        ("Kernels", "kernels", "`pytest benchmarks/test_kernels.py --benchmark-json FILE`. The fastest round of each, which other programs disturbed least; "
+         "the rate counts what must be computed, or read and written once; the copy is that of a large tensor."),
+        ("Tokens, files, checkpoints", "files", "`pytest benchmarks/test_loader.py benchmarks/test_checkpoint.py benchmarks/test_tokenizer.py`. The fastest round of each."),
+        ("How the cost grows", "scaling", "`python benchmarks/scaling.py`."),
+        ("More cards, predicted", "paper", "By the planner's formulas (`python tools/plan.py`), not measured."),
+        ("Tests on a GPU", "correctness", "`python benchmarks/suite.py`."),
+    ]  # fmt: skip
+    parts = ["# Results", "", "Made by `python benchmarks/render.py` from the files in [results/](results/); a test compares them."]
+    for title, place, words in sections:
+        parts += ["", f"## {title}", "", words, "", PLACES[place](results, "")]
+    return "\n".join(parts) + "\n"
+
+
+def digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def drawn_from(chart: Path) -> str | None:
+    """Return the digest of the data that a chart was drawn from, which it carries as PNG text; None where there is none."""
+    found = re.search(rb"tEXtData\0([0-9a-f]{64})", chart.read_bytes()) if chart.exists() else None
+    return found[1].decode() if found else None
+
+
+def stale(results: Results) -> dict[Path, Callable[[], None]]:
+    """Return what does not say what the files say, each with the action that mends it."""
+    mends: dict[Path, Callable[[], None]] = {}
+    pages = {PAGE: page(results)}
+    for path in (ROOT / name for name in READMES):
+        if path.exists():
+            pages[path] = fill(path.read_text(encoding="utf-8"), results, "benchmarks/")
+    for path, text in pages.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            mends[path] = lambda path=path, text=text: path.write_text(text, encoding="utf-8") and None
+    wanted = {}
+    for name, chart in CHARTS.items():
+        data = chart.data(results)
+        if data:
+            wanted[CHART_FOLDER / f"{name}.png"] = chart, data
+    for path, (chart, data) in wanted.items():
+        if drawn_from(path) != digest(data):
+            mends[path] = lambda path=path, chart=chart, data=data: save(chart.draw(data), path, digest(data))
+    for path in CHART_FOLDER.glob("*.png"):
+        if path not in wanted:
+            mends[path] = path.unlink
+    return mends
+
+
+def save(figure: Any, path: Path, data_digest: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=110, metadata={"Data": data_digest, "Software": None})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; say what would change")
+    options = parser.parse_args(arguments)
+    mends = stale(load())
+    for path, mend in mends.items():
+        if not options.check:
+            mend()
+        print(f"{'stale' if options.check else 'written'}: {path.relative_to(ROOT)}")
+    return int(options.check and bool(mends))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

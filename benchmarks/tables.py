@@ -1,0 +1,279 @@
+"""The tables and figures that pages take from benchmarks/results/: each place is a function of the files."""
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from engine.report import human
+
+RESULTS = Path(__file__).parent / "results"
+Results = dict[str, dict[str, Any]]  # file name without .json -> content
+Place = Callable[..., str]
+
+
+def load(folder: Path = RESULTS) -> Results:
+    """Return every result file's content under its name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def of_kind(results: Results, kind: str) -> dict[str, dict[str, Any]]:
+    return {name: result for name, result in results.items() if result.get("benchmark") == kind}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; columns after the first that begin with a digit lie to the right."""
+    numeric = [i > 0 and all(not row[i] or row[i][0].isdigit() or row[i] == "-" for row in rows) for i in range(len(header))]
+    lines = [header, ["---:" if right else "---" for right in numeric], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def device_name(result: dict[str, Any]) -> str:
+    """Return what people call the device, such as "H100" or "AMD EPYC, 2 cores"."""
+    environment = result["environment"]
+    gpu = environment["gpu"]
+    return gpu["name"].removeprefix("NVIDIA ") if gpu else f"{environment['cpu']}, {environment['cores']} cores"
+
+
+def source(name: str, result: dict[str, Any], base: str) -> str:
+    """Return a line that says where a table's numbers come from."""
+    environment = result["environment"]
+    commit = (environment["commit"] or "no commit")[:9] + (" with changes" if environment["changed"] else "")
+    versions = environment["versions"]
+    triton = f", Triton {versions['triton']}" if environment["gpu"] and versions.get("triton") else ""
+    file = f"[{name}.json]({base}results/{name}.json)"
+    return f"{device_name(result)}; PyTorch {versions['torch']}{triton}; {environment['date']}; commit {commit}; {file}"
+
+
+def nothing(command: str) -> str:
+    return f"Not measured yet: `{command}`."
+
+
+def mib(size: float) -> str:
+    return f"{size / 2**20:,.0f} MiB" if size < 10 * 2**30 else f"{size / 2**30:.2f} GiB"
+
+
+def si(value: float, unit: str) -> str:
+    """Return "3.88 GB/s"."""
+    number = human(value)
+    return f"{number[:-1]} {number[-1]}{unit}" if number[-1].isalpha() else f"{number} {unit}"
+
+
+def seconds(value: float) -> str:
+    for limit, factor, unit in ((1, 1, "s"), (1e-3, 1e3, "ms"), (0, 1e6, "µs")):
+        if value >= limit:
+            return f"{value * factor:.3g} {unit}"
+    raise ValueError(value)
+
+
+def throughput(results: Results, base: str, *names: str) -> str:
+    """One table a file, or of the named files only: our engine, and what it was compared with."""
+    found = {n: r for n, r in of_kind(results, "throughput").items() if not names or n in names}
+    if not found:
+        return nothing("python benchmarks/throughput.py --preset gpt2 --compare")
+    return "\n\n".join(source(name, result, base) + "\n\n" + throughput_rows(result) for name, result in found.items())
+
+
+def throughput_rows(result: dict[str, Any]) -> str:
+    config, gpu = result["config"], result["environment"]["gpu"]
+    ours = result["results"]["pilesmith"]
+    limit = f", at most {result['gpu_memory_bytes'] / 2**30:.3g} GiB" if result["gpu_memory_bytes"] and gpu else ""
+    shape = f"`{config['preset']}`, {human(result['n_parameters'])} parameters, {result['dtype']}, {config['optimizer']['batch_tokens']:,} tokens a step"
+    rows = []
+    for name, row in result["results"].items():
+        if isinstance(row, str):
+            rows.append([name, row, *[""] * 5])
+            continue
+        low, _, high = row["step_s_quartiles"]
+        rows.append([
+            name, f"{row['tokens_per_s']:,.0f}", f"{seconds(row['step_s'])} ({seconds(low)} to {seconds(high)})",
+            f"{row['mfu']:.1%}" if row["mfu"] else "-", mib(row["peak_bytes"]), mib(max(0, row["step_bytes"])),
+            f"{ours['tokens_per_s'] / row['tokens_per_s']:.2f}" if isinstance(ours, dict) and row is not ours else "-",
+        ])  # fmt: skip
+    header = ["", "tokens/s", "step, median (quartiles)", "MFU", "peak memory", "of a step", "ours / it"]
+    plan = result["plan"]
+    predicted = ""
+    if plan and isinstance(ours, dict):
+        off = ours["peak_bytes"] / plan["allocated_bytes"] - 1
+        predicted = f"\n\nPlan: {plan['name']}, {mib(plan['allocated_bytes'])} predicted; measured is {off:+.1%} of that."
+    return f"{shape}{limit}:\n\n{table(header, rows)}{predicted}"
+
+
+def memory(results: Results, base: str) -> str:
+    """Predicted and measured peak memory of every run on a GPU that had a plan."""
+    rows = []
+    for name, result in of_kind(results, "throughput").items():
+        ours, plan = result["results"]["pilesmith"], result["plan"]
+        if not plan:
+            continue
+        limit = f"{result['gpu_memory_bytes'] / 2**30:.3g} GiB" if result["gpu_memory_bytes"] else "all"
+        measured = isinstance(ours, dict)
+        rows.append([
+            f"`{result['config']['preset']}`", device_name(result), limit, plan["name"], mib(plan["allocated_bytes"]),
+            mib(ours["peak_bytes"]) if measured else ours, f"{ours['tokens_per_s']:,.0f}" if measured else "",
+            f"[{name}.json]({base}results/{name}.json)",
+        ])  # fmt: skip
+    header = ["model", "card", "memory it may use", "plan", "predicted", "measured", "tokens/s", "file"]
+    return table(header, rows) if rows else nothing("python benchmarks/suite.py")
+
+
+def cases(results: Results) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """Yield (file, its content, what a case says of itself, its statistics) of every pytest-benchmark case."""
+    for name, result in of_kind(results, "pytest-benchmark").items():
+        for case in result["benchmarks"]:
+            yield name, result, {"op": case["name"].partition("[")[0], "implementation": case.get("param") or ""} | case["extra_info"], case["stats"]
+
+
+def shape_of(about: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value:,}" for key, value in about.get("shape", {}).items())
+
+
+FILE_OPS = ("batches", "open", "checkpoint")
+
+
+def kernels(results: Results, base: str) -> str:
+    """One table an op and device: a row for each shape and pass, a column for each implementation."""
+    groups: dict[tuple[str, str], dict[tuple[str, str], dict[str, tuple[dict, dict]]]] = defaultdict(lambda: defaultdict(dict))
+    files: dict[tuple[str, str], tuple[str, dict]] = {}
+    copies: dict[str, float] = {}
+    for name, result, about, stats in cases(results):
+        device = device_name(result)
+        if about["op"] == "copy":
+            copies[device] = about["bytes"] / stats["min"]
+        elif "step" in about and about["op"] not in FILE_OPS:
+            groups[device, about["op"]][shape_of(about), about["step"]][about["implementation"]] = about, stats
+            files[device, about["op"]] = name, result
+    parts, told = [], set()
+    for key, rows in groups.items():
+        others = dict.fromkeys(i for row in rows.values() for i in row if i != "pilesmith")
+        lines = []
+        for (shape, step), row in rows.items():
+            cells = [seconds(row[i][1]["min"]) if i in row else "-" for i in ("pilesmith", *others)]
+            lines.append([shape, step, *cells, _rate(row, copies.get(key[0])), _gain(row)])
+        header = [f"`{key[1]}`", "pass", "pilesmith", *others, "our rate", "best other / ours"]
+        if files[key][0] not in told:
+            parts.append(source(*files[key], base) + (f". A copy moves {si(copies[key[0]], 'B/s')}." if key[0] in copies else ""))
+            told.add(files[key][0])
+        parts.append(table(header, lines))
+    return "\n\n".join(parts) if parts else nothing("pytest benchmarks/test_kernels.py --benchmark-json FILE")
+
+
+def _rate(row: dict[str, tuple[dict, dict]], copy: float | None) -> str:
+    if "pilesmith" not in row:
+        return "-"
+    about, stats = row["pilesmith"]
+    if about.get("flops"):
+        return si(about["flops"] / stats["min"], "FLOP/s")
+    moved = about["bytes"] / stats["min"]
+    return si(moved, "B/s") + (f", {moved / copy:.0%} of the copy" if copy else "")
+
+
+def _gain(row: dict[str, tuple[dict, dict]]) -> str:
+    others = [stats["min"] for name, (_, stats) in row.items() if not name.startswith("pilesmith")]
+    return f"{min(others) / row['pilesmith'][1]['min']:.2f}" if others and "pilesmith" in row else "-"
+
+
+def files(results: Results, base: str) -> str:
+    """Everything else that pytest-benchmark measured: loader, checkpoint, tokenizer; one table a file."""
+    tables: dict[str, list[list[str]]] = defaultdict(list)
+    for name, result, about, stats in cases(results):
+        if "step" in about and about["op"] not in FILE_OPS:
+            continue
+        rate = "-"
+        if about.get("tokens"):
+            rate = si(about["tokens"] / stats["min"], "tokens/s")
+        elif about.get("bytes"):
+            rate = si(about["bytes"] / stats["min"], "B/s")
+        step = f" {about['step']}" if about.get("step") in ("save", "load") else ""
+        tables[name].append([f"{about['op']}{step}", str(about["implementation"]), shape_of(about), seconds(stats["min"]), rate])
+    header = ["", "implementation", "size", "time", "rate"]
+    parts = [source(name, results[name], base) + "\n\n" + table(header, rows) for name, rows in tables.items()]
+    return "\n\n".join(parts) if parts else nothing("pytest benchmarks/test_loader.py --benchmark-json FILE")
+
+
+def scaling(results: Results, base: str) -> str:
+    """One table an axis: tokens/s, the arithmetic behind it, and the memory of a step."""
+    parts = []
+    for name, result in of_kind(results, "scaling").items():
+        parts.append(source(name, result, base))
+        for axis, points in result["axes"].items():
+            rows = [
+                [f"{p['value']:,}", p["failed"], "-", "-"] if "failed" in p else
+                [f"{p['value']:,}", f"{p['tokens_per_s']:,.0f}", si(p["tokens_per_s"] * p["flops_per_token"], "FLOP/s"), mib(max(0, p["step_bytes"]))]
+                for p in points
+            ]  # fmt: skip
+            parts.append(table([axis, "tokens/s", "model FLOP/s", "memory of a step"], rows))
+    return "\n\n".join(parts) if parts else nothing("python benchmarks/scaling.py")
+
+
+def paper(results: Results, base: str) -> str:
+    """What the planner predicts for more cards."""
+    parts = []
+    for name, result in of_kind(results, "scaling").items():
+        made = result["paper"]
+        by_card: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in made["rows"]:
+            by_card[row["card"]].append(row)
+        for card, rows in by_card.items():
+            first = next((r for r in rows if "failed" not in r), None)
+            lines = [
+                [f"{r['gpus']:,}", r["failed"], *[""] * 4] if "failed" in r else
+                [f"{r['gpus']:,}", f"{r['tokens_per_s']:,.0f}", f"{r['tokens_per_s'] / first['tokens_per_s'] * first['gpus'] / r['gpus']:.0%}",
+                 mib(r["card_bytes"]), si(r["communication_bytes"], "B"), r["plan"]]
+                for r in rows
+            ]  # fmt: skip
+            header = [f"{card}: cards", "tokens/s", "of ideal", "memory of a card", "sent by one in a step", "plan"]
+            words = f"`{made['preset']}`, {made['batch_tokens']:,} tokens a step; predicted; [{name}.json]({base}results/{name}.json)"
+            parts.append(words + "\n\n" + table(header, lines))
+    return "\n\n".join(parts) if parts else nothing("python benchmarks/scaling.py")
+
+
+def profile(results: Results, base: str) -> str:
+    """Where the time of a step goes, one table a file."""
+    parts = []
+    for name, result in of_kind(results, "profile").items():
+        rows = [
+            [r["part"], f"{r['share']:.1%}", *(seconds(r[key]) if r[key] else "-" for key in ("forward_s", "backward_s", "seconds"))]
+            for r in result["parts"]
+        ]
+        title = f"`{result['config']['preset']}`, {result['dtype']}, a step of {seconds(result['step_s'])}"
+        parts.append(source(name, result, base) + f"\n\n{title}:\n\n" + table(["part", "share", "forward", "backward", "in all"], rows))
+    return "\n\n".join(parts) if parts else nothing("python tools/profile_step.py --preset 13m")
+
+
+def correctness(results: Results, base: str) -> str:
+    found = of_kind(results, "correctness")
+    rows = [
+        [device_name(r), f"{r['passed']:,}", f"{r['failed']:,}", f"{r['skipped']:,}", f"`{r['command']}`", f"[{name}.json]({base}results/{name}.json)"]
+        for name, r in found.items()
+    ]
+    return table(["device", "passed", "failed", "skipped", "command", "file"], rows) if rows else nothing("python benchmarks/suite.py")
+
+
+def value(results: Results, base: str, name: str, path: str, form: str = "") -> str:
+    """A single figure: the number at `path`, its keys parted by dots, in a file; `form` as format() takes it."""
+    return format(_at(results, name, path), form)
+
+
+def ratio(results: Results, base: str, name: str, above: str, below: str, form: str = ".2f") -> str:
+    """One number of a file over another."""
+    return format(_at(results, name, above) / _at(results, name, below), form)
+
+
+def _at(results: Results, name: str, path: str) -> float:
+    return reduce(lambda node, key: node[int(key) if isinstance(node, list) else key], path.split("."), results[name])
+
+
+PLACES: dict[str, Place] = {
+    "throughput": throughput,
+    "memory": memory,
+    "kernels": kernels,
+    "files": files,
+    "scaling": scaling,
+    "paper": paper,
+    "profile": profile,
+    "correctness": correctness,
+    "value": value,
+    "ratio": ratio,
+}
