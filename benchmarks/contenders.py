@@ -26,9 +26,8 @@ class Unsupported(Exception):
 
 
 def pilesmith(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int, processes: Processes) -> Step:
-    with torch.device("meta"):
-        model = GPT(config.model)
-    fill_weights(model.to_empty(device="cpu"), config.seed)  # in host memory, as a run begins
+    model = GPT.empty(config.model)  # in host memory, as a run begins
+    fill_weights(model, config.seed)
     strategy = build(config, model, processes, device, dtype, grad_accum)
 
     def step(batches: list[Batch]) -> Tensor:

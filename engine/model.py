@@ -155,6 +155,16 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer["wte"].weight
         self._rope: tuple[Tensor, Tensor] | None = None
 
+    @classmethod
+    def empty(cls, config: ModelConfig) -> "GPT":
+        """Return a model in host memory whose weights are not drawn yet; drawing PyTorch's first would take as long again."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.to_empty(device="cpu")
+        if config.tie_head:  # which to_empty unties
+            model.lm_head.weight = model.transformer["wte"].weight
+        return model
+
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw GPT-2's initial weights: normal(0, 0.02), the residual projections smaller by sqrt(2 n_layer)."""
         for name, parameter in self.named_parameters():

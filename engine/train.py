@@ -117,7 +117,7 @@ def set_up(config: Config, resume: str | None, processes: Processes) -> Run:
     data = TrainingBatches(train_file, micro_batch_size=micro_batch_size, grad_accum=grad_accum, seed=config.seed, **common)
     validation = validation_batches(val_file, batch_size=micro_batch_size, tokens=config.report.eval_tokens, **common)
 
-    model = GPT(config.model)
+    model = GPT.empty(config.model)
     if config.init_from and not start_from:
         start_from_weights(model, config.init_from)
     else:

@@ -183,3 +183,12 @@ def test_flops_count_what_multiplies():
     model = GPT(from_dict(preset("13m")).model)
     multiplied = 13_142_656 - 128 * 128 - 50_304 * 128  # without positions and the input embedding
     assert flops_per_token(model.config, model.num_parameters()) == 6 * multiplied + 12 * 128 * 128
+
+
+def test_an_empty_model_is_filled_with_the_same_weights():
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=64, block_size=8)
+    made, empty = GPT(config), GPT.empty(config)
+    for model in (made, empty):
+        model.init_weights(torch.Generator().manual_seed(1))
+    assert empty.lm_head.weight is empty.transformer["wte"].weight
+    assert all(torch.equal(value, empty.state_dict()[name]) for name, value in made.state_dict().items())
