@@ -4,7 +4,7 @@ The formulas follow the code: what the ops in kernels/ save for the backward pas
 stage (its tensors were counted, one and two processes), what autograd holds while gradients of a tied matrix meet.
 Shapes: B micro-batch, T tokens, C n_embd, H heads, V words, N parameters, n blocks. Sizes in bytes.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from engine.config import ModelConfig
@@ -62,9 +62,10 @@ class Method:
     offload: Literal["none", "optimizer", "params"] = "none"
 
 
-def _resident(name: str, title: str, rank: int, available: bool = False, **kinds: Any) -> Method:
-    asked = {key: value for key, value in kinds.items() if value != Method.__dataclass_fields__[key].default}
-    return Method(name=name, title=title, rank=rank, available=available, settings={"strategy": "resident", **asked}, **kinds)
+def _resident(name: str, title: str, rank: int, available: bool = True, **kinds: Any) -> Method:
+    method = Method(name=name, title=title, rank=rank, available=available, **kinds)
+    formats = {"weights": method.weights, "moments": method.moments, "optimizer_in_backward": method.in_backward}
+    return replace(method, settings={"strategy": "resident", **formats, **({"streamed": True} if method.streamed else {})})
 
 
 def _zero(stage: int, offload: str, rank: int) -> Method:
@@ -78,7 +79,7 @@ def _zero(stage: int, offload: str, rank: int) -> Method:
 
 
 METHODS: tuple[Method, ...] = (
-    _resident("resident", "fp32 weights and moments on the card", 0, available=True),
+    _resident("resident", "fp32 weights and moments on the card", 0),
     _zero(1, "none", 1),
     _zero(2, "none", 1),
     _zero(3, "none", 1),
@@ -87,9 +88,9 @@ METHODS: tuple[Method, ...] = (
     _resident("stochastic", "16-bit weights rounded stochastically and 8-bit moments", 3,
               weights="stochastic", moments="int8"),
     _resident("streamed", "16-bit weights on the card; residuals and fp32 moments streamed from host memory", 4,
-              weights="residual", moments="fp32", streamed=True),
+              available=False, weights="residual", moments="fp32", streamed=True),
     _resident("streamed-int8", "16-bit weights on the card; residuals and 8-bit moments streamed from host memory", 4,
-              weights="residual", moments="int8", streamed=True),
+              available=False, weights="residual", moments="int8", streamed=True),
     _zero(1, "optimizer", 5),
     _zero(2, "optimizer", 5),
     _zero(3, "optimizer", 5),
@@ -224,15 +225,16 @@ def _deepspeed(model: ModelConfig, method: Method, sizes: Elements, dtype: str, 
     else:
         weights = w * n
     card = {"weights": weights, "communication": bucket}
+    start = {"start": {"working_layer": max(0, w * n - weights)}}  # the whole model is there before it is cut up
     if method.offload == "none":
         card |= {"master_weights": 4 * share, "optimizer_states": 8 * share}
         if method.stage == 1 and dtype == "bf16":
             # BF16_Optimizer keeps all gradients twice and, at the end, reduces them in two dtypes at once.
             card["gradients"] = (4 + w) * n
-            return card, {}, {"reduce": {"communication": (4 + w) * min(n, DEEPSPEED_REDUCE)}}
+            return card, {}, start | {"reduce": {"communication": (4 + w) * min(n, DEEPSPEED_REDUCE)}}
         card["gradients"] = 4 * (n if method.stage == 1 else share)
-        update = {1: 4 * share, 2: in_double, 3: 4 * min(share, DEEPSPEED_LIVE)}[method.stage]
-        return card, {}, {"update": {"communication": update}}
+        update = {1: 4 * share, 2: max(in_double, 4 * share * (dtype == "fp32")), 3: 4 * min(share, DEEPSPEED_LIVE)}[method.stage]
+        return card, {}, start | {"update": {"communication": update}}
     if method.stage == 1:
         card["gradients"] = 4 * n
     staging = w * max(sizes.head, sizes.largest) if method.stage < 3 else 0  # one parameter on its way, at both ends
@@ -244,7 +246,7 @@ def _deepspeed(model: ModelConfig, method: Method, sizes: Elements, dtype: str, 
         "master_weights": _pinned(4 * share),
         "optimizer_states": 8 * share,
     }
-    return card, host, {"norm": {"communication": in_double}}
+    return card, host, start | {"norm": {"communication": in_double}}
 
 
 def _pinned(size: float) -> int:
@@ -311,7 +313,7 @@ def _moments(
     }
     for i in {n - 1, max(0, recompute.layers - 1), 0}:
         moments[f"block {i}'s backward"] = {
-            "gradients": gradients(n - i, True) + tied,
+            "gradients": gradients(n - 1 - i, True) + tied,
             "saved_activations": saved(i + 1),
             "working_layer": work + (whole - again if i < recompute.layers else 0),
         }

@@ -3,7 +3,7 @@
 `plan` weighs every method of engine/footprint.py with every way of recomputing and every micro-batch; `choose` takes the
 best that the engine can run today. Bytes come from engine/footprint.py, seconds from engine/step_time.py.
 """
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,7 +112,8 @@ class Plan:
         if self.available:
             strategy["activation_checkpointing"] = self.recompute.kind == "blocks"
             strategy["recomputed_blocks"] = self.recompute.layers or self.model.n_layer
-        return {"strategy": strategy, "optimizer": {"micro_batch_size": self.micro_batch_size}}
+        optimizer = {"micro_batch_size": self.micro_batch_size, "batch_tokens": self.batch_tokens}
+        return {"strategy": strategy, "optimizer": optimizer | ({"grad_clip": 0.0} if self.method.in_backward else {})}
 
 
 def plan(
@@ -172,7 +173,7 @@ def plan(
     plans = []
     for method in METHODS:
         for options in _ways_to_recompute(model.n_layer):
-            made = [_first_that_fits(make(method, recompute, size) for recompute in options) for size in sizes]
+            made = [_first_that_fits(options, lambda recompute: make(method, recompute, size)) for size in sizes]
             fitting = [p for p in made if p.fits]
             plans.append(max(fitting, key=_merit) if fitting else min(made, key=lambda p: p.footprint.card_bytes))
     return best_first(plans)
@@ -193,11 +194,13 @@ def _ways_to_recompute(n_layer: int) -> Iterator[list[Recompute]]:
     yield [Recompute("offloaded", n_layer)]
 
 
-def _first_that_fits(plans: Iterator[Plan]) -> Plan:
-    for made in plans:
-        if made.fits:
-            break
-    return made
+def _first_that_fits(options: list[Recompute], make: Callable[[Recompute], Plan]) -> Plan:
+    """Return the plan of the first option that fits, found by halving: each takes less than the one before it."""
+    first, last = 0, len(options) - 1
+    while first < last:
+        middle = (first + last) // 2
+        first, last = (first, middle) if make(options[middle]).fits else (middle + 1, last)
+    return make(options[first])
 
 
 def _merit(p: Plan) -> tuple[bool, float]:
@@ -210,12 +213,12 @@ def best_first(plans: list[Plan]) -> list[Plan]:
 
     def order(p: Plan) -> tuple:
         if not p.fits:
-            return 3, max(0, p.footprint.card_bytes - p.card_limit), p.host_bytes
+            return 3, max(0, p.footprint.card_bytes - p.card_limit), p.host_bytes, p.name
         if not p.keeps_batch:
-            return 2, -p.tokens_per_s, 0
+            return 2, -p.tokens_per_s, p.method.rank, p.name
         if p.tokens_per_s >= (1 - PREFERENCE) * fastest:
-            return 0, p.method.rank, -p.tokens_per_s
-        return 1, -p.tokens_per_s, p.method.rank
+            return 0, p.method.rank, -p.tokens_per_s, p.name
+        return 1, -p.tokens_per_s, p.method.rank, p.name
 
     return sorted(plans, key=order)
 
@@ -270,8 +273,8 @@ def nearest(model: ModelConfig, card: Card, host_memory: int, **options: Any) ->
     changes += [(f"with sequences of {size} tokens", card, host_memory, {"block_size": size}) for size in shorter]
     more = [options["gpus"] * n for n in (2, 4, 8)]
     changes += [(f"with {count} cards", card, host_memory, {"gpus": count}) for count in more]
-    larger = sorted((c for c in CARDS if c.memory_bytes > card.memory_bytes), key=lambda c: c.memory_bytes)
-    changes += [(f"on a {other.name}", other, host_memory, {}) for other in larger]
+    sizes = {c.label_gb: c for c in reversed(CARDS) if c.memory_bytes > card.memory_bytes}  # the first of each size
+    changes += [(f"on a {sizes[size].name}", sizes[size], host_memory, {}) for size in sorted(sizes)]
     for words, other, memory, change in changes:
         try:
             found = choose(plan(model, other, memory, **({"block_size": length} | options | change)))

@@ -9,7 +9,6 @@ inside ops, the optimizer's states, the context, fragmentation.
 """
 import argparse
 import dataclasses
-import functools
 import sys
 import time
 from unittest import mock
@@ -18,13 +17,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.utils.checkpoint import checkpoint
 
 import kernels.cross_entropy
 from engine.config import PRESETS, ModelConfig
 from engine.device import DTYPES
 from engine.footprint import METHODS, Footprint, Recompute, predict
 from engine.model import GPT
+from engine.strategy.activations import checkpoint_blocks
 
 MiB = 2**20
 # Activations, gradients and weights are what the tracker sees; which states belong to them does not matter to it.
@@ -46,8 +45,7 @@ def track(
             gpt = GPT(model, DTYPES[dtype])
         finally:
             torch.set_default_dtype(default)
-        for block in gpt.transformer["h"][:recompute]:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        checkpoint_blocks(gpt, recompute)
         tokens = torch.zeros(micro_batch_size, model.block_size, dtype=torch.int64)
         tracker = MemTracker()
         tracker.track_external(gpt, tokens)

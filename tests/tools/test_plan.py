@@ -1,0 +1,116 @@
+"""The planning program: tables for people, JSON for programs, a picture, messages for mistakes."""
+import json
+
+import pytest
+
+from engine.cards import CARDS, CLASSIC, GiB, parse_memory
+from engine.footprint import PARTS
+from tools.plan import main, table
+
+NUMBER = {"type": "number"}
+SCHEMA = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "required": ["gpu", "fits", "strategy", "micro_batch_size", "peak_bytes", "host_bytes", "tokens_per_s"],
+        "properties": {
+            "gpu": {"type": "string"},
+            "fits": {"type": "boolean"},
+            "strategy": {"type": ["string", "null"]},
+            "micro_batch_size": {"type": ["integer", "null"]},
+            "peak_bytes": {"type": ["object", "null"], "additionalProperties": {"type": "integer"}},
+            "host_bytes": {"type": ["integer", "null"]},
+            "tokens_per_s": {"type": ["number", "null"]},
+        },
+    },
+}
+
+
+def output(capsys, *arguments: str) -> str:
+    assert main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def entries(capsys, *arguments: str) -> list[dict]:
+    jsonschema = pytest.importorskip("jsonschema")
+    made = json.loads(output(capsys, "--json", *arguments))
+    jsonschema.validate(made, SCHEMA)
+    return made
+
+
+def test_every_card_is_shown_the_ten_of_the_classic_table_first(capsys, tmp_path):
+    picture = tmp_path / "plan.png"
+    lines = output(capsys, "--preset", "2b", "--gpu", "all", "--picture", str(picture)).splitlines()
+    assert lines[0].startswith("2b: 2,017 M parameters")
+    assert [line.split("  ")[0] for line in lines[2:12]] == [card.name for card in CLASSIC]
+    assert len(lines) == 2 + len(CARDS)
+    assert not any("nothing fits" in line for line in lines[2:12])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_card_is_shown_with_every_method_the_choice_and_more_cards(capsys, tmp_path):
+    picture = tmp_path / "plan.svg"
+    text = output(capsys, "--preset", "2b", "--gpu", "rtx3090", "--picture", str(picture))
+    for word in ("chosen", "Choice:", "Not chosen:", "too large", "days", "MFU", "zero-3-offload-params", "\n   64  "):
+        assert word in text
+    assert picture.read_text().count("tokens/s") > 3
+
+
+def test_json_holds_what_programs_need(capsys):
+    made = entries(capsys, "--preset", "2b", "--gpu", "t4", "--host_memory", "64GB")
+    assert sum(entry["chosen"] for entry in made) == 1
+    for entry in made:
+        assert entry["gpu"] == "T4" and set(entry["peak_bytes"]) == set(PARTS)
+        assert sum(entry["peak_bytes"].values()) == entry["card_bytes"]
+        assert entry["fits"] or not entry["chosen"]
+    everything = entries(capsys, "--preset", "gpt2", "--gpu", "all")
+    assert [entry["gpu"] for entry in everything] == [card.name for card in CARDS]
+
+
+def test_settings_reach_the_planner(capsys):
+    asked = ("--preset", "2b", "--gpu", "3090")
+    (short,) = [e for e in entries(capsys, *asked, "--block_size", "1024", "--micro_batch_size", "4", "--dtype", "fp16") if e["chosen"]]
+    assert short["micro_batch_size"] == 4 and short["dtype"] == "fp16" and short["grad_accum"] == 128
+    (eight,) = [e for e in entries(capsys, *asked, "--gpus", "8", "--host_memory", "512GB") if e["chosen"]]
+    assert eight["gpus"] == 8 and eight["communication_bytes"] > 0
+    (limited,) = [e for e in entries(capsys, *asked, "--gpu_memory", "10GB") if e["chosen"]]
+    assert limited["card_bytes"] < 10 * GiB
+
+
+def test_what_does_not_fit_says_what_would(capsys):
+    text = output(capsys, "--preset", "2b", "--gpu", "rtx4060", "--host_memory", "16GB")
+    assert "Nothing that the engine runs today fits." in text and "Nearest: with" in text
+    made = entries(capsys, "--preset", "2b", "--gpu", "rtx4060", "--host_memory", "16GB")
+    assert not any(entry["chosen"] for entry in made) and made[0]["nearest"]["strategy"]
+    assert any("nothing fits" in line for line in output(capsys, "--preset", "2b", "--gpu", "all", "--host_memory", "16GB").splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gpu", "rtx3091"), "did you mean RTX 3090"),
+        (("--gpu", "t4", "--host_memory", "much"), "no size of memory"),
+        (("--gpu", "t4", "--gpus", "3"), "shared by 3 cards"),
+        (("--gpu", "t4", "--micro_batch_size", "7"), "must divide"),
+    ],
+)
+def test_mistakes_are_named(arguments, message, capsys):
+    assert main(["--preset", "2b", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_columns_line_up():
+    lines = table(["name", "size"], [["a", "1"], ["longer", "10,000"]]).splitlines()
+    assert lines == ["name      size", "a            1", "longer  10,000"]
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GB", 24 << 30), ("24 GiB", 24 << 30), ("1.5", 3 << 29), ("512mb", 512 << 20), ("1TB", 1 << 40)])
+def test_sizes_of_memory(text, size):
+    assert parse_memory(text) == size
+
+
+def test_a_cards_name_is_a_size_too():
+    assert parse_memory("rtx3090") < 24 << 30
+    with pytest.raises(ValueError, match="no size of memory"):
+        parse_memory("lots")

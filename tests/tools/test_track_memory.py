@@ -1,0 +1,70 @@
+"""The planner's formulas against torch's memory tracker, which follows the real model and loss on fake tensors."""
+import pytest
+
+from engine.cards import CARDS
+from engine.config import PRESETS, ModelConfig
+from engine.footprint import METHODS, Recompute, predict
+from engine.step_time import chip_of
+from tools.track_memory import METHOD_OF_WEIGHTS, main, predict_tracked, track
+
+
+def model_of(preset: str, **changes) -> ModelConfig:
+    return ModelConfig(**(PRESETS[preset]["model"] | changes))
+
+
+def error(model: ModelConfig, **asked) -> float:
+    return predict_tracked(model, **asked).card_bytes / track(model, **asked)["total"] - 1
+
+
+SHORT = {"13m": {}, "gpt2": {"n_layer": 3, "block_size": 256}, "2b": {"n_layer": 3, "block_size": 256}, "3b": {"n_layer": 2}}
+
+
+@pytest.mark.parametrize("preset", SHORT)
+@pytest.mark.parametrize("micro_batch_size", [1, 16])
+@pytest.mark.parametrize(("dtype", "weights"), [("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp16")])
+def test_formulas_are_within_five_percent_of_the_tracker(preset, micro_batch_size, dtype, weights):
+    model = model_of(preset, **SHORT[preset])
+    for recompute in {0, model.n_layer}:
+        asked = dict(dtype=dtype, weights=weights, micro_batch_size=micro_batch_size, recompute=recompute)
+        assert abs(error(model, **asked)) < 0.05, recompute
+
+
+@pytest.mark.parametrize("accumulates", [True, False])
+@pytest.mark.parametrize("recompute", [0, 2, 5])
+def test_partial_recomputation_and_single_micro_batches(recompute, accumulates):
+    model = model_of("gpt2", n_layer=5, block_size=512, vocab_size=4096)
+    asked = dict(dtype="bf16", weights="bf16", micro_batch_size=8, recompute=recompute, accumulates=accumulates)
+    assert abs(error(model, **asked)) < 0.05
+
+
+def test_the_tracker_sees_the_parts(capsys):
+    model = model_of("gpt2", n_layer=2, block_size=128)
+    asked = dict(dtype="bf16", weights="fp32", micro_batch_size=4)
+    seen, planned = track(model, **asked), predict_tracked(model, **asked)
+    assert planned.card["weights"] == pytest.approx(seen["param"], rel=0.001)
+    assert planned.card["gradients"] >= seen["grad"] * 0.999
+    assert main(["--preset", "13m", "--micro_batch_size", "4"]) == 0
+    assert "tracked" in capsys.readouterr().out
+
+
+def test_what_is_planned_for_a_card_covers_what_the_tracker_sees():
+    """The whole prediction, with context and what ops hold inside, is never below what is certainly needed."""
+    model = model_of("gpt2", n_layer=4, block_size=512)
+    for weights, dtype, recompute in (("fp32", "bf16", 0), ("fp16", "fp16", 4)):
+        method = next(m for m in METHODS if m.name == METHOD_OF_WEIGHTS[weights])
+        layers = Recompute("blocks", recompute) if recompute else Recompute()
+        seen = track(model, dtype=dtype, weights=weights, micro_batch_size=4, recompute=recompute)["total"]
+        for card in CARDS:
+            made = predict(model, method, dtype=dtype, micro_batch_size=4, recompute=layers, chip=chip_of(card))
+            assert made.allocated_bytes - made.card["optimizer_states"] > 0.99 * seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["gpt2", "2b"])
+@pytest.mark.parametrize("block_size", [1024, 2048])
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_whole_presets_are_within_five_percent_of_the_tracker(preset, block_size, micro_batch_size, recompute):
+    model = model_of(preset, block_size=block_size)
+    asked = dict(dtype="bf16", weights="bf16", micro_batch_size=micro_batch_size, recompute=recompute * model.n_layer)
+    assert abs(error(model, **asked)) < 0.05
