@@ -35,6 +35,8 @@ except ImportError:
     triton = tl = _Absent()  # type: ignore[assignment]
 
 TRITON_PRESENT = hasattr(triton, "__version__")
+# What `@triton.jit` sees at import decides what kernels are, so this is read at the same moment, and a constant after.
+_INTERPRETING = TRITON_PRESENT and triton.knobs.runtime.interpret
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +113,9 @@ _chips: dict[torch.device, Chip] = {}
 _decisions: dict[tuple[str, torch.device], tuple[str, str]] = {}
 
 
-@functools.cache
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter: TRITON_INTERPRET as it was when the first of them was imported."""
-    return TRITON_PRESENT and triton.knobs.runtime.interpret
+    return _INTERPRETING
 
 
 def set_backend(preference: str) -> None:
