@@ -16,7 +16,7 @@ CHUNK_BYTES = 1 << 14  # text looked at at once; with all that is written about 
 PADDING_BYTES = 128  # after a chunk: one block of 64 and what is read past its end
 MASK_WORDS = CHUNK_BYTES // 64 + 2
 BATCH = 512  # pre-tokens whose rows of the cache are asked for before the first of them is read
-WINDOW_BYTES = 4096  # longer pre-tokens are merged a window at a time
+WINDOW_BYTES = 8192  # longer pre-tokens are merged a window at a time
 
 SHORT_BYTES, SHORT_IDS = 15, 7  # what half a row of the cache has room for
 LONG_BYTES, LONG_IDS = 63, 28  # what a long row has room for
