@@ -4,8 +4,9 @@
     ids = encoder.worker().encode(text, ends)    # many documents, one worker a thread
     encoder.encode_ordinary("one text")
 
-Pre-tokens are found 64 bytes at a time by bit masks, their ids in a cache that is verified by the bytes themselves; what
-is not there is merged. Compiling takes about ten seconds, once: Numba keeps the result on disk.
+Pre-tokens are found 64 bytes at a time by bit masks, their ids in a cache whose keys are the bytes themselves, so that
+nothing rests on a hash being unique; what is not there is merged. The cache has a fixed size: a new pre-token takes the
+place of one used longer ago. Compiling takes about ten seconds, once: Numba keeps the result on disk.
 """
 import numpy as np
 
@@ -46,7 +47,10 @@ class Encoder:
 
 
 class Worker:
-    """Encodes documents on one thread, the GIL released; made by Encoder.worker. Its memory, 11 MB, does not grow."""
+    """Encodes documents on one thread, the GIL released; made by Encoder.worker.
+
+    It holds 11 MB, and during a call two bytes for each byte of text at most, whatever the text.
+    """
 
     def __init__(self, encoder: Encoder, window_bytes: int = kernels.WINDOW_BYTES) -> None:
         self.tables = encoder.tables
@@ -68,13 +72,12 @@ class Worker:
         if np.any(np.diff(ends, prepend=0) < 0) or (ends[-1] if ends.size else 0) != text.size:
             raise ValueError(f"ends must rise from 0 to the text's {text.size} bytes")
         ids = np.empty(text.size + ends.size + 7, np.uint16)
-        document = start = count = 0
+        merging, place = self.merge_scratch, (0, 0, 0)
         while True:
-            document, start, count = kernels.encode(
-                text, ends, self.tables, self.scratch, self.merge_scratch, self.window_bytes, ids, document, start, count
-            )
+            place = kernels.encode(text, ends, self.tables, self.scratch, merging, self.window_bytes, ids, *place)
+            document, _, count = place
             if document == ends.size:
                 ids.resize(count, refcheck=False)
                 return ids
             self.window_bytes *= 2  # no text is known that needs it
-            self.merge_scratch = kernels.new_merge_scratch(self.window_bytes)
+            merging = self.merge_scratch = kernels.new_merge_scratch(self.window_bytes)

@@ -1,6 +1,6 @@
-"""Tables that tools/bpe.py works from: the class of every code point, and the ids of single bytes.
+"""The class of every code point, as tools/bpe.py needs it: letter, number, white space or other.
 
-    python tools/bpe_tables.py      # reads the classes out of the installed tiktoken and rewrites code_point_classes.txt
+    python tools/bpe_tables.py    # reads the classes out of the installed tiktoken, rewrites code_point_classes.txt
 """
 import itertools
 from pathlib import Path
