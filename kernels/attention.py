@@ -97,12 +97,13 @@ _lengths_seen = WeakIdKeyDictionary()  # every layer asks about the same tensor,
 
 def _document_lengths(doc_start: Tensor) -> list[int]:
     """Lengths of the documents, row after row; rows end documents."""
-    version, lengths = _lengths_seen.get(doc_start, (-1, []))
-    if version != doc_start._version:
+    version = None if doc_start.is_inference() else doc_start._version
+    seen_version, lengths = _lengths_seen.get(doc_start, (None, []))
+    if version is None or version != seen_version:
         B, T = doc_start.shape
         begins = (doc_start == torch.arange(T, device=doc_start.device)).flatten().nonzero().flatten()
         lengths = begins.diff(append=begins.new_tensor([B * T])).tolist()
-        _lengths_seen[doc_start] = doc_start._version, lengths
+        _lengths_seen[doc_start] = version, lengths
     return lengths
 
 

@@ -92,6 +92,21 @@ def test_a_document_is_as_if_alone(path, kernel_path):
     torch.testing.assert_close(together[:, 70:], alone, rtol=1e-5, atol=1e-6)
 
 
+def test_boundaries_that_change_in_place_are_seen():
+    """Lengths of documents are remembered with the tensor that they came from; reuse of its memory must not fool them."""
+    _, q, k, v = packed(1, 300, 2, 2, 16, torch.float32)
+    doc_start = document_starts(1, 300, 0.02)
+    for _ in range(2):
+        torch.testing.assert_close(
+            attention(q, k, v, doc_start=doc_start), attention_reference(q, k, v, doc_start=doc_start), rtol=1e-4, atol=1e-5
+        )
+        doc_start.copy_(document_starts(1, 300, 0.02, seed=1))
+    with torch.inference_mode():
+        doc_start = document_starts(1, 300, 0.02)
+        out = attention(q, k, v, doc_start=doc_start)
+    torch.testing.assert_close(out, attention_reference(q, k, v, doc_start=doc_start), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_any_strides(path, kernel_path):
     """Heads before tokens, a last stride that is not 1, an expanded gradient: all as the contiguous tensors."""
@@ -160,8 +175,8 @@ def test_offsets_pass_two_to_the_31(triton_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "new, length, size, H, G, D",
-    [(1, 1, 8, 2, 2, 16), (1, 97, 128, 4, 2, 16), (5, 200, 256, 4, 1, 40), (17, 17, 17, 2, 2, 59), (40, 300, 300, 4, 2, 64),
-     (1, 1025, 1100, 2, 1, 128)],
+    [(1, 1, 8, 2, 2, 16), (1, 97, 128, 4, 2, 16), (5, 200, 256, 4, 1, 40), (17, 17, 17, 2, 2, 59),
+     (40, 300, 300, 4, 2, 64), (1, 1025, 1100, 2, 1, 128)],
 )  # fmt: skip
 def test_decode(path, dtype, new, length, size, H, G, D, kernel_path):
     generator = torch.Generator().manual_seed(0)

@@ -73,7 +73,7 @@ print(compile_case(Case(op="x", label="x", kernel=wrong, signature=signature, co
 
 def test_a_fault_is_seen(tmp_path):
     """Too much shared memory, a kernel that spills, and one that is no Triton at all."""
-    row = aot.Row(op="x", label="x", target="cuda:75", num_warps=4, num_stages=3, shared_bytes=65537, shared_limit_bytes=65536)
+    row = aot.Row(op="x", label="x", target="cuda:75", num_warps=4, num_stages=3, shared_bytes=9, shared_limit_bytes=8)
     assert "shared memory" in row.fault
     (tmp_path / "program.py").write_text(FAULTY)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}

@@ -74,7 +74,9 @@ def test_errors_are_those_of_the_precision(B, T, H, G, D, dtype, documents):
 
 
 @pytest.mark.parametrize("dtype", dtypes())
-@pytest.mark.parametrize("B, new, length, H, G, D", [(1, 1, 4001, 12, 12, 64), (8, 1, 1024, 32, 8, 128), (2, 70, 500, 8, 1, 80)])
+@pytest.mark.parametrize(
+    "B, new, length, H, G, D", [(1, 1, 4001, 12, 12, 64), (8, 1, 1024, 32, 8, 128), (2, 70, 500, 8, 1, 80)]
+)
 def test_decode(B, new, length, H, G, D, dtype):
     k, v = torch.randn(2, B, length + 24, G, D, device=DEVICE).to(dtype)
     q = torch.randn(B, new, H, D, device=DEVICE).to(dtype)

@@ -54,7 +54,8 @@ def test_layer_norm(width, dtype):
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_softmax(width, dtype):
-    check(lambda x: softmax(x, temperature=0.7), lambda x: torch.softmax(x / 0.7, -1), [randn(4096, width, dtype=dtype)])
+    inputs = [randn(4096, width, dtype=dtype)]
+    check(lambda x: softmax(x, temperature=0.7), lambda x: torch.softmax(x / 0.7, -1), inputs)
 
 
 @pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "relu"])

@@ -21,7 +21,8 @@ class Model(torch.nn.Module):
     def __init__(self, seed):
         super().__init__()
         torch.manual_seed(seed)
-        shapes = {"norm1": (C,), "qkv": (3 * C, C), "project": (C, C), "norm2": (C,), "up": (4 * C, C), "shift": (4 * C,), "down": (C, 4 * C)}
+        shapes = {"norm1": (C,), "qkv": (3 * C, C), "project": (C, C)}
+        shapes |= {"norm2": (C,), "up": (4 * C, C), "shift": (4 * C,), "down": (C, 4 * C)}
         self.embed = torch.nn.Parameter(torch.randn(V, C) * 0.02)
         for i in range(LAYERS):
             for name, shape in shapes.items():

@@ -18,7 +18,9 @@ def case(B, T, H, G, D, dtype):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("B, T, H, G, D", [(2, 17, 2, 2, 16), (1, 97, 4, 1, 64), (2, 1, 3, 3, 6), (1, 5, 2, 1, 80), (1, 2, 40, 40, 2)])
+@pytest.mark.parametrize(
+    "B, T, H, G, D", [(2, 17, 2, 2, 16), (1, 97, 4, 1, 64), (2, 1, 3, 3, 6), (1, 5, 2, 1, 80), (1, 2, 40, 40, 2)]
+)
 @pytest.mark.parametrize("leaf", [True, False])
 def test_values_and_gradients(path, dtype, B, T, H, G, D, leaf, kernel_path):
     x, grad, cos, sin, heads = case(B, T, H, G, D, dtype)
