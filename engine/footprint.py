@@ -4,7 +4,7 @@ The formulas follow the code: what the ops in kernels/ save for the backward pas
 stage (its tensors were counted, one and two processes), what autograd holds while gradients of a tied matrix meet.
 Shapes: B micro-batch, T tokens, C n_embd, H heads, V words, N parameters, n blocks. Sizes in bytes.
 """
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine.config import ModelConfig
@@ -41,8 +41,7 @@ DEEPSPEED_LIVE = 1_000_000_000  # elements of gathered parameters that stage 3 k
 class Method:
     """A way of keeping weights and optimizer states. Everything here is data: what runs, and what is preferred.
 
-    settings: the fields of StrategyConfig that ask for it. available: the engine runs it today in one process, and in
-    several where `several` says so. rank: order of preference among methods of about equal speed, exactness first.
+    available: the engine runs it today in one process, and in several where `several` says so. rank: order of preference among methods of about equal speed, exactness first.
     weights and moments as in engine/optimizer.py; `streamed`: master weights and moments lie in pinned host memory and
     pass through the optimizer kernel a layer at a time; `in_backward`: each gradient is used and freed in the backward
     pass, so there is no accumulation and no global clipping. stage: DeepSpeed's, 0 for ours; offload as in the config.
@@ -51,7 +50,6 @@ class Method:
     name: str
     title: str
     rank: int
-    settings: dict[str, Any] = field(default_factory=dict)
     available: bool = False
     several: bool = False
     weights: Literal["fp32", "residual", "stochastic"] = "fp32"
@@ -63,19 +61,14 @@ class Method:
 
 
 def _resident(name: str, title: str, rank: int, available: bool = True, **kinds: Any) -> Method:
-    method = Method(name=name, title=title, rank=rank, available=available, **kinds)
-    formats = {"weights": method.weights, "moments": method.moments, "optimizer_in_backward": method.in_backward}
-    return replace(method, settings={"strategy": "resident", **formats, **({"streamed": True} if method.streamed else {})})
+    return Method(name=name, title=title, rank=rank, available=available, **kinds)
 
 
 def _zero(stage: int, offload: str, rank: int) -> Method:
     moved = {"none": "", "optimizer": ", optimizer in host memory", "params": ", optimizer and parameters in host memory"}
-    settings = {"strategy": "zero", "zero_stage": stage, "offload": offload}
     name = f"zero-{stage}" + (f"-offload-{offload}" if offload != "none" else "")
     title = f"DeepSpeed ZeRO stage {stage}{moved[offload]}"
-    return Method(
-        name=name, title=title, rank=rank, settings=settings, available=True, several=True, stage=stage, offload=offload
-    )
+    return Method(name=name, title=title, rank=rank, available=True, several=True, stage=stage, offload=offload)
 
 
 METHODS: tuple[Method, ...] = (

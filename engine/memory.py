@@ -107,13 +107,21 @@ class Plan:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a run's configuration says to run this plan; keys of StrategyConfig and OptimizerConfig."""
-        strategy = {**self.method.settings, "dtype": self.dtype}
-        if self.available:
-            strategy["activation_checkpointing"] = self.recompute.kind == "blocks"
-            strategy["recomputed_blocks"] = self.recompute.layers or self.model.n_layer
+        """The sections of a configuration that run this plan."""
+        method = self.method
+        strategy = {
+            "strategy": "zero" if method.stage else "resident",
+            "zero_stage": method.stage or None,
+            "offload": method.offload,
+            "weights": method.weights,
+            "moments": method.moments,
+            "optimizer_in_backward": method.in_backward,
+            "activation_checkpointing": self.recompute.kind == "blocks",
+            "recomputed_blocks": self.recompute.layers or self.model.n_layer,
+            "dtype": self.dtype,
+        }
         optimizer = {"micro_batch_size": self.micro_batch_size, "batch_tokens": self.batch_tokens}
-        return {"strategy": strategy, "optimizer": optimizer | ({"grad_clip": 0.0} if self.method.in_backward else {})}
+        return {"strategy": strategy, "optimizer": optimizer | ({"grad_clip": 0.0} if method.in_backward else {})}
 
 
 def plan(

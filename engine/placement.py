@@ -29,10 +29,9 @@ def settle(config: Config, device: torch.device, dtype: torch.dtype, world_size:
     require(not micro or mine % micro == 0, f"micro_batch_size ({micro}) must divide the {mine} sequences of a process and step")
     chosen = _plan(config, device, dtype, world_size) if device.type == "cuda" else None
     if chosen:
-        _fill(config, choices(chosen))
-        config.optimizer.micro_batch_size = chosen.micro_batch_size
-        if chosen.method.in_backward:
-            config.optimizer.batch_tokens, config.optimizer.grad_clip = chosen.batch_tokens, 0.0
+        _fill(config, chosen.settings["strategy"])
+        for key, value in chosen.settings["optimizer"].items():
+            setattr(config.optimizer, key, value)
         return config, chosen.grad_accum, chosen
     strategy = config.strategy
     zero = strategy.strategy == "zero" or (strategy.strategy == "auto" and _asks_for_zero(config, world_size))
@@ -45,21 +44,6 @@ def settle(config: Config, device: torch.device, dtype: torch.dtype, world_size:
         micro = max(size for size in range(1, min(mine, fits) + 1) if mine % size == 0)
         config.optimizer.micro_batch_size = micro
     return config, mine // micro, None
-
-
-def choices(candidate: Plan) -> dict[str, object]:
-    """Return the fields of StrategyConfig that run this plan."""
-    method = candidate.method
-    return {
-        "strategy": "zero" if method.stage else "resident",
-        "zero_stage": method.stage or None,
-        "offload": method.offload,
-        "weights": method.weights,
-        "moments": method.moments,
-        "optimizer_in_backward": method.in_backward,
-        "activation_checkpointing": candidate.recompute.kind == "blocks",
-        "recomputed_blocks": candidate.recompute.layers or candidate.model.n_layer,
-    }
 
 
 def explain(chosen: Plan) -> list[str]:
@@ -90,7 +74,7 @@ def _plan(config: Config, device: torch.device, dtype: torch.dtype, world_size: 
 def allowed(config: Config, plans: list[Plan]) -> list[Plan]:
     """Return the plans that contradict nothing that a person has set."""
     asked = {key: value for key, value in asdict(config.strategy).items() if value not in _OPEN}
-    return [p for p in plans if all(asked.get(key, value) == value for key, value in choices(p).items())]
+    return [p for p in plans if all(asked.get(key, value) == value for key, value in p.settings["strategy"].items())]
 
 
 def _fill(config: Config, values: dict[str, object]) -> None:

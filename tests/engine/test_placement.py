@@ -43,7 +43,7 @@ def test_a_card_gets_the_plan_that_fits(on_card):
     assert chosen.fits and chosen.available
     assert config.strategy.weights == "residual" and config.strategy.moments == "int8"
     assert config.optimizer.micro_batch_size * grad_accum * 2048 == config.optimizer.batch_tokens == 524_288
-    assert placement.choices(chosen).items() <= placement.asdict(config.strategy).items()
+    assert chosen.settings["strategy"].items() <= placement.asdict(config.strategy).items()
     assert any("GiB on the card" in line for line in placement.explain(chosen))
 
 
@@ -59,7 +59,7 @@ def test_a_card_gets_the_plan_that_fits(on_card):
 def test_what_a_person_set_is_kept(on_card, flag, field, value):
     on_card("rtx3090", 64)
     config, _, chosen = settled("--preset=2b", flag)
-    assert getattr(config.strategy, field) == value == placement.choices(chosen)[field]
+    assert getattr(config.strategy, field) == value == chosen.settings["strategy"][field]
 
 
 def test_the_smallest_card_updates_inside_the_backward_pass_without_clipping(on_card):
@@ -79,4 +79,4 @@ def test_what_fits_nowhere_is_refused_with_what_would(on_card):
 def test_every_plan_that_the_engine_runs_is_a_valid_configuration():
     for candidate in plan(parse(["--preset=gpt2"])[0].model, get("rtx3090"), 64 * GiB):
         if candidate.available:
-            StrategyConfig(**placement.choices(candidate))
+            StrategyConfig(**candidate.settings["strategy"])
