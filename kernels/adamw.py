@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,19 @@ from kernels.number_formats import (
 CHUNK = 1 << 16  # elements that the PyTorch path unpacks at a time on a CPU
 
 
+class Parameter(NamedTuple):
+    """What a step reads and writes for one parameter; see `adamw`."""
+
+    weight: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    residual: Tensor | None
+    exponents: Tensor | None
+    key: int
+
+
 @torch.no_grad()
 def adamw(
     weights: Sequence[Tensor],
@@ -59,7 +73,7 @@ def adamw(
     All lists run over the same parameters, contiguous tensors of any shapes; within a list all have one dtype.
     weights: fp32; or bf16 or fp16 and int16 `residuals`, which together are the fp32 master weights (`split`); or
     bf16 or fp16 alone, rounded stochastically. grads: fp32, bf16 or fp16. exp_avgs and exp_avg_sqs: fp32; or bf16,
-    rounded stochastically; or int8 and uint8 with `exponents`, uint8 (ceil(n / 256),) (`encode_first`,
+    rounded stochastically; or int8 and uint8 with `exponents`, uint8 (ceil(n / BLOCK),) (`encode_first`,
     `encode_second`). steps: fp32 scalars that count the updates.
 
     bound: `momentum_bound` that int8 moments were encoded with (None: that of `betas`). keys: an integer below 2^32
@@ -71,39 +85,29 @@ def adamw(
         return
     torch._foreach_add_(steps, 1 if found_inf is None else 1 - found_inf)
     nothing = [None] * len(weights)
-    tensors = list(
-        zip(
-            weights,
-            [g.contiguous() for g in grads],
-            exp_avgs,
-            exp_avg_sqs,
-            steps,
-            residuals or nothing,
-            exponents or nothing,
-            keys or [0] * len(weights),
-            strict=True,
-        )
-    )
+    grads = [g.contiguous() for g in grads]
+    lists = (weights, grads, exp_avgs, exp_avg_sqs, steps, residuals or nothing, exponents or nothing)
+    parameters = [Parameter(*of_one) for of_one in zip(*lists, keys or [0] * len(weights), strict=True)]
     numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     numbers["bound"] = momentum_bound(*betas) if bound is None else bound
     launch = _adamw_triton if backend("adamw", weights[0].device) == "triton" else _adamw_torch
-    launch(tensors, grad_scale=grad_scale, found_inf=found_inf, **numbers)
+    launch(parameters, grad_scale=grad_scale, found_inf=found_inf, **numbers)
 
 
-def _adamw_torch(tensors, *, grad_scale, found_inf, **numbers) -> None:
+def _adamw_torch(parameters: list[Parameter], *, grad_scale, found_inf, **numbers) -> None:
     """PyTorch's own kernel where all is fp32; else the same on what a chunk unpacks to."""
     if found_inf is not None and found_inf.device.type == "cpu":
         if found_inf.item():
             return
         found_inf = None
-    weights, grads, exp_avgs, exp_avg_sqs, steps, *_ = map(list, zip(*tensors))
     # PyTorch divides by it.
     scaling = {"grad_scale": None if grad_scale is None else grad_scale.reciprocal(), "found_inf": found_inf}
+    weights, grads, exp_avgs, exp_avg_sqs, steps, *_ = map(list, zip(*parameters))
     if {weights[0].dtype, grads[0].dtype, exp_avgs[0].dtype} == {torch.float32}:
         _fused(weights, grads, exp_avgs, exp_avg_sqs, steps, **scaling, **numbers)
     else:
-        for tensor in tensors:
-            _adamw_chunks(*tensor, **scaling, **numbers)
+        for parameter in parameters:
+            _adamw_chunks(parameter, **scaling, **numbers)
 
 
 def _fused(weights, grads, exp_avgs, exp_avg_sqs, steps, *, lr, betas, eps, weight_decay, bound, grad_scale, found_inf):
@@ -126,14 +130,13 @@ def _fused(weights, grads, exp_avgs, exp_avg_sqs, steps, *, lr, betas, eps, weig
     )
 
 
-def _adamw_chunks(
-    weight, grad, exp_avg, exp_avg_sq, step, residual, exponents, key, *, bound, found_inf, **numbers
-) -> None:
+def _adamw_chunks(parameter: Parameter, *, bound, found_inf, **numbers) -> None:
     """One parameter, a chunk at a time, so that what is unpacked stays small, and on a CPU in its caches."""
+    weight, grad, exp_avg, exp_avg_sq = (t.view(-1) for t in parameter[:4])
+    step, exponents, key = parameter.step, parameter.exponents, parameter.key
+    residual = None if parameter.residual is None else parameter.residual.view(-1)
     keep = None if found_inf is None else found_inf != 0
     chunk = CHUNK if weight.is_cpu else 1 << 22
-    weight, grad, exp_avg, exp_avg_sq = (t.view(-1) for t in (weight, grad, exp_avg, exp_avg_sq))
-    residual = None if residual is None else residual.view(-1)
     rounds_weight, rounds_moments = weight.dtype != torch.float32 and residual is None, exp_avg.dtype != torch.float32
     for start in range(0, weight.numel(), chunk):
         part = slice(start, min(start + chunk, weight.numel()))
@@ -169,14 +172,13 @@ def _put(place: Tensor, values: Tensor, keep: Tensor | None) -> None:
     place.copy_(values if keep is None else torch.where(keep, place, values))
 
 
-TILE = {"ROWS": 8, "num_warps": 4}
+TILE = {"ROWS": 32, "num_warps": 4}
 
 
 @triton.jit
 def _adamw_kernel(
     tensor_ptr,  # int32 (programs,): the tensor that each program works on
-    table_ptr,  # int64 (tensors, 10): addresses of weight, grad, first and second moment, step, residual, exponents;
-    # number of elements, first program, key
+    table_ptr,  # int64 (tensors, 10): the addresses in a Parameter in its order, elements, first program, key
     grad_scale_ptr,  # fp32 scalar or None
     found_inf_ptr,  # fp32 scalar or None
     lr,
@@ -291,26 +293,21 @@ def _one_minus_power(log, step):
 FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
 
 
-def _adamw_triton(tensors, *, lr, betas, eps, weight_decay, bound, grad_scale, found_inf) -> None:
-    by_alignment: dict[int, list] = {16: [], 1: []}
-    for tensor in tensors:
-        places = (p.data_ptr() for p in (*tensor[:4], tensor[5]) if p is not None)
-        by_alignment[1 if tensor[0].numel() % 16 or any(place % 16 for place in places) else 16].append(tensor)
+def _adamw_triton(
+    parameters: list[Parameter], *, lr, betas, eps, weight_decay, bound, grad_scale, found_inf
+) -> None:
+    by_alignment: dict[int, list[Parameter]] = {16: [], 1: []}
+    for p in parameters:
+        places = [t.data_ptr() for t in (*p[:4], p.residual) if t is not None]
+        by_alignment[1 if p.weight.numel() % 16 or any(place % 16 for place in places) else 16].append(p)
     for alignment, some in by_alignment.items():
         if not some:
             continue
-        weight, grad, exp_avg, *_, residual, _, _ = some[0]
-        device = weight.device
-        tile_elements = TILE["ROWS"] * BLOCK
-        programs = tuple(-(-t[0].numel() // tile_elements) for t in some)
-        rows, first = [], 0
-        for (*pointers, key), count in zip(some, programs):
-            rows.append([0 if p is None else p.data_ptr() for p in pointers] + [pointers[0].numel(), first, key])
-            first += count
-        table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-        _adamw_kernel[(first,)](
+        of_all, device = some[0], some[0].weight.device
+        programs = tuple(triton.cdiv(p.weight.numel(), TILE["ROWS"] * BLOCK) for p in some)
+        _adamw_kernel[(sum(programs),)](
             _tensor_of_program(programs, device),
-            table,
+            _table(some, programs, device),
             grad_scale,
             found_inf,
             lr,
@@ -322,14 +319,24 @@ def _adamw_triton(tensors, *, lr, betas, eps, weight_decay, bound, grad_scale, f
             math.log(betas[1]) if betas[1] else -1e9,
             eps,
             bound,
-            WEIGHT=FORMATS[weight.dtype],
-            RESIDUAL=residual is not None,
-            GRAD=FORMATS[grad.dtype],
-            MOMENTS=FORMATS[exp_avg.dtype],
+            WEIGHT=FORMATS[of_all.weight.dtype],
+            RESIDUAL=of_all.residual is not None,
+            GRAD=FORMATS[of_all.grad.dtype],
+            MOMENTS=FORMATS[of_all.exp_avg.dtype],
             ALIGNED=alignment,
             BLOCK=BLOCK,
             **TILE,
         )
+
+
+def _table(parameters: list[Parameter], programs: tuple[int, ...], device: torch.device) -> Tensor:
+    """The kernel's table_ptr."""
+    rows, first = [], 0
+    for (*tensors, key), count in zip(parameters, programs):
+        rows.append([0 if t is None else t.data_ptr() for t in tensors] + [tensors[0].numel(), first, key])
+        first += count
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=64)

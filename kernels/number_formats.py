@@ -20,7 +20,9 @@ from torch import Tensor
 
 from kernels.dispatch import tl, triton
 
-BLOCK = 256  # elements that share an exponent of the second moment and a key of the random bits
+# Elements that share an exponent of the second moment and a key of the random bits. An exponent is a byte, so small
+# blocks are cheap; and rows of a matrix, which may differ by many octaves, are multiples of 64 in nearly every model.
+BLOCK = 64
 NEAREST = 0x8000  # in place of random bits
 
 _GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: multiples of it spread evenly
@@ -128,8 +130,8 @@ def encode_second(v: Tensor, random: Tensor | int) -> tuple[Tensor, Tensor]:
     The steps are 7-12% wide wherever a number lies in the 32 octaves below its block's largest, 3-6% in the square root
     that Adam divides by. Code 0 is for 0 alone: a number below the range rounds up to its end, for rounding a divisor
     down to 0 would blow the update up. The range ends at fp32's smallest normal numbers, so a block of nothing but tiny
-    numbers loses nothing either. The nonlinear codes of Dettmers et al. (8-bit Optimizers via Block-wise Quantization,
-    2022) have more steps near the largest element, fewer octaves, and need a table to look up.
+    numbers loses nothing either. (Block-wise as in Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022,
+    whose code has more steps near a block's largest element, fewer octaves, and a table to look up.)
     """
     bits = v.view(torch.int32)
     # The largest may round up by a step, even into the next octave.

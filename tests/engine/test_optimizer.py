@@ -22,7 +22,7 @@ NAMES = ["-".join(str(v).removeprefix("torch.") for v in f.values()) for f in FO
 
 
 def tiny_gpt(seed: int = 0, **changes) -> GPT:
-    """2 layers of 48: widths that are no multiple of 256, so blocks of 256 cross rows. Computes in fp32."""
+    """2 layers of 48, no multiple of 64, so that blocks of the 8-bit moments cross rows. Computes in fp32."""
     config = ModelConfig(**(dict(n_layer=2, n_head=4, n_embd=48, block_size=32, vocab_size=80) | changes))
     model = GPT(config, dtype=torch.float32)
     model.init_weights(torch.Generator().manual_seed(seed))
@@ -159,7 +159,7 @@ def test_bytes_of_a_model_that_does_not_exist():
     n = model.num_parameters()
     for weights, expected in (("residual", 6), ("stochastic", 4), ("fp32", 6)):
         total = sum(state_bytes(model.parameters(), weights, "int8").values())
-        assert total / n == pytest.approx(expected, rel=2e-3)
+        assert total / n == pytest.approx(expected, abs=0.03)
 
 
 def test_residual_training_is_fp32_training():
