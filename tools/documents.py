@@ -48,7 +48,10 @@ _SAFE_CUT = re.compile(
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """Something in a shard worth telling: a key of KINDS, the line (from 1), and what a library said of it."""
+    """Something in a shard worth telling: a key of KINDS, the line, and what a library said of it.
+
+    Lines are numbered from 1, from the beginning of the chunk, segment or shard that the problem is told of.
+    """
 
     kind: str
     line: int
@@ -57,19 +60,19 @@ class Problem(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Whole lines of a shard, data[:size], and what was found where lines should have been."""
+    """Whole lines of a shard, data[:size], and what is in the way after them: (kind, what a library said), or None."""
 
     data: bytearray
     size: int
-    first_line: int  # its number, from 1
-    problems: tuple[Problem, ...] = ()
+    fault: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """The texts of a chunk in their order, UTF-8, none empty; and all problems of the chunk, in the order of lines."""
+    """The texts of a chunk in their order, UTF-8, none empty; how many lines it has, and its problems in their order."""
 
     texts: list[bytes]
+    lines: int
     problems: list[Problem]
 
 
@@ -77,14 +80,15 @@ class ChunkReader:
     """Cuts a shard into chunks. Where they end depends on the shard and `chunk_bytes` alone.
 
     max_objects limits the lines that are not white space. position: uncompressed bytes up to the end of the last chunk;
-    next_line: number of the line that begins there; objects: lines so far that are not white space, counted only where
-    they are limited; ended: there are no more chunks.
+    objects: lines so far that are not white space, counted only where they are limited; ended: there are no more chunks;
+    spare: a place for the `data` of chunks that nobody needs any more, to be used again.
     """
 
     def __init__(self, stream: ShardStream, chunk_bytes: int = CHUNK_BYTES, max_objects: int | None = None) -> None:
         self._stream, self._chunk_bytes, self._max_objects = stream, chunk_bytes, max_objects
-        self.position, self.next_line, self.objects = 0, 1, 0
-        self.ended = max_objects == 0
+        self.position = self.objects = 0
+        self.ended = False
+        self.spare: list[bytearray] = []
         self._data, self._filled = bytearray(chunk_bytes), 0  # what is read and not yet in a chunk
 
     def next_chunk(self) -> Chunk:
@@ -100,54 +104,47 @@ class ChunkReader:
                 return self._pass_line()
             searched = self._filled
             data.extend(bytes(self._chunk_bytes))  # by no more: what is left after a chunk must fit into the next
-        if at_end and not self._stream.fault:
+        fault = self._stream.fault
+        if at_end and not fault:
             size = self._filled  # the last line needs no line feed
-        limited = False
+        self.ended = at_end
         if self._max_objects is not None:
-            size = self._limit(size)
-            limited = self.objects == self._max_objects
-        self.ended = at_end and size == self._filled or limited or self._stream.fault is not None
-        lines = data.count(b"\n", 0, size) + (size > 0 and data[size - 1] != 0x0A)
-        first_line = self.next_line
-        self._advance(size, lines)
-        problems = []
-        if self._stream.fault and not limited:
-            kind, detail = self._stream.fault
-            problems.append(Problem(kind, self.next_line, detail))
-        return Chunk(data, size, first_line, tuple(problems))
+            wanted = self._limit(size)
+            if self.objects == self._max_objects:
+                self.ended, fault = True, None
+            size = wanted
+        self._advance(size)
+        return Chunk(data, size, fault)
 
-    def skip_to(self, position: int, next_line: int, objects: int) -> None:
+    def skip_to(self, position: int, objects: int) -> None:
         """Go on after the chunk that ended at `position`."""
-        size = position - self.position
-        if size == 0:
-            return
-        self._stream.skip(max(0, size - self._filled))
-        self._advance(size, next_line - self.next_line)
-        self.objects = objects
+        if size := position - self.position:
+            self._stream.skip(max(0, size - self._filled))
+            self._advance(size)
+            self.objects = objects
 
     def _fill(self) -> None:
         with memoryview(self._data) as view:
             while self._filled < len(view) and (count := self._stream.readinto(view[self._filled :])):
                 self._filled += count
 
-    def _advance(self, size: int, lines: int) -> None:
+    def _advance(self, size: int) -> None:
         rest = self._data[size : self._filled]
-        self._data, self._filled = rest.ljust(self._chunk_bytes, b"\0"), len(rest)
+        self._data, self._filled = self.spare.pop() if self.spare else bytearray(self._chunk_bytes), len(rest)
+        self._data[: len(rest)] = rest
         self.position += size
-        self.next_line += lines
 
     def _pass_line(self) -> Chunk:
         """Leave out the line that fills the buffer and goes on."""
-        number, size = self.next_line, 0
+        size = 0
         while not size and self._filled == len(self._data):
-            self._advance(self._filled, 0)
+            self._advance(self._filled)
             self._fill()
             size = self._data.find(b"\n", 0, self._filled) + 1
-        self._advance(size or self._filled, 1)
+        self._advance(size or self._filled)
         self.objects += 1
         self.ended = self.objects == self._max_objects
-        problem = Problem("line_too_long", number, f"more than {MAX_LINE_BYTES} bytes")
-        return Chunk(bytearray(), 0, number, (problem,))
+        return Chunk(bytearray(), 0, ("line_too_long", f"more than {MAX_LINE_BYTES} bytes"))
 
     def _limit(self, size: int) -> int:
         """Count the objects in data[:size]; return the size of the lines up to the last one wanted."""
@@ -174,14 +171,15 @@ REFUSALS = (msgspec.MsgspecError, ValueError, RecursionError)  # what a parser r
 
 
 def parse(chunk: Chunk) -> Documents:
-    """Return the texts of a chunk, and its problems; the chunk's data are gone afterwards."""
-    texts, problems = [], []
+    """Return the texts of a chunk, and its problems."""
+    texts, problems, lines = [], [], 0
     data, decode = chunk.data, _decoder.decode
     # Not decode_lines, though a little faster: it also takes two objects on a line, and one on two.
     with memoryview(data) as view:
-        after, number = 0, chunk.first_line - 1
+        after = 0
         while after < chunk.size:
-            start, after, number = after, data.find(b"\n", after, chunk.size) + 1 or chunk.size, number + 1
+            start, after = after, data.find(b"\n", after, chunk.size) + 1 or chunk.size
+            lines += 1
             problem = None
             try:
                 text = decode(view[start:after]).text.encode() if after - start <= LONG_LINE_BYTES else b""
@@ -194,9 +192,11 @@ def parse(chunk: Chunk) -> Documents:
             if text:
                 texts.append(text)
             if problem:
-                problems.append(Problem(problem[0], number, problem[1]))
-    data.clear()
-    return Documents(texts, [*problems, *chunk.problems])
+                problems.append(Problem(problem[0], lines, problem[1]))
+    if chunk.fault:
+        problems.append(Problem(chunk.fault[0], lines + 1, chunk.fault[1]))
+        lines += chunk.fault[0] not in OF_A_FILE
+    return Documents(texts, lines, problems)
 
 
 def _parse_carefully(line: memoryview) -> tuple[bytes, tuple[str, str] | None]:
@@ -207,7 +207,7 @@ def _parse_carefully(line: memoryview) -> tuple[bytes, tuple[str, str] | None]:
     try:
         text = _parse_long_line(line)
     except REFUSALS as error:
-        return b"", _refusal(error)
+        return b"", None if bytes(line).isspace() else _refusal(error)
     if len(text) > MAX_TEXT_BYTES:
         return b"", ("line_too_long", f"{len(text)} bytes of text, more than {MAX_TEXT_BYTES}")
     if not text:

@@ -8,6 +8,7 @@ has come. When all are, the JSON and at last `X.bin` itself get their names.
 Whoever is killed at any point, the next run goes on from the records and the state. Segments are not brought to the
 disk one by one: after a power failure their checksums tell which of them are to be made again.
 """
+import errno
 import fcntl
 import glob
 import os
@@ -59,7 +60,6 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
 
     segment: int = 0  # number of the one that begins here
     position: int = 0  # uncompressed bytes before it
-    next_line: int = 1
     objects: int = 0  # lines before it that are not white space, where they are limited
     consumed: int = 0  # bytes of the file on disk read by then
     ended: bool = False  # nothing follows
@@ -71,6 +71,7 @@ class Record(msgspec.Struct, kw_only=True):
     settings: Settings
     source: Source
     end: Place
+    crc32: int  # of the ids as bytes
 
 
 class Merged(msgspec.Struct, kw_only=True):
@@ -86,27 +87,28 @@ class Segment:
     """A segment that this process has taken: its ids are written here."""
 
     def __init__(self, workspace: "Workspace", source: Path, number: int, file: BinaryIO) -> None:
-        self._workspace, self.input, self._number, self._file = workspace, source, number, file
+        self._workspace, self.input, self.number, self._file = workspace, source, number, file
+        self._crc32 = 0
         self.source = Source.of(source)
 
-    def append(self, ids: np.ndarray, documents: int, size: int, problems: list[Problem]) -> None:
-        """Write the ids of a chunk and count what it gave; size: UTF-8 bytes. OSError where the disk is full."""
+    def append(self, ids: np.ndarray, documents: int, size: int, lines: int, problems: list[Problem]) -> None:
+        """Write the ids of a chunk and count what it had; size: UTF-8 bytes. OSError where the disk is full."""
         content = memoryview(ids).cast("B")
         write_all(self._file, content)
-        self.source.crc32 = zlib.crc32(content, self.source.crc32)
+        self._crc32 = zlib.crc32(content, self._crc32)
         self.source.documents += documents
         self.source.tokens += len(ids)
         self.source.bytes += size
-        self.source.note(problems)
+        self.source.count(lines, problems)
 
     def finish(self, end: Place, sha256: str | None) -> None:
         """Make the segment count; PrepareError where the input changed meanwhile."""
         if not self.source.is_of(Source.of(self.input)):
             raise PrepareError(f"{self.input} changed while it was read: run the same command again when it is complete")
         self.source.file_sha256 = sha256
-        tokens, record = self._workspace.segment_files(self.input, self._number)
+        tokens, record = self._workspace.segment_files(self.input, self.number)
         os.replace(self._file.name, tokens)
-        content = Record(settings=self._workspace.settings, source=self.source, end=end)
+        content = Record(settings=self._workspace.settings, source=self.source, end=end, crc32=self._crc32)
         write_whole(record, msgspec.json.encode(content), sync=False)
         self._file.close()
 
@@ -225,17 +227,14 @@ class Workspace:
         """Return those inputs that are not done."""
         return [source for source in inputs if not self.reach(source).ended]
 
-    def sources(self, inputs: Sequence[Path]) -> list[Source]:
-        """Return what has been made of each of these inputs so far."""
-        merged = {source.file: source for source in self._read_merged().sources}
-        found = []
-        for path in inputs:
-            source, place = merged.get(path.name, Source.of(path)), self._merged_place(path)
-            while not place.ended and (record := self.record(path, place.segment)):
-                source.add(record.source)
-                place = record.end
-            found.append(source)
-        return found
+    def made(self, source: Path, before: int | None = None) -> Source:
+        """Return what an input has given up to segment `before`, or as far as it is done without a gap."""
+        merged = {found.file: found for found in self._read_merged().sources}
+        whole, place = merged.get(source.name, Source.of(source)), self._merged_place(source)
+        while place.segment != before and not place.ended and (record := self.record(source, place.segment)):
+            whole.add(record.source)
+            place = record.end
+        return whole
 
     def finished(self) -> Description | None:
         """Return the description of the token file where it is there, made of these inputs with these settings."""
@@ -246,15 +245,17 @@ class Workspace:
         return description if still else None
 
     def tidy(self) -> list[str]:
-        """Remove what is of other settings or of inputs as they were before; return the names of these inputs."""
+        """Remove what is damaged, of other settings, or of inputs as they were before; return the names of these inputs."""
         names = set()
+        inputs = {source.name: source for source in self.inputs}
         for path in self.folder.glob("*.?????.json"):
             name, number = path.name.removesuffix(".json").rsplit(".", 1)
-            source = next((source for source in self.inputs if source.name == name), None)
-            if source is None or not self.record(source, int(number)):
+            tokens = path.with_suffix(".tokens")
+            record = self.record(inputs[name], int(number)) if name in inputs else None
+            if record is None or checksum(tokens) != record.crc32:
                 names.add(name)
                 path.unlink()
-                path.with_suffix(".tokens").unlink(missing_ok=True)
+                tokens.unlink(missing_ok=True)
         merged = self._read_merged()
         names |= {source.file for source in self._read_state().sources[len(merged.sources) :]}
         self._write_merged(merged)
@@ -269,18 +270,13 @@ class Workspace:
         if description is None or not self.settings.made(description):
             return []
         same = [a for a, b in takewhile(lambda pair: pair[0].is_still(pair[1]), zip(description.sources, self.inputs))]
-        merged = Merged(settings=self.settings)
         if len(same) <= len(self._read_merged().sources):
             return []
-        with self._appending(merged) as target, open(self.file, "rb") as file:
-            for source in same:
-                size = source.tokens * self.dtype.itemsize
-                if copy(file, size, target) != (source.crc32, source.crc32):
-                    break
-                merged.sources.append(source)
-                merged.bytes += size
-            self._write_merged(merged, target)
-        return [source.file for source in merged.sources]
+        size = sum(source.tokens for source in same) * self.dtype.itemsize
+        with self._appending(Merged(settings=self.settings)) as file:
+            append_file(self.file, size, file)
+            self._write_merged(Merged(settings=self.settings, sources=same, bytes=size), file)
+        return [source.file for source in same]
 
     def merge(self) -> bool:
         """Append to `merged` the segments that are next; return whether another process is at it instead."""
@@ -308,21 +304,12 @@ class Workspace:
                 break
             if number == 0:
                 merged.sources.append(Source.of(source))
-            whole = merged.sources[-1]
-            paths = self.segment_files(source, number)
-            size = record.source.tokens * self.dtype.itemsize
-            with open(paths[0], "rb") as segment:
-                own, whole.crc32 = copy(segment, size, file, whole.crc32)
-            if own != record.source.crc32:
-                paths[1].unlink()  # so that it is made again
-                raise PrepareError(
-                    f"{paths[0]} is damaged: its checksum is not the one it was written with. The same command makes it "
-                    "anew; where that happens again, look for a failing disk"
-                )
-            whole.add(record.source)
+            tokens, path = self.segment_files(source, number)
+            append_file(tokens, record.source.tokens * self.dtype.itemsize, file)
+            merged.sources[-1].add(record.source)
             merged.end = record.end
-            merged.bytes += size
-            added += reversed(paths)  # ids without a record are nothing, a record without ids looks like a damaged one
+            merged.bytes += record.source.tokens * self.dtype.itemsize
+            added += path, tokens  # ids without a record are nothing, a record without ids looks like a damaged one
         return added
 
     def publish(self, vocab_size: int, end_of_text: int) -> Description:
@@ -403,14 +390,27 @@ class Workspace:
                 raise
 
 
-def copy(source: BinaryIO, size: int, target: BinaryIO, checksum: int = 0) -> tuple[int, int]:
-    """Append the next size bytes of `source` to `target`; return their CRC-32, and `checksum` carried on over them."""
-    own = 0
-    while size and (block := source.read(min(size, COPY_BYTES))):
-        write_all(target, block)
-        own, checksum = zlib.crc32(block, own), zlib.crc32(block, checksum)
-        size -= len(block)
-    return own, checksum
+def append_file(source: Path, size: int, target: BinaryIO) -> None:
+    """Append the first size bytes of a file to another, where the system can without moving them."""
+    with open(source, "rb", buffering=0) as file:
+        try:
+            while size and (count := os.copy_file_range(file.fileno(), target.fileno(), size)):
+                size -= count
+        except (AttributeError, OSError) as error:
+            if getattr(error, "errno", None) not in (None, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        while size and (block := file.read(min(size, COPY_BYTES))):
+            write_all(target, block)
+            size -= len(block)
+
+
+def checksum(path: Path) -> int:
+    """Return the CRC-32 of a file."""
+    crc32 = 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(COPY_BYTES):
+            crc32 = zlib.crc32(block, crc32)
+    return crc32
 
 
 def write_all(file: BinaryIO, content: bytes | memoryview) -> None:

@@ -40,6 +40,7 @@ class Encoded:
     ids: np.ndarray
     documents: int
     bytes: int
+    lines: int
     problems: list[Problem]
 
 
@@ -114,7 +115,7 @@ class Pipeline:
                 if done := workspace.place_after(source, place.segment):
                     place = done
                     continue
-                reader.skip_to(place.position, place.next_line, place.objects)
+                reader.skip_to(place.position, place.objects)
                 if segment := workspace.take(source, place.segment):
                     self._taken.add(segment)
                 place = self._read_segment(reader, stream, place, segment)
@@ -125,13 +126,12 @@ class Pipeline:
             consumed = stream.consumed
             chunk = reader.next_chunk()
             if segment:
-                self._submit(chunk, segment, stream.consumed - consumed)
+                self._submit(chunk, segment, stream.consumed - consumed, reader.spare)
             if reader.ended:
                 break
         end = Place(
             segment=place.segment + 1,
             position=reader.position,
-            next_line=reader.next_line,
             objects=reader.objects,
             consumed=stream.consumed,
             ended=reader.ended,
@@ -140,11 +140,10 @@ class Pipeline:
             self._pending.append(Pending(segment, end=end, sha256=stream.sha256))
         return end
 
-    def _submit(self, chunk: Chunk, segment: Segment, consumed: int) -> None:
+    def _submit(self, chunk: Chunk, segment: Segment, consumed: int, spare: list[bytearray]) -> None:
         size = len(chunk.data)
-        self._pending.append(Pending(segment, size, consumed, self._pool.submit(self._encode, chunk)))
+        self._pending.append(Pending(segment, size, consumed, self._pool.submit(self._encode, chunk, spare)))
         self._in_flight += size
-        del chunk  # the pool lets go of it too when it is parsed
         self._write_down_to(self._depth)
 
     def _write_down_to(self, depth: int) -> None:
@@ -162,10 +161,11 @@ class Pipeline:
             self._in_flight -= oldest.size
 
     def _write(self, pending: Pending) -> None:
-        encoded = pending.encoded.result()
-        if self._strict:
-            refuse_losses(pending.segment.input, encoded.problems)
-        pending.segment.append(encoded.ids, encoded.documents, encoded.bytes, encoded.problems)
+        segment, encoded = pending.segment, pending.encoded.result()
+        if self._strict and encoded.problems:
+            before = self._workspace.made(segment.input, segment.number).lines + segment.source.lines
+            refuse_losses(segment.input, encoded.problems, before)
+        segment.append(encoded.ids, encoded.documents, encoded.bytes, encoded.lines, encoded.problems)
         self._report(Work(pending.consumed, encoded.bytes, len(encoded.ids)))
 
     def _finish(self, pending: Pending) -> None:
@@ -178,18 +178,21 @@ class Pipeline:
                 self._merging.result()
             self._merging = self._merger.submit(self._workspace.merge)
 
-    def _encode(self, chunk: Chunk) -> Encoded:
+    def _encode(self, chunk: Chunk, spare: list[bytearray]) -> Encoded:
         if not hasattr(self._of_thread, "encode"):
             self._of_thread.encode = self._encoder.encoder()
         documents = parse(chunk)
-        size = sum(map(len, documents.texts))
-        count = len(documents.texts)
-        return Encoded(self._of_thread.encode(documents.texts), count, size, documents.problems)
+        if len(chunk.data) == self._workspace.settings.chunk_bytes:
+            spare.append(chunk.data)
+        else:
+            chunk.data.clear()  # a document may be huge: not to be held twice while it is encoded
+        size, count = sum(map(len, documents.texts)), len(documents.texts)
+        return Encoded(self._of_thread.encode(documents.texts), count, size, documents.lines, documents.problems)
 
 
-def refuse_losses(source: Path, problems: Sequence[Problem]) -> None:
+def refuse_losses(source: Path, problems: Sequence[Problem], lines_before: int = 0) -> None:
     """PrepareError for the first of `problems` that loses or changes something."""
     for problem in sorted(problems, key=lambda problem: problem.line):
         if problem.kind in LOSSES or problem.kind in CHANGES:
             detail = f" ({problem.detail})" if problem.detail else ""
-            raise PrepareError(f"{source}:{problem.line}: {KINDS[problem.kind]}{detail} (--strict)")
+            raise PrepareError(f"{source}:{lines_before + problem.line}: {KINDS[problem.kind]}{detail} (--strict)")

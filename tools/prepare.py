@@ -22,7 +22,7 @@ from tools.documents import INPUT_PATTERNS, KINDS, Problem
 from tools.parts import Settings, Workspace
 from tools.pipeline import Pipeline, refuse_losses
 from tools.progress import Progress
-from tools.text_encoders import TextEncoder
+from tools.text_encoders import TextEncoder, load_text_encoder
 from tools.token_file import PrepareError, Source
 from tools.workers import Helpers, available_cores, shares
 
@@ -63,7 +63,7 @@ def prepare(
     """
     _check_names(inputs)
     try:
-        encoder = TextEncoder(tokenizer_name)
+        encoder = load_text_encoder(tokenizer_name)
     except ValueError as error:
         raise PrepareError(str(error)) from None
     workspace = Workspace(out_file, inputs, Settings(tokenizer=tokenizer_name, max_data=max_data), encoder.dtype)
@@ -81,14 +81,14 @@ def prepare(
         else:
             mine = workspace.inputs[shard[0] - 1 :: shard[1]]
         if strict:
-            _refuse_losses(mine, workspace.sources(mine))
+            _refuse_losses(mine, [workspace.made(source) for source in mine])
         if merge:
             _check_complete(workspace)
         else:
             _fill(workspace, mine, encoder, workers or available_cores(), strict, progress, merging=shard is None)
         if shard is not None:
             print(f"{out_file}: share {shard[0]} of {shard[1]} is done; when all are, run again with --merge")
-            return workspace.sources(mine)
+            return [workspace.made(source) for source in mine]
         workspace.merge()
         description = workspace.publish(encoder.vocab_size, encoder.end_of_text)
     print(f"{out_file}: {description.tokens} tokens of {description.documents} documents, {description.dtype}")
@@ -98,7 +98,7 @@ def prepare(
 def _take_over(workspace: Workspace) -> None:
     """Begin with what earlier runs have left."""
     if changed := workspace.tidy():
-        print(f"{', '.join(changed)}: not what it was, or prepared in another way before; starting again with it")
+        print(f"{', '.join(changed)}: damaged, changed, or prepared in another way before; doing that part again")
     if reused := workspace.reuse():
         print(f"{workspace.file}: keeping what it has of {', '.join(reused)}")
 
@@ -119,7 +119,7 @@ def _fill(
         place = workspace.reach(source)
         left[source] = source.stat().st_size - place.consumed
         if place.segment:
-            print(f"{source}: going on at line {place.next_line}")
+            print(f"{source}: going on at line {workspace.made(source).lines + 1}")
     # The first of several bad lines is only known where one process goes through the inputs in order.
     threads = [workers] if strict else shares(workers)
     with (

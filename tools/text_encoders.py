@@ -1,4 +1,5 @@
 """Texts to token ids, by the name of the tokenizer."""
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -48,3 +49,6 @@ class TextEncoder:
         for document in documents:
             document.append(self.end_of_text)
         return np.concatenate([np.array(document, self.dtype) for document in documents] or [np.empty(0, self.dtype)])
+
+
+load_text_encoder = functools.cache(TextEncoder)  # its tables take a while to build

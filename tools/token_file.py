@@ -21,13 +21,13 @@ class Source(msgspec.Struct, kw_only=True):
     """An input, and what it gave; in a part of a token file, what that part of the input gave."""
 
     file: str
+    lines: int = 0
     documents: int = 0
     tokens: int = 0
     bytes: int = 0  # UTF-8 bytes of the texts
     skipped: dict[str, int] = {}  # how often each of documents.LOSSES
     noted: dict[str, int] = {}  # the same for what cost no text
     examples: dict[str, list[tuple[int, str]]] = {}  # kind -> its first lines, and what was said of them
-    crc32: int = 0  # of the ids as bytes
     file_bytes: int  # of the input as it is on disk
     file_mtime_ns: int
     file_sha256: str | None = None  # None where not all of it was read
@@ -53,24 +53,27 @@ class Source(msgspec.Struct, kw_only=True):
             return False
         return _hash(path, now.file_mtime_ns) == self.file_sha256
 
-    def note(self, problems: list[Problem]) -> None:
-        """Count problems."""
+    def count(self, lines: int, problems: list[Problem]) -> None:
+        """Count lines that follow, and the problems in them, numbered from the first of them."""
         for problem in problems:
             counts = self.skipped if problem.kind in LOSSES else self.noted
             counts[problem.kind] = counts.get(problem.kind, 0) + 1
             if counts[problem.kind] <= MAX_EXAMPLES:
-                self.examples.setdefault(problem.kind, []).append((problem.line, problem.detail))
+                self.examples.setdefault(problem.kind, []).append((self.lines + problem.line, problem.detail))
+        self.lines += lines
 
     def add(self, later: "Source") -> None:
-        """Take in what a later part of the same input gave, all but its CRC-32."""
-        self.documents += later.documents
-        self.tokens += later.tokens
-        self.bytes += later.bytes
+        """Take in what the part of the input that follows gave."""
         for mine, others in ((self.skipped, later.skipped), (self.noted, later.noted)):
             for kind, count in others.items():
                 mine[kind] = mine.get(kind, 0) + count
-        for kind, lines in later.examples.items():
+        for kind, found in later.examples.items():
+            lines = [(self.lines + line, detail) for line, detail in found]
             self.examples[kind] = (self.examples.get(kind, []) + lines)[:MAX_EXAMPLES]
+        self.lines += later.lines
+        self.documents += later.documents
+        self.tokens += later.tokens
+        self.bytes += later.bytes
         self.file_sha256 = later.file_sha256
 
 

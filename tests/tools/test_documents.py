@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tools import documents
-from tools.documents import Chunk, ChunkReader, Documents, Problem, parse
+from tools.documents import Chunk, ChunkReader, Documents, parse
 from tools.shard_stream import ShardStream
 
 GOOD = b'{"text": "caf\xc3\xa9 \\u00e9\\n", "meta": {"pile_set_name": "Pile-CC"}}'
@@ -50,16 +50,16 @@ KEPT_LINES = {
 }
 
 
-def parsed(content: bytes, first_line: int = 1) -> Documents:
-    return parse(Chunk(bytearray(content), len(content), first_line))
+def parsed(content: bytes) -> Documents:
+    return parse(Chunk(bytearray(content), len(content)))
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
 def test_bad_line_is_left_out_and_told(name: str) -> None:
     line, kind = BAD_LINES[name]
-    found = parsed(b"\n".join([GOOD, line, GOOD, b""]), first_line=7)
-    assert found.texts == [GOOD_TEXT, GOOD_TEXT]
-    assert [(problem.kind, problem.line) for problem in found.problems] == [(kind, 8)]
+    found = parsed(b"\n".join([GOOD, line, GOOD, b""]))
+    assert (found.texts, found.lines) == ([GOOD_TEXT, GOOD_TEXT], 3)
+    assert [(problem.kind, problem.line) for problem in found.problems] == [(kind, 2)]
     assert parsed(line).texts == []
 
 
@@ -89,17 +89,21 @@ def shard(folder: Path, content: bytes) -> Path:
     return path
 
 
-def read(path: Path, chunk_bytes: int, max_objects: int | None = None):
-    """The texts and problems of a shard, and the places between its chunks."""
-    texts, problems, places = [], [], [(0, 1, 0)]
+def read(reader: ChunkReader) -> tuple[list[bytes], list[tuple[str, int]], int, list[tuple[int, int]]]:
+    """Read on to the end: texts, problems, lines, and the places after each chunk."""
+    texts, problems, lines, places = [], [], 0, []
+    while not reader.ended:
+        found = parse(reader.next_chunk())
+        texts += found.texts
+        problems += [(problem.kind, lines + problem.line) for problem in found.problems]
+        lines += found.lines
+        places.append((reader.position, reader.objects))
+    return texts, problems, lines, places
+
+
+def read_shard(path: Path, chunk_bytes: int, max_objects: int | None = None):
     with ShardStream(path) as stream:
-        reader = ChunkReader(stream, chunk_bytes, max_objects)
-        while not reader.ended:
-            found = parse(reader.next_chunk())
-            texts += found.texts
-            problems += found.problems
-            places.append((reader.position, reader.next_line, reader.objects))
-    return texts, problems, places
+        return read(ChunkReader(stream, chunk_bytes, max_objects))
 
 
 @pytest.fixture
@@ -125,31 +129,26 @@ def mixture(tmp_path: Path) -> tuple[Path, list[bytes], list[tuple[str, int]]]:
 @pytest.mark.parametrize("chunk_bytes", [1, 13, 64, 1000, 1 << 20])
 def test_chunks_change_nothing(mixture, chunk_bytes: int) -> None:
     path, expected_texts, expected_problems = mixture
-    texts, problems, places = read(path, chunk_bytes)
-    assert texts == expected_texts
-    assert [(problem.kind, problem.line) for problem in problems] == expected_problems
-    assert places[-1][:2] == (path.stat().st_size, 400)
+    texts, problems, lines, places = read_shard(path, chunk_bytes)
+    assert (texts, problems, lines) == (expected_texts, expected_problems, 399)
+    assert places[-1][0] == path.stat().st_size
 
 
 @pytest.mark.parametrize("max_objects", [None, 150])
 def test_going_on_from_any_place(mixture, max_objects: int | None) -> None:
     path = mixture[0]
-    texts, problems, places = read(path, 500, max_objects)
-    for skipped in range(0, len(places) - 1, 5):
-        with ShardStream(path) as stream:
-            reader = ChunkReader(stream, 500, max_objects)
-            before = parse(reader.next_chunk())
-            if skipped > 1:
-                reader.skip_to(*places[skipped])
-                before = Documents([], [])
-            rest, later, after = before.texts, before.problems, []
-            while not reader.ended:
-                after.append((reader.position, reader.next_line, reader.objects))
-                found = parse(reader.next_chunk())
-                rest, later = rest + found.texts, later + found.problems
-            assert after == places[max(skipped, 1) : -1]
-            assert rest == texts[len(texts) - len(rest) :] and later == problems[len(problems) - len(later) :]
-            assert (reader.position, reader.next_line, reader.objects) == places[-1]
+    texts, _, lines, places = read_shard(path, 500, max_objects)
+    for at in range(0, len(places) - 1, 3):
+        for first in (0, at // 2, at + 1):  # read so many chunks before skipping
+            with ShardStream(path) as stream:
+                reader = ChunkReader(stream, 500, max_objects)
+                before = [parse(reader.next_chunk()) for _ in range(first)]
+                reader.skip_to(*places[at])
+                rest, _, lines_after, places_after = read(reader)
+                assert places_after == places[at + 1 :]
+                assert rest == texts[len(texts) - len(rest) :]
+                if first == at + 1:
+                    assert sum(found.lines for found in before) + lines_after == lines
 
 
 @pytest.mark.parametrize("max_objects", [1, 2, 57, 10_000])
@@ -157,7 +156,7 @@ def test_going_on_from_any_place(mixture, max_objects: int | None) -> None:
 def test_a_limit_counts_lines_that_are_not_blank(mixture, max_objects: int, chunk_bytes: int) -> None:
     path, *_ = mixture
     wanted = [line for line in path.read_bytes().split(b"\n") if line.strip()][:max_objects]
-    texts, problems, _ = read(path, chunk_bytes, max_objects)
+    texts, problems, *_ = read_shard(path, chunk_bytes, max_objects)
     assert len(texts) + len(problems) == len(wanted)
     assert texts == parsed(b"\n".join(wanted)).texts
 
@@ -166,11 +165,10 @@ def test_a_limit_counts_lines_that_are_not_blank(mixture, max_objects: int, chun
 def test_a_line_that_is_too_long_is_left_out(tmp_path: Path, monkeypatch, followed: bytes) -> None:
     monkeypatch.setattr(documents, "MAX_LINE_BYTES", 5000)
     path = shard(tmp_path, GOOD + b"\n" + b"x" * 100_000 + followed)
-    texts, problems, places = read(path, 1000)
+    texts, problems, lines, places = read_shard(path, 1000)
     assert texts == [GOOD_TEXT] * (2 if GOOD in followed else 1)
-    assert problems[0] == Problem("line_too_long", 2, "more than 5000 bytes")
-    assert [problem.line for problem in problems[1:]] == ([4] if GOOD in followed else [])
-    assert places[-1][0] == path.stat().st_size
+    assert problems == [("line_too_long", 2), *([("not_json", 4)] if GOOD in followed else [])]
+    assert (lines, places[-1][0]) == (4 if GOOD in followed else 2, path.stat().st_size)
 
 
 def test_a_text_that_is_too_long_is_left_out(monkeypatch) -> None:
@@ -216,8 +214,8 @@ def test_damage_is_told_with_its_line_and_what_is_before_it_kept(tmp_path: Path,
     lines = b"".join(json.dumps({"text": random.Random(i).randbytes(3000).hex()}).encode() + b"\n" for i in range(100))
     path = tmp_path / name
     path.write_bytes(content(zstandard.ZstdCompressor(write_checksum=True).compress(lines)))
-    texts, problems, _ = read(path, 5000)
-    assert [(problem.kind, problem.line) for problem in problems] == [(kind, len(texts) + 1)]
+    texts, problems, *_ = read_shard(path, 5000)
+    assert problems == [(kind, len(texts) + 1)]
     assert texts == parsed(lines).texts[: len(texts)]
     if content(b"x" * 100):
         assert len(texts) > 50
