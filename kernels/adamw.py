@@ -83,6 +83,8 @@ def adamw(
     """
     if not weights:
         return
+    if not all(t.is_contiguous() for t in (*weights, *exp_avgs, *exp_avg_sqs)):
+        raise ValueError("adamw: weights and moments must be contiguous")
     torch._foreach_add_(steps, 1 if found_inf is None else 1 - found_inf)
     nothing = [None] * len(weights)
     grads = [g.contiguous() for g in grads]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels import adamw as module
+from kernels import dispatch
 from kernels.adamw import adamw
 from kernels.number_formats import BLOCK, decode_moments, join, split
 
@@ -26,11 +27,11 @@ class Parameters:
         elif dtype != torch.float32:
             self.weights = [m.to(dtype) for m in masters]
         first, second = (torch.int8, torch.uint8) if moments == "int8" else (DTYPES[moments],) * 2
-        self.exp_avgs = [torch.zeros(m.shape, dtype=first) for m in masters]
-        self.exp_avg_sqs = [torch.zeros(m.shape, dtype=second) for m in masters]
+        self.exp_avgs = [torch.zeros_like(m, dtype=first) for m in masters]
+        self.exp_avg_sqs = [torch.zeros_like(m, dtype=second) for m in masters]
         if moments == "int8":
-            self.exponents = [torch.zeros(-(-m.numel() // BLOCK), dtype=torch.uint8) for m in masters]
-        self.steps = [torch.zeros(()) for _ in masters]
+            self.exponents = [m.new_zeros(-(-m.numel() // BLOCK), dtype=torch.uint8) for m in masters]
+        self.steps = [m.new_zeros(()) for m in masters]
         self.keys = keys or list(range(len(masters)))
 
     def step(self, grads, **settings):
@@ -265,7 +266,7 @@ def test_small_updates_are_not_lost(weights):
 
 
 def test_a_block_whose_second_moments_are_tiny():
-    """Gradients of 1e-18, whose squares are near fp32's smallest normal number, and gradients of 1 in the next block."""
+    """Gradients of 1e-18, with squares near fp32's smallest normal number, and gradients of 1 in the next block."""
     fp32, compact = (Parameters([torch.zeros(2, BLOCK)], "fp32", moments) for moments in ("fp32", "int8"))
     for _ in range(20):
         grads = [torch.stack([torch.full((BLOCK,), 1e-18), torch.ones(BLOCK)])]
@@ -317,3 +318,42 @@ def test_rarely_touched_rows():
         difference = (compact.weights[0] - fp32.weights[0])[some]
         assert difference.abs().mean() < 0.12 * moved
         assert difference.mean().abs() < 0.02 * moved  # and to no side
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_tensors_that_are_not_contiguous(path, kernel_path):
+    parameters, grads = Parameters(draw([(8, 6)])), gradients([(6, 8)], 0)
+    transposed = Parameters(draw([(8, 6)]))
+    with kernel_path(path):
+        parameters.step([grads[0].t().contiguous()])
+        transposed.step([grads[0].t()])
+        assert identical(parameters, transposed)
+        transposed.weights = [transposed.weights[0].t()]
+        with pytest.raises(ValueError, match="contiguous"):
+            transposed.step(grads)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_on_a_gpu(weights, moments):
+    """The kernel, compiled, against the PyTorch path on the same device: large, unaligned and skipped."""
+    shapes, results = [(2048, 3000), (50304,), (777,), (1 << 22,)], []
+    for path in ("torch", "triton"):
+        parameters = Parameters([m.cuda() for m in draw(shapes)], weights, moments)
+        with dispatch.use_backend(path):
+            for step in range(6):
+                grads = [g.cuda() for g in gradients(shapes, step, parameters.weights[0].dtype)]
+                skipped = torch.tensor(float(step == 3), device="cuda")
+                parameters.step(grads, grad_scale=torch.tensor(0.5, device="cuda"), found_inf=skipped)
+        results.append(parameters)
+    a, b = results
+    assert a.steps == b.steps and a.steps[0] == 5
+    last_place = {"fp32": 1e-6, "bf16": 2**-7, "fp16": 2**-9}["fp32" if a.residuals else weights]
+    for x, y in zip(a.masters(), b.masters()):
+        # Where a rounding falls the other way, once or more, the weight is a step or two apart.
+        far = (x - y).abs() > last_place * x.abs() + 1e-7
+        assert far.float().mean() < 1e-2 and torch.allclose(x, y, rtol=4 * last_place, atol=SETTINGS["lr"])
+    for (m, v), (n, w) in zip(a.moments(), b.moments()):
+        assert ((v - w).abs() > 1e-5 * v).float().mean() < 1e-2
+        assert ((m - n).abs() > 1e-4 * m.abs() + 1e-7).float().mean() < 2e-2

@@ -1,0 +1,256 @@
+"""Compare training with compact optimizer states to fp32 AdamW: final losses against the spread of the seeds.
+
+    python benchmarks/optimizer_quality.py --train_file data/train/pile_train.bin --val_file data/val/pile_dev.bin
+    nohup python benchmarks/optimizer_quality.py > quality.log &      # goes on where it stopped, however it was stopped
+    python benchmarks/optimizer_quality.py --report                   # only write the results of what is there
+
+Every run is `engine/train.py` itself on a CPU, at the lowest priority and on one thread, with a checkpoint every 200
+steps. Runs with the same seed begin with the same weights and see the same text in the same order, so formats are
+compared seed by seed. Results and a picture of the curves are written after each finished run.
+"""
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import RESULTS, environment, write_result
+from engine.report import read_metrics
+
+ROOT = Path(__file__).parent.parent
+TRAINING = ["--lr=2e-3", "--min_lr=2e-4", "--warmup_steps=50"]
+MODELS = {
+    "13m": ["--preset=13m", *TRAINING],
+    "gpt-4-layers": ["--preset=gpt2", "--n_layer=4", "--n_head=4", "--n_embd=128", "--block_size=128", *TRAINING],
+}
+FORMATS = {  # weights, moments
+    "fp32": ("fp32", "fp32"),
+    "residual-int8": ("residual", "int8"),
+    "stochastic-int8": ("stochastic", "int8"),
+    "stochastic-bf16": ("stochastic", "bf16"),
+    "fp32-int8": ("fp32", "int8"),
+}
+REFERENCE = "fp32"
+LAST = 100  # steps whose mean is a run's final training loss
+SAVE_INTERVAL = 200
+
+Curve = list[tuple[int, float]]
+
+
+def runs(options: argparse.Namespace) -> list[tuple[str, str, int]]:
+    """Return (model, format, seed) of every run, in an order that finishes whole seeds first."""
+    return [(m, f, s) for s in options.seeds for m in options.models for f in options.formats]
+
+
+def folder(options: argparse.Namespace, model: str, form: str, seed: int) -> Path:
+    return Path(options.run_dir) / f"{model}_{options.steps}x{options.batch_tokens}" / form / f"seed_{seed}"
+
+
+def curves(run: Path) -> tuple[Curve, Curve]:
+    """Return (step, training loss) and (step, validation loss) of a run so far."""
+    records = read_metrics(run)
+    training = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
+    return training, [(r["step"], r["val_loss"]) for r in records if r.get("val_loss") is not None]
+
+
+def finished(options: argparse.Namespace, model: str, form: str, seed: int) -> bool:
+    _, validation = curves(folder(options, model, form, seed))
+    return bool(validation) and validation[-1][0] == options.steps
+
+
+def command(options: argparse.Namespace, model: str, form: str, seed: int) -> list[str]:
+    weights, moments = FORMATS[form]
+    settings = {
+        "strategy": "resident",
+        "device": "cpu",
+        "dtype": "fp32",
+        "weights": weights,
+        "moments": moments,
+        "seed": seed,
+        "max_steps": options.steps,
+        "batch_tokens": options.batch_tokens,
+        "train_file": options.train_file,
+        "val_file": options.val_file,
+        "run_dir": folder(options, model, form, seed),
+        "eval_interval": 5 * SAVE_INTERVAL,
+        "eval_tokens": options.eval_tokens,
+        "save_interval": SAVE_INTERVAL,
+        "keep_checkpoints": 1,
+        "log_interval": 100,
+        "sample_tokens": 0,
+        "tensorboard": "false",
+    }
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    return [sys.executable, str(ROOT / "engine/train.py"), *MODELS[model], *flags, "--resume"]
+
+
+def train(options: argparse.Namespace, *run: Any) -> None:
+    """Start or resume one run and wait for its end; SIGINT and SIGTERM let it save before this program ends."""
+    environment_ = os.environ | {"OMP_NUM_THREADS": str(options.threads), "CUDA_VISIBLE_DEVICES": ""}
+    # A session of its own: a Ctrl-C reaches the training once, through us, and not twice, which would stop it unsaved.
+    child = subprocess.Popen(command(options, *run), env=environment_, start_new_session=True)
+    stopped = []
+
+    def stop(number: int, frame: Any) -> None:
+        stopped.append(number)
+        child.terminate()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    code = child.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if stopped:
+        sys.exit(128 + stopped[0])
+    if code:
+        sys.exit(f"error: {'/'.join(map(str, run))} ended with exit code {code}; its message is above")
+
+
+def summary(options: argparse.Namespace) -> dict[str, Any]:
+    """Return, for every model, each format's final losses and how far they are from the reference's.
+
+    "difference": the mean over seeds of the final validation loss less the reference's with the same seed. "spread":
+    the largest less the smallest final loss of the reference's seeds. "inside": |difference| <= spread; None where
+    fewer than two seeds are finished in both.
+    """
+    models: dict[str, Any] = {}
+    for model in options.models:
+        final: dict[str, dict[int, tuple[float, float]]] = {}
+        for form in options.formats:
+            for seed in options.seeds:
+                if finished(options, model, form, seed):
+                    training, validation = curves(folder(options, model, form, seed))
+                    last = statistics.fmean(loss for _, loss in training[-LAST:])
+                    final.setdefault(form, {})[seed] = validation[-1][1], last
+        reference = final.get(REFERENCE, {})
+        of_seeds = [loss for loss, _ in reference.values()]
+        spread = max(of_seeds) - min(of_seeds) if len(of_seeds) > 1 else None
+        models[model] = {"spread": spread, "formats": {}}
+        for form, losses in final.items():
+            both = sorted(losses.keys() & reference.keys())
+            difference = statistics.fmean(losses[s][0] - reference[s][0] for s in both) if both else None
+            models[model]["formats"][form] = {
+                "weights": FORMATS[form][0],
+                "moments": FORMATS[form][1],
+                "val_loss": {str(s): v for s, (v, _) in losses.items()},
+                "train_loss": {str(s): t for s, (_, t) in losses.items()},
+                "difference": difference,
+                "differences": {str(s): losses[s][0] - reference[s][0] for s in both},
+                "inside": abs(difference) <= spread if len(both) > 1 and spread is not None else None,
+            }
+    return models
+
+
+def lines(models: dict[str, Any]) -> list[str]:
+    """Return the summary as text, a line for each model and format."""
+    text = []
+    for model, outcome in models.items():
+        for form, result in outcome["formats"].items():
+            losses = ", ".join(f"{loss:.4f}" for loss in result["val_loss"].values())
+            line = f"{model:14} {form:16} validation loss {losses}"
+            if form == REFERENCE:
+                line += f" | spread {outcome['spread']:.4f}" if outcome["spread"] is not None else ""
+            elif result["difference"] is not None:
+                verdict = {True: " inside the spread", False: " OUTSIDE the spread", None: ""}[result["inside"]]
+                line += f" | {result['difference']:+.4f} against {REFERENCE}{verdict}"
+            text.append(line)
+    return text
+
+
+def smooth(curve: Curve, window: int = LAST) -> Curve:
+    """Return the running mean over `window` steps, from the first full window on."""
+    total, means = 0.0, []
+    for i, (step, loss) in enumerate(curve):
+        total += loss - (curve[i - window][1] if i >= window else 0.0)
+        if i >= window - 1:
+            means.append((step, total / window))
+    return means
+
+
+def draw(options: argparse.Namespace, path: Path) -> None:
+    """Draw a column for each model: smoothed training losses, every run a line, and the difference to the reference."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(options.models), 7), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(options.models), squeeze=False, sharex="col", height_ratios=(3, 2))
+    colors = dict(zip(FORMATS, ("#252525", "#08519c", "#d94801", "#238b45", "#6a51a3")))
+    for (top, bottom), model in zip(axes.T, options.models):
+        reference = {s: dict(smooth(curves(folder(options, model, REFERENCE, s))[0])) for s in options.seeds}
+        for form in options.formats:
+            for number, seed in enumerate(options.seeds):
+                curve = smooth(curves(folder(options, model, form, seed))[0])
+                label = form if number == 0 else None
+                if curve:
+                    top.plot(*zip(*curve), color=colors[form], linewidth=1, alpha=0.8, label=label)
+                apart = [(step, loss - reference[seed][step]) for step, loss in curve if step in reference[seed]]
+                if apart and form != REFERENCE:
+                    bottom.plot(*zip(*apart), color=colors[form], linewidth=1, alpha=0.8)
+        means = [list(c.values()) for c in reference.values() if c]
+        if len(means) > 1:  # what the seeds alone make
+            steps = list(next(c for c in reference.values() if c))[: min(map(len, means))]
+            seeds = [max(losses) - min(losses) for losses in zip(*means)]
+            for sign in (1, -1):
+                label = "spread of the seeds" if sign == 1 else None
+                bottom.plot(steps, [sign * x for x in seeds], color="#969696", linewidth=1, linestyle=":", label=label)
+            bottom.legend(frameon=False)
+        top.set_title(f"{model}, {options.steps} steps of {options.batch_tokens} tokens, {len(options.seeds)} seeds")
+        top.set_ylabel(f"training loss, mean of {LAST} steps (nats per token)")
+        bottom.set_ylabel(f"difference to {REFERENCE}, same seed")
+        bottom.set_xlabel("step")
+        bottom.axhline(0, color="#252525", linewidth=0.8)
+        for axis in (top, bottom):
+            axis.grid(alpha=0.25)
+        if top.get_legend_handles_labels()[0]:
+            top.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def report(options: argparse.Namespace) -> None:
+    models = summary(options)
+    kept = ("steps", "batch_tokens", "eval_tokens", "seeds")
+    settings = {name: getattr(options, name) for name in kept} | {"flags": {m: MODELS[m] for m in options.models}}
+    write_result(Path(options.out), {"environment": environment(), "settings": settings, "models": models})
+    draw(options, Path(options.out).with_suffix(".png"))
+    print("\n".join(lines(models)), flush=True)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare compact optimizer states to fp32 AdamW.")
+    parser.add_argument("--train_file", default="data/embedded/train.bin", help="training tokens [%(default)s]")
+    parser.add_argument("--val_file", default="data/embedded/val.bin", help="validation tokens [%(default)s]")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="[%(default)s]")
+    default_formats = ["fp32", "residual-int8", "stochastic-int8"]
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=default_formats, help="[%(default)s]")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="[%(default)s]")
+    parser.add_argument("--steps", type=int, default=2000, help="[%(default)s]")
+    parser.add_argument("--batch_tokens", type=int, default=1024, help="tokens a step [%(default)s]")
+    parser.add_argument("--eval_tokens", type=int, default=131_072, help="tokens of each validation [%(default)s]")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a run [%(default)s]")
+    parser.add_argument("--run_dir", default="runs/optimizer_quality", help="where the runs are [%(default)s]")
+    parser.add_argument("--out", default=str(RESULTS / "optimizer_quality.json"), help="results; a picture beside it")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    options = parser.parse_args(arguments)
+    for path in (options.train_file, options.val_file):
+        if not options.report and not Path(path).exists():
+            parser.error(f"{path} is missing: tools/prepare.py makes it; engine/train.py the default, at its start")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    os.nice(19)
+    for run in [] if options.report else runs(options):
+        if not finished(options, *run):
+            print(f"{'/'.join(map(str, run))}:", flush=True)
+            train(options, *run)
+            report(options)
+    report(options)
+
+
+if __name__ == "__main__":
+    main()

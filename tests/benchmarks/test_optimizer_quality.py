@@ -1,0 +1,80 @@
+"""The study of the optimizer's quality: it trains what is missing, goes on where it stopped, and judges rightly."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import optimizer_quality as quality
+
+
+@pytest.fixture
+def flags(tmp_path, monkeypatch):
+    """A tiny model on made-up text of 64 words, two formats, two seeds, in tmp_path."""
+    tiny = ["--preset=13m", "--n_head=2", "--n_embd=16", "--block_size=16", "--vocab_size=64", "--lr=1e-2"]
+    monkeypatch.setattr(quality, "MODELS", {"tiny": tiny})
+    monkeypatch.setattr(quality, "LAST", 3)
+    monkeypatch.setattr(quality.os, "nice", lambda increment: 0)
+    rng = np.random.default_rng(0)
+    for name, tokens in (("train", 4000), ("val", 1000)):
+        rng.integers(0, 64, tokens).astype("<u2").tofile(tmp_path / f"{name}.bin")
+        about = {"tokenizer": "r50k_base", "vocab_size": 64, "end_of_text": 63, "dtype": "uint16"}
+        (tmp_path / f"{name}.bin.json").write_text(json.dumps(about))
+    files = [f"--{name}_file={tmp_path / name}.bin" for name in ("train", "val")]
+    places = [f"--run_dir={tmp_path / 'runs'}", f"--out={tmp_path / 'quality.json'}"]
+    sizes = ["--steps=6", "--batch_tokens=64", "--eval_tokens=128"]
+    return [*files, *places, *sizes, "--models", "tiny", "--formats", "fp32", "stochastic-int8", "--seeds", "1", "2"]
+
+
+def write_run(options, form, seed, val_loss, steps):
+    run = quality.folder(options, "tiny", form, seed)
+    run.mkdir(parents=True)
+    records = [{"step": s, "loss": val_loss + 1 / s} for s in range(1, steps + 1)] + [{"step": steps, "val_loss": val_loss}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def outcome(path):
+    return json.loads(path.read_text())["models"]["tiny"]
+
+
+def test_one_run_is_trained_and_not_again(flags, tmp_path, capfd):
+    flags = [*flags, "--formats", "fp32", "--seeds", "1"]
+    quality.main(flags)
+    assert "6/6" in capfd.readouterr().out
+    result = outcome(tmp_path / "quality.json")["formats"]["fp32"]
+    assert result["val_loss"]["1"] == pytest.approx(np.log(64), abs=0.2)
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
+    quality.main(flags)
+    assert "6/6" not in capfd.readouterr().out  # nothing left to train
+
+
+@pytest.mark.parametrize("apart, inside", [(0.05, True), (-0.05, True), (0.25, False), (-0.25, False)])
+def test_the_verdict(flags, tmp_path, apart, inside):
+    options = quality.parse(flags)
+    for seed, loss in ((1, 3.0), (2, 3.2)):
+        write_run(options, "fp32", seed, loss, steps=6)
+        write_run(options, "stochastic-int8", seed, loss + apart, steps=6)
+    quality.report(options)
+    result = outcome(tmp_path / "quality.json")
+    assert result["spread"] == pytest.approx(0.2)
+    assert result["formats"]["stochastic-int8"]["difference"] == pytest.approx(apart)
+    assert result["formats"]["stochastic-int8"]["inside"] is inside
+    assert result["formats"]["fp32"]["train_loss"]["1"] == pytest.approx(3 + (1 / 4 + 1 / 5 + 1 / 6) / 3)
+
+
+def test_unfinished_runs_do_not_count(flags, tmp_path):
+    options = quality.parse(flags)
+    write_run(options, "fp32", 1, 3.0, steps=6)
+    write_run(options, "fp32", 2, 3.2, steps=5)
+    write_run(options, "stochastic-int8", 1, 3.1, steps=6)
+    quality.report(options)
+    result = outcome(tmp_path / "quality.json")
+    assert list(result["formats"]["fp32"]["val_loss"]) == ["1"] and result["spread"] is None
+    assert result["formats"]["stochastic-int8"]["difference"] == pytest.approx(0.1)
+    assert result["formats"]["stochastic-int8"]["inside"] is None
+
+
+def test_missing_data_is_said(flags, capsys):
+    with pytest.raises(SystemExit):
+        quality.main([*flags, "--train_file", "nowhere.bin"])
+    assert "nowhere.bin is missing" in capsys.readouterr().err
