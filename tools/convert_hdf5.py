@@ -1,0 +1,190 @@
+"""Turns the classic script's HDF5 files (`tokens`, int32) into token files, and back; every id is compared at the end.
+
+    python tools/convert_hdf5.py data/train/pile_train.h5 data/train/pile_train.bin
+    python tools/convert_hdf5.py data/train/pile_train.bin data/train/pile_train.h5
+
+The output appears whole or not at all. A token file without its JSON is taken for uint16 ids of GPT-2.
+"""
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import msgspec
+import numpy as np
+from tqdm import tqdm
+
+from engine.tokenizer import load_encoding
+from tools.token_file import Description, PrepareError, Source, description_path, read_description, write_whole
+
+HDF5_SUFFIXES = (".h5", ".hdf5")
+BLOCK_TOKENS = 4 << 20
+
+
+def convert(source: Path, target: Path, tokenizer_name: str = "r50k_base") -> int:
+    """Convert between HDF5 and a token file, by their suffixes; return the number of ids.
+
+    tokenizer_name: what made the ids of an HDF5 file, which does not say; those of a token file must be the ones it
+    names. PrepareError where a file is not what its name says, an id is none of the tokenizer's, or `target` is there.
+    """
+    to_hdf5 = target.suffix in HDF5_SUFFIXES
+    if to_hdf5 == (source.suffix in HDF5_SUFFIXES):
+        raise PrepareError(f"{source} and {target}: one must be HDF5 ({', '.join(HDF5_SUFFIXES)}), the other a token file")
+    if target.exists():
+        raise PrepareError(f"{target} is there already: move it away, or name another file")
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        if to_hdf5:
+            return _to_hdf5(source, target, partial)
+        return _to_token_file(source, target, partial, tokenizer_name)
+    except OSError as error:  # h5py's have no file name
+        raise PrepareError(f"{source} to {target}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _to_token_file(source: Path, target: Path, partial: Path, tokenizer_name: str) -> int:
+    try:
+        encoding = load_encoding(tokenizer_name)
+    except ValueError as error:
+        raise PrepareError(str(error)) from None
+    lengths = _token_lengths(encoding)
+    dtype = np.dtype("<u2" if encoding.n_vocab <= 1 << 16 else "<u4")
+    found, last = Source.of(source), encoding.eot_token
+    with _hdf5().File(source) as file:
+        dataset = _tokens(file, source)
+        with open(partial, "wb") as output:
+            for start, ids in _blocks(dataset, source.name):
+                _check_ids(ids, encoding.n_vocab, start, source, tokenizer_name)
+                found.tokens += len(ids)
+                found.documents += int(np.count_nonzero(ids == encoding.eot_token))
+                found.bytes += int(lengths[ids].sum())
+                last = ids[-1]
+                ids.astype(dtype).tofile(output)
+            output.flush()
+            os.fsync(output.fileno())
+        found.documents += bool(last != encoding.eot_token)  # the file ends within a document
+        if found.tokens == 0:
+            raise PrepareError(f"{source} has no ids")
+        _compare(dataset, np.memmap(partial, dtype, "r"), source, target)
+    description = Description(
+        tokenizer=tokenizer_name,
+        vocab_size=encoding.n_vocab,
+        end_of_text=encoding.eot_token,
+        dtype=dtype.name,
+        tokens=found.tokens,
+        documents=found.documents,
+        bytes=found.bytes,
+        sources=[found],
+    )
+    # As in tools/parts.py: a token file without its JSON would pass for GPT-2's.
+    write_whole(description_path(target), msgspec.json.format(msgspec.json.encode(description), indent=2) + b"\n")
+    os.replace(partial, target)
+    return found.tokens
+
+
+def _to_hdf5(source: Path, target: Path, partial: Path) -> int:
+    description = read_description(source)
+    if description is None and description_path(source).exists():
+        raise PrepareError(f"{source} and {description_path(source).name} do not belong together; prepare it again")
+    dtype = np.dtype(description.dtype if description else "uint16").newbyteorder("<")
+    size = source.stat().st_size
+    if size == 0 or size % dtype.itemsize:
+        raise PrepareError(f"{source} has {size} bytes, no whole number of {dtype.name} ids; prepare it again")
+    ids = np.memmap(source, dtype, "r")
+    with _hdf5().File(partial, "w") as file:
+        dataset = file.create_dataset("tokens", ids.shape, np.int32, maxshape=(None,), chunks=(min(len(ids), 1 << 16),))
+        for start, block in _blocks(ids, source.name):
+            if block.max() > np.iinfo(np.int32).max:
+                raise PrepareError(f"{source} has id {block.max()}, more than HDF5's int32 can hold")
+            dataset[start : start + len(block)] = block
+    with open(partial, "rb") as written:
+        os.fsync(written.fileno())
+    with _hdf5().File(partial) as file:
+        _compare(ids, file["tokens"], source, target)
+    os.replace(partial, target)
+    return len(ids)
+
+
+def _hdf5() -> ModuleType:
+    try:
+        import h5py
+    except ImportError:
+        raise PrepareError("HDF5 needs h5py: pip install 'pilesmith[hdf5]'") from None
+    return h5py
+
+
+def _tokens(file, source: Path):
+    """Return the dataset `tokens` of an open HDF5 file; PrepareError where it is not a row of integers."""
+    if "tokens" not in file:
+        raise PrepareError(f"{source} has no dataset `tokens`, only: {', '.join(file) or 'nothing'}")
+    dataset = file["tokens"]
+    if getattr(dataset, "ndim", None) != 1 or dataset.dtype.kind not in "iu":
+        raise PrepareError(f"{source}: `tokens` is not a row of integers but {dataset}")
+    return dataset
+
+
+def _blocks(ids, name: str) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (place, ids from there on) of a dataset or array, a block at a time."""
+    with tqdm(total=len(ids), desc=name, unit=" ids", unit_scale=True, disable=None) as bar:
+        for start in range(0, len(ids), BLOCK_TOKENS):
+            block = np.asarray(ids[start : start + BLOCK_TOKENS])
+            yield start, block
+            bar.update(len(block))
+
+
+def _check_ids(ids: np.ndarray, vocab_size: int, start: int, source: Path, tokenizer_name: str) -> None:
+    outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if outside.size:
+        at = outside[0]
+        raise PrepareError(
+            f"{source}: id {ids[at]} at place {start + at} is none of {tokenizer_name}'s, 0 to {vocab_size - 1}: "
+            "name the tokenizer that made it with --tokenizer_name"
+        )
+
+
+def _compare(ids, others, source: Path, target: Path) -> None:
+    """PrepareError unless both are the same, id for id, as read back from the disk."""
+    if len(ids) != len(others):
+        raise PrepareError(f"{target} would have {len(others)} ids, {source} has {len(ids)}: look for a failing disk")
+    for start, block in _blocks(ids, "comparing"):
+        different = np.flatnonzero(block != others[start : start + len(block)])
+        if different.size:
+            raise PrepareError(f"{target} would differ from {source} at place {start + different[0]}: look for a failing disk")
+
+
+def _token_lengths(encoding) -> np.ndarray:
+    """Return the bytes of text of each id, int64 (vocab_size,); 0 for special tokens and ids that are not used."""
+    lengths = np.zeros(encoding.n_vocab, np.int64)
+    special = {encoding.encode_single_token(name) for name in encoding.special_tokens_set}
+    for token in range(encoding.n_vocab):
+        try:
+            lengths[token] = 0 if token in special else len(encoding.decode_single_token_bytes(token))
+        except KeyError:
+            pass
+    return lengths
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n\n")[0],
+        epilog=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=Path, help="what is converted: .h5, .hdf5, or a token file")
+    parser.add_argument("target", type=Path, help="what it becomes: the other of the two")
+    parser.add_argument("--tokenizer_name", default="r50k_base", help="what made the ids of HDF5, default %(default)s")
+    options = parser.parse_args(arguments)
+    try:
+        count = convert(options.source, options.target, options.tokenizer_name)
+    except PrepareError as error:
+        print(f"convert_hdf5.py: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.target}: {count} ids, each compared with {options.source}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
