@@ -147,8 +147,9 @@ class Report:
         return None if self.peak_flops is None else tokens_per_s * self.flops_per_token / self.peak_flops
 
 
-def _smooth(values: tuple[float, ...], weight: float = 0.9) -> list[float]:
-    """Return the exponential moving average, corrected for its start; values that are not finite are passed over."""
+def _smooth(values: tuple[float, ...]) -> list[float]:
+    """Return the exponential moving average over about a fiftieth of the curve; what is not finite is passed over."""
+    weight = max(0.5, 1 - 50 / len(values))
     average, norm, smoothed = 0.0, 0.0, []
     for value in values:
         if math.isfinite(value):
