@@ -188,8 +188,7 @@ def find_starts(text, n, tables, scratch):
     blocks = (n + 64) >> 6
     wide_spaces = classify(text, blocks, tables, scratch)
     masks[2 * MASK_WORDS + blocks] = EMPTY
-    last_letter = last_number = last_other = last_blank = uint64(0)
-    last_space = uint64(1)
+    last_letter = last_number = last_other = last_space = last_blank = uint64(0)
     contractions = uint64(0)
     one, top = uint64(1), uint64(63)
     for block in range(blocks):
