@@ -57,9 +57,14 @@ def page(results: Results) -> str:
          "FLOPs a token, attention in full, over the chip's dense peak. Peak memory is that of tensors on a GPU, of the whole process "
          "on a CPU; \"of a step\" is what a step adds to what is held between steps."),
         ("Where a step's time goes", "profile", "`python tools/profile_step.py --preset 13m`."),
+        ("Memory: predicted and measured", "memory", "`python benchmarks/suite.py` on a GPU."),
         ("Kernels", "kernels", "`pytest benchmarks/test_kernels.py --benchmark-json FILE`. The fastest round of each, which other programs disturbed least; "
          "the rate counts what must be computed, or read and written once; the copy is that of a large tensor."),
-        ("Tokens, files, checkpoints", "files", "`pytest benchmarks/test_loader.py benchmarks/test_checkpoint.py benchmarks/test_tokenizer.py`. The fastest round of each."),
+        ("Tokenizer", "tokenizer", "`pytest benchmarks/test_tokenizer.py`."),
+        ("Raw shards to tokens", "prepare", "`pytest benchmarks/test_prepare.py`."),
+        ("Loader and checkpoints", "files", "`pytest benchmarks/test_loader.py benchmarks/test_checkpoint.py --benchmark-json FILE`. "
+         "The fastest round of each."),
+        ("Compact optimizer states", "quality", "`python benchmarks/optimizer_quality.py`."),
         ("How the cost grows", "scaling", "`python benchmarks/scaling.py`."),
         ("More cards, predicted", "paper", "By the planner's formulas (`python tools/plan.py`), not measured."),
         ("Tests on a GPU", "correctness", "`python benchmarks/suite.py`."),

@@ -19,7 +19,12 @@ def load(folder: Path = RESULTS) -> Results:
 
 
 def of_kind(results: Results, kind: str) -> dict[str, dict[str, Any]]:
-    return {name: result for name, result in results.items() if result.get("benchmark") == kind}
+    return {name: result for name, result in results.items() if kind_of(name, result) == kind}
+
+
+def kind_of(name: str, result: dict[str, Any]) -> str:
+    """Return what a file says it is, which is its own name where it says nothing."""
+    return result.get("benchmark", name)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -242,6 +247,55 @@ def profile(results: Results, base: str) -> str:
     return "\n\n".join(parts) if parts else nothing("python tools/profile_step.py --preset 13m")
 
 
+def tokenizer(results: Results, base: str) -> str:
+    """Every encoder's rate on one thread, then threads, then the texts that are hardest for us."""
+    parts = []
+    for name, result in of_kind(results, "tokenizer").items():
+        rows = [
+            [encoder, row["version"] or "this", "yes" if row["exact"] else "no", *(f"{row[key]:,}" for key in ("mb_s", "mb_s_again")),
+             f"{row['times_tiktoken']:.2f}", f"{row['times_tiktoken_again']:.2f}"]
+            for encoder, row in sorted(result["encoders"].items(), key=lambda item: -item[1]["mb_s"])
+        ]  # fmt: skip
+        header = ["encoder", "version", "tiktoken's ids", "MB/s", "again", "times tiktoken", "again"]
+        words = f"{source(name, result, base)}\n\n{mib(result['text']['bytes'])} of text, one thread; \"again\" is the same text once more:"
+        parts += [words, table(header, rows)]
+        if "threads" in result:
+            parts.append("Threads: " + ", ".join(f"{count}: {row['mb_s']:,} MB/s" for count, row in result["threads"].items()) + ".")
+        if "worst_cases" in result:
+            rows = [[text, f"{row['mb_s']:,}", f"{row['times_ordinary']:.2f}"] for text, row in result["worst_cases"].items()]
+            parts.append(table(["hard text", "MB/s", "time against ordinary text"], rows))
+    return "\n\n".join(parts) if parts else nothing("pytest benchmarks/test_tokenizer.py")
+
+
+def prepare(results: Results, base: str) -> str:
+    """Raw shards to tokens, beside what reading them alone costs."""
+    parts = []
+    for name, result in of_kind(results, "prepare").items():
+        rows = [
+            [what, cores, f"{row['mb_s']:,}"]
+            for key, cores in (("one_core", "one core"), ("all_cores", "all cores"))
+            for what, row in result.get(key, {}).items()
+            if isinstance(row, dict)
+        ]
+        parts += [source(name, result, base), table(["", "", "MB/s of text"], rows)]
+    return "\n\n".join(parts) if parts else nothing("pytest benchmarks/test_prepare.py")
+
+
+def quality(results: Results, base: str) -> str:
+    """Validation losses of compact optimizer states beside fp32's, seed by seed."""
+    parts = []
+    for name, result in of_kind(results, "optimizer_quality").items():
+        rows = [
+            [model, form, ", ".join(f"{loss:.4f}" for loss in row["val_loss"].values()),
+             f"{row['difference']:+.4f}" if row["difference"] is not None else "", f"{outcome['spread']:.4f}" if outcome["spread"] is not None else ""]
+            for model, outcome in result["models"].items()
+            for form, row in outcome["formats"].items()
+        ]  # fmt: skip
+        words = f"{result['settings']['steps']:,} steps of {result['settings']['batch_tokens']:,} tokens:"
+        parts += [source(name, result, base), words, table(["model", "states", "validation loss, each seed", "against fp32", "spread of fp32's seeds"], rows)]
+    return "\n\n".join(parts) if parts else nothing("python benchmarks/optimizer_quality.py")
+
+
 def correctness(results: Results, base: str) -> str:
     found = of_kind(results, "correctness")
     rows = [
@@ -270,6 +324,9 @@ PLACES: dict[str, Place] = {
     "memory": memory,
     "kernels": kernels,
     "files": files,
+    "tokenizer": tokenizer,
+    "prepare": prepare,
+    "quality": quality,
     "scaling": scaling,
     "paper": paper,
     "profile": profile,

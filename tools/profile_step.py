@@ -68,9 +68,8 @@ def measure(
     config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int, warmup: int, trace: Path
 ) -> tuple[dict[str, Any], Timeline]:
     """Run and profile a step; return the tables as they are written, and the memory over time."""
-    with torch.device("meta"):
-        model = GPT(config.model)
-    fill_weights(model.to_empty(device="cpu"), config.seed)
+    model = GPT.empty(config.model)
+    fill_weights(model, config.seed)
     strategy = build(config, model, Processes(), device, dtype, grad_accum)
     batches = random_batches(config, config.optimizer.micro_batch_size, grad_accum, config.seed)
     strategy.set_lr(config.optimizer.lr)

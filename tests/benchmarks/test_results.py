@@ -1,0 +1,62 @@
+"""What is kept is valid, what is shown is what is kept, and the READMEs claim nothing that no file holds."""
+import json
+import re
+from pathlib import Path
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from benchmarks import render
+from benchmarks.tables import RESULTS, kind_of, load
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(RESULTS.glob("*.json"))
+READMES = [ROOT / name for name in render.READMES if (ROOT / name).exists()]
+# Speeds, shares of a peak, and how many times as fast: a size or a count is no measurement.
+FIGURE = re.compile(
+    r"\d[\d.,]*\s?(?:[kKMG]\s?)?(?:(?:tokens|tok|[kKMGT]i?B|bytes)\s?/\s?s\b|[TGP]FLOPS?\b|FLOP/s|ms\b|µs\b|%|x\b|×|times\b"
+    r"|倍|毫秒|秒|個?\s?token\s?/\s?s)"
+)
+
+
+def test_schemas_are_schemas(schemas):
+    for schema in schemas.values():
+        Draft202012Validator.check_schema(schema)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_result_is_valid(path, schemas, validate):
+    payload = json.loads(path.read_text())
+    kind = kind_of(path.stem, payload)
+    assert kind in schemas, f"{path.name} is of the kind {kind}, which needs a schema in benchmarks/schemas/"
+    validate(payload, kind)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_result_names_no_machine_and_no_place_on_it(path):
+    found = re.search(r'"(?:/(?:home|root|work|tmp|Users|usr)/[^"]*|node|hostname)"', path.read_text())
+    assert not found, f"{path.name} says {found[0]}"
+
+
+def test_pages_and_charts_say_what_the_files_say():
+    old = [str(path.relative_to(ROOT)) for path in render.stale(load())]
+    assert not old, f"{', '.join(old)}: run python benchmarks/render.py"
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
+def test_no_figure_in_a_readme_without_a_file(readme):
+    assert claims(readme.read_text(encoding="utf-8")) == []
+
+
+def claims(text: str) -> list[str]:
+    """Return the measured-looking figures of a page outside its marked places and its code."""
+    text = re.sub(r"<!-- results:([\w-]+).*?<!-- /results:\1 -->", "", text, flags=re.DOTALL)
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    return [match[0] for match in FIGURE.finditer(text)]
+
+
+def test_a_figure_typed_by_hand_is_found():
+    assert claims("It runs at 12,000 tokens/s, 1.8x the loop, 55% of the peak.") == ["12,000 tokens/s", "1.8x", "55%"]
+    assert claims("每秒 3.1 倍") == ["3.1 倍"]
+    assert claims("A 24 GB card, 12 layers, 1 GB of text, `--size 5x`.") == []
+    assert claims("It is <!-- results:ratio a b c -->1.83<!-- /results:ratio --> times as fast.") == []

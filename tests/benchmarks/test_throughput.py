@@ -1,0 +1,123 @@
+"""The benchmark measures what it says: the contenders are one model, the meters see what is there, the file is valid."""
+import json
+
+import pytest
+import torch
+
+from benchmarks import contenders, meters, throughput
+from benchmarks.contenders import CONTENDERS, Unsupported, fill_weights
+from benchmarks.throughput import Job, Measured, random_batches, summarise
+from engine.config import from_dict, merge, preset
+from engine.distributed import Processes
+from engine.model import GPT
+from engine.placement import settle
+
+CPU = torch.device("cpu")
+TINY = {"model": {"n_layer": 2, "n_embd": 32, "n_head": 2, "block_size": 16, "vocab_size": 96}, "optimizer": {"batch_tokens": 64}}
+FLAGS = ["--preset", "13m", "--n_embd", "32", "--n_head", "2", "--block_size", "16", "--vocab_size", "96", "--batch_tokens", "64"]
+
+
+def tiny(name="gpt2", **model):
+    config = from_dict(merge(preset(name), TINY, {"model": model}))
+    return settle(config, CPU, torch.float32, 1)[0]
+
+
+def loss_of(name, config, weights=None):
+    """The loss of a contender's first step, of another's with these weights of ours."""
+    batches = random_batches(config, config.optimizer.micro_batch_size, 1, seed=1)
+    step = CONTENDERS[name](config, CPU, torch.float32, 1, Processes())
+    if weights:
+        with torch.no_grad():
+            for key, value in step.model.state_dict().items():
+                source = weights[our_name(name, key)]
+                flipped = name == "transformers" and key.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
+                value.copy_(source.T if flipped else source)
+    return step(batches).item()
+
+
+def our_name(name, key):
+    first, _, rest = key.partition(".")
+    if name == "transformers" or first == "lm_head":
+        return key
+    if first == "blocks":
+        return "transformer.h." + rest.replace("mlp.0", "mlp.c_fc").replace("mlp.2", "mlp.c_proj")
+    return f"transformer.{key}"
+
+
+def our_weights(config):
+    model = GPT.empty(config.model)
+    fill_weights(model, config.seed)
+    return dict(model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["pytorch", "transformers"])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "relu"])
+def test_contenders_are_the_same_model(name, activation):
+    config = tiny(activation=activation)
+    assert loss_of(name, config, our_weights(config)) == pytest.approx(loss_of("pilesmith", config), rel=1e-5)
+
+
+def test_rotary_contenders_agree():
+    config = tiny("2b")
+    assert loss_of("pytorch", config, our_weights(config)) == pytest.approx(loss_of("pilesmith", config), rel=1e-5)
+
+
+def test_what_cannot_be_expressed_is_refused():
+    with pytest.raises(Unsupported, match="learned positions only"):
+        contenders.classic(tiny("2b"), CPU, torch.float32, 1, Processes())
+    with pytest.raises(Unsupported, match="needs a GPU"):
+        contenders.transformers_liger(tiny(), CPU, torch.float32, 1, Processes())
+
+
+def test_a_steps_memory_is_what_it_adds():
+    kept = torch.zeros(64 << 20, dtype=torch.uint8)
+    for size in (96 << 20, 32 << 20):  # the second finds what the first has freed, and must not profit from it
+        assert meters.step_bytes(lambda: torch.ones(size, dtype=torch.uint8), CPU) == pytest.approx(size, rel=0.05)
+    assert meters.energy_j(CPU) is None and len(kept)
+
+
+def test_a_comparison_from_the_command_line(tmp_path, capsys, validate):
+    file = tmp_path / "out.json"
+    options = ["--compare", "classic,transformers-liger", "--steps", "3", "--warmup", "1", "--gpu_memory", "rtx3090", "--out", str(file)]
+    assert throughput.main([*FLAGS, *options]) == 0
+    payload = json.loads(file.read_text())
+    validate(payload, "throughput")
+    assert payload["results"]["transformers-liger"] == "not run: Liger-Kernel needs a GPU"
+    assert payload["results"]["pilesmith"]["steps"] == payload["results"]["classic"]["steps"] == 3
+    assert payload["results"]["pilesmith"]["last_loss"] < payload["results"]["pilesmith"]["first_loss"]
+    assert payload["config"]["optimizer"]["micro_batch_size"] == 4 and payload["gpu_memory_bytes"] > 20 * 2**30
+    assert "ours is" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # DeepSpeed in two processes
+def test_two_processes_share_a_batch():
+    config = from_dict(merge(preset("gpt2"), TINY, {"optimizer": {"micro_batch_size": 1}}))
+    job = Job("pilesmith", config, processes=2, threads=1)
+    measured = throughput.compare({"two": job}, warmup=1, steps=1)["two"]
+    assert isinstance(measured, Measured) and len(measured.steps) == 1
+    assert measured.config.strategy.strategy == "zero"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--compare", "megatron"], "--compare knows pilesmith"),
+        (["--gpu_memory", "lots"], "no size of memory"),
+        (["--steps", "0"], "must be positive"),
+        (["--n_heads", "3"], "did you mean 'n_head'"),
+        (["--processes", "2", "--compare"], "one process"),
+    ],
+)
+def test_mistakes_are_said(flags, message, capsys):
+    assert throughput.main([*FLAGS, *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_summary():
+    measured = Measured(tiny(), None, 5.0, 7, steps=[(2.0, 4.0), (1.0, 3.0), (4.0, 2.0)], energy_j=30.0)
+    measured.saw(10, 20)
+    measured.saw(8, 30)
+    row = summarise(measured, peak_flops_s=640.0, flops=10)
+    assert row["tokens_per_s"] == 32.0 and row["mfu"] == 0.5 and row["tokens_per_j"] == pytest.approx(6.4)
+    assert (row["peak_bytes"], row["reserved_bytes"], row["step_bytes"], row["last_loss"]) == (10, 30, 7, 2.0)
+    assert row["step_s_quartiles"] == [1.5, 2.0, 3.0]
