@@ -17,7 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.tokenizer import load_encoding
-from tools.token_file import Description, PrepareError, Source, description_path, read_description, write_whole
+from tools.disk import write_whole
+from tools.token_file import Description, PrepareError, Source, description_path, read_description
 
 HDF5_SUFFIXES = (".h5", ".hdf5")
 BLOCK_TOKENS = 4 << 20
@@ -31,7 +32,7 @@ def convert(source: Path, target: Path, tokenizer_name: str = "r50k_base") -> in
     """
     to_hdf5 = target.suffix in HDF5_SUFFIXES
     if to_hdf5 == (source.suffix in HDF5_SUFFIXES):
-        raise PrepareError(f"{source} and {target}: one must be HDF5 ({', '.join(HDF5_SUFFIXES)}), the other a token file")
+        raise PrepareError(f"{source}, {target}: one must be HDF5 ({', '.join(HDF5_SUFFIXES)}), the other a token file")
     if target.exists():
         raise PrepareError(f"{target} is there already: move it away, or name another file")
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
@@ -152,7 +153,8 @@ def _compare(ids, others, source: Path, target: Path) -> None:
     for start, block in _blocks(ids, "comparing"):
         different = np.flatnonzero(block != others[start : start + len(block)])
         if different.size:
-            raise PrepareError(f"{target} would differ from {source} at place {start + different[0]}: look for a failing disk")
+            at = start + different[0]
+            raise PrepareError(f"{target} would differ from {source} at place {at}: look for a failing disk")
 
 
 def _token_lengths(encoding) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Documents out of shards: `.jsonl.zst`, `.jsonl.gz` and `.jsonl`, one JSON object with a `text` a line.
 
-A shard is cut into chunks of whole lines, and a chunk is parsed on its own, so that several can be at once. What a shard
-should not contain becomes a `Problem` with its line. Lines of white space are passed over; they count as lines, no more.
+A shard is cut into chunks of whole lines, and a chunk is parsed on its own, so that several can be at once. What a
+shard should not contain becomes a `Problem` with its line. Lines of white space are passed over: they count as lines,
+no more.
 """
 import json
 import re
@@ -69,7 +70,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """The texts of a chunk in their order, UTF-8, none empty; how many lines it has, and its problems in their order."""
+    """The texts of a chunk, UTF-8, none empty; how many lines it has; its problems; all in their order."""
 
     texts: list[bytes]
     lines: int
@@ -79,9 +80,9 @@ class Documents:
 class ChunkReader:
     """Cuts a shard into chunks. Where they end depends on the shard and `chunk_bytes` alone.
 
-    max_objects limits the lines that are not white space. position: uncompressed bytes up to the end of the last chunk;
-    objects: lines so far that are not white space, counted only where they are limited; ended: there are no more chunks;
-    spare: a place for the `data` of chunks that nobody needs any more, to be used again.
+    max_objects limits the lines that are not white space. position: uncompressed bytes up to the end of the last
+    chunk; objects: lines so far that are not white space, counted only where they are limited; ended: there are no more
+    chunks; spare: a place for the `data` of chunks that nobody needs any more, to be used again.
     """
 
     def __init__(self, stream: ShardStream, chunk_bytes: int = CHUNK_BYTES, max_objects: int | None = None) -> None:
@@ -216,7 +217,7 @@ def _parse_carefully(line: memoryview) -> tuple[bytes, tuple[str, str] | None]:
 
 
 def _parse_long_line(line: memoryview) -> bytes:
-    """Return the text of a line; a str of it, which takes four bytes a character for one emoji in it, is never whole."""
+    """Return the text of a line, decoded in pieces: one emoji makes a str of all of it four bytes a character."""
     with memoryview(_raw_decoder.decode(line).text) as literal:
         if literal[:1] != b'"':
             return _string_decoder.decode(literal).encode()  # which says what it is instead

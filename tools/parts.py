@@ -8,11 +8,10 @@ has come. When all are, the JSON and at last `X.bin` itself get their names.
 Whoever is killed at any point, the next run goes on from the records and the state. Segments are not brought to the
 disk one by one: after a power failure their checksums tell which of them are to be made again.
 """
-import errno
-import fcntl
 import glob
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,21 +22,13 @@ from typing import BinaryIO
 import msgspec
 import numpy as np
 
+from tools.disk import append_file, checksum, is_at, lock, sync_folder, try_lock, write_all, write_whole
 from tools.documents import CHUNK_BYTES, Problem
-from tools.token_file import (
-    FORMAT,
-    Description,
-    PrepareError,
-    Source,
-    description_path,
-    read_description,
-    sync_folder,
-    write_whole,
-)
+from tools.token_file import FORMAT, Description, PrepareError, Source, description_path, read_description
 
 SEGMENT_CHUNKS = 8
 MERGED_AT_ONCE = 16  # segments to one state on disk
-COPY_BYTES = 8 << 20
+PATIENCE_S = 5  # for the helpers of a run that was killed to end as well
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,7 +95,7 @@ class Segment:
     def finish(self, end: Place, sha256: str | None) -> None:
         """Make the segment count; PrepareError where the input changed meanwhile."""
         if not self.source.is_of(Source.of(self.input)):
-            raise PrepareError(f"{self.input} changed while it was read: run the same command again when it is complete")
+            raise PrepareError(f"{self.input} changed while it was read: run the same command again when it is done")
         self.source.file_sha256 = sha256
         tokens, record = self._workspace.segment_files(self.input, self.number)
         os.replace(self._file.name, tokens)
@@ -134,29 +125,31 @@ class Workspace:
 
         PrepareError where one is on. The lock is the system's: it ends with the process, however that ends.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._lock("lock", shared=shared) as mine:
-            if not mine:
+        with lock(self.folder / "lock", shared=shared) as mine:
+            if not (mine and (shared or self._alone())):
                 raise PrepareError(f"another run is preparing {self.file}: wait for it, or choose another output")
             yield
+
+    def _alone(self) -> bool:
+        """Whether no helper is at work, or the last one ends soon: its own run is gone."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            with lock(self.folder / "helpers") as alone:
+                if alone or time.monotonic() > deadline:
+                    return alone
+            time.sleep(0.02)
+
+    @contextmanager
+    def helping(self) -> Iterator[bool]:
+        """Be a helper of the run that has the lock."""
+        with lock(self.folder / "helpers", shared=True) as welcome:
+            yield welcome
 
     @contextmanager
     def owning(self, source: Path) -> Iterator[bool]:
         """Be the first process at an input, unless another is."""
-        with self._lock(f"{source.name}.owner") as mine:
+        with lock(self.folder / f"{source.name}.owner") as mine:
             yield mine
-
-    @contextmanager
-    def _lock(self, name: str, *, shared: bool = False) -> Iterator[bool]:
-        path = self.folder / name
-        while True:
-            with open(path, "a") as file:
-                mine = try_lock(file, shared=shared)
-                if mine and not _is_at(file, path):  # removed by the run before, between opening and locking it here
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    continue
-                yield mine
-                return
 
     def segment_files(self, source: Path, number: int) -> tuple[Path, Path]:
         """Return the paths of a finished segment's ids and record."""
@@ -176,15 +169,14 @@ class Workspace:
         return record if self._is_current(record.source, source) else None
 
     def _is_current(self, recorded: Source, source: Path) -> bool:
-        """Whether a record is of an input as it is now. One whose time changed, as copies do, is hashed if that can tell."""
+        """Whether a record is of an input as it is now; where only the time changed, as a copy's does, by its hash."""
         now = Source.of(source)
         if recorded.is_of(now):
             return True
         key = source, recorded.file_mtime_ns, now.file_mtime_ns
         if key not in self._same:
-            self._same[key] = recorded.file_bytes == now.file_bytes and any(
-                other.is_of(recorded) and other.file_sha256 and other.is_still(source) for other in self._recorded(source)
-            )
+            hashed = (other for other in self._recorded(source) if other.is_of(recorded) and other.file_sha256)
+            self._same[key] = recorded.file_bytes == now.file_bytes and any(other.is_still(source) for other in hashed)
         return self._same[key]
 
     def _recorded(self, source: Path) -> Iterator[Source]:
@@ -195,7 +187,7 @@ class Workspace:
         yield from (recorded for recorded in self._read_state().sources if recorded.file == source.name)
 
     def place_after(self, source: Path, number: int) -> Place | None:
-        """Return a place in an input before which all is done and which lies after segment `number`, None if that is not."""
+        """Return a place after a segment up to which an input is done, None where that segment is not."""
         if record := self.record(source, number):
             return record.end
         # Read in this order: a segment that is merged between the two is in the state before its record goes.
@@ -206,7 +198,7 @@ class Workspace:
         """Return a segment to be written, None where another process has it or it is finished."""
         path = self.folder / f"{source.name}.{number:05}.part"
         file = open(path, "ab", buffering=0)
-        if not try_lock(file) or not _is_at(file, path):
+        if not try_lock(file) or not is_at(file, path):
             file.close()
             return None
         segment = Segment(self, source, number, file)
@@ -245,7 +237,7 @@ class Workspace:
         return description if still else None
 
     def tidy(self) -> list[str]:
-        """Remove what is damaged, of other settings, or of inputs as they were before; return the names of these inputs."""
+        """Remove what is damaged, of other settings, or of inputs as they were before; return these inputs' names."""
         names = set()
         inputs = {source.name: source for source in self.inputs}
         for path in self.folder.glob("*.?????.json"):
@@ -262,9 +254,9 @@ class Workspace:
         return sorted(names)
 
     def reuse(self) -> list[str]:
-        """Take over what the token file that is there begins with, as far as the inputs are the same; return their names.
+        """Take over what the token file that is there begins with, as far as inputs are the same; return their names.
 
-        So a file of one more shard takes the time of that shard. OSError where the disk is full.
+        So a file with one more shard takes the time of that shard. OSError where the disk is full.
         """
         description = read_description(self.file)
         if description is None or not self.settings.made(description):
@@ -278,17 +270,17 @@ class Workspace:
             self._write_merged(Merged(settings=self.settings, sources=same, bytes=size), file)
         return [source.file for source in same]
 
-    def merge(self) -> bool:
-        """Append to `merged` the segments that are next; return whether another process is at it instead."""
-        with self._lock("merging") as mine:
-            if mine:
-                merged = self._read_merged()
-                with self._appending(merged) as file:
-                    while added := self._append(merged, file):
-                        self._write_merged(merged, file)
-                        for path in added:
-                            path.unlink()
-            return not mine
+    def merge(self) -> None:
+        """Append to `merged` the segments that are next, unless another process is doing that."""
+        with lock(self.folder / "merging") as mine:
+            if not mine:
+                return
+            merged = self._read_merged()
+            with self._appending(merged) as file:
+                while added := self._append(merged, file):
+                    self._write_merged(merged, file)
+                    for path in added:
+                        path.unlink()
 
     def _append(self, merged: Merged, file: BinaryIO) -> list[Path]:
         """Append up to MERGED_AT_ONCE segments; return the paths of what is not needed any more."""
@@ -313,7 +305,7 @@ class Workspace:
         return added
 
     def publish(self, vocab_size: int, end_of_text: int) -> Description:
-        """Give the merged file its name, its JSON first, and remove the folder; PrepareError where there is no token."""
+        """Give the merged file its name, its JSON first, and remove the folder; PrepareError where it is empty."""
         sources = self._read_merged().sources
         description = Description(
             tokenizer=self.settings.tokenizer,
@@ -328,7 +320,7 @@ class Workspace:
         )
         if description.tokens == 0:
             raise PrepareError(f"no text in {', '.join(source.file for source in sources)}: there is nothing to write")
-        # A token file without its JSON would pass for GPT-2's, one with another's for damaged; a JSON alone harms no one.
+        # A token file without its JSON would pass for GPT-2's, one with another's for damaged; a JSON alone is nothing.
         self.file.unlink(missing_ok=True)
         content = msgspec.json.format(msgspec.json.encode(description), indent=2) + b"\n"
         write_whole(self.folder / "description", content)
@@ -388,50 +380,3 @@ class Workspace:
             except BaseException:
                 file.truncate(min(self._read_state().bytes, os.fstat(file.fileno()).st_size))
                 raise
-
-
-def append_file(source: Path, size: int, target: BinaryIO) -> None:
-    """Append the first size bytes of a file to another, where the system can without moving them."""
-    with open(source, "rb", buffering=0) as file:
-        try:
-            while size and (count := os.copy_file_range(file.fileno(), target.fileno(), size)):
-                size -= count
-        except (AttributeError, OSError) as error:
-            if getattr(error, "errno", None) not in (None, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-        while size and (block := file.read(min(size, COPY_BYTES))):
-            write_all(target, block)
-            size -= len(block)
-
-
-def checksum(path: Path) -> int:
-    """Return the CRC-32 of a file."""
-    crc32 = 0
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(COPY_BYTES):
-            crc32 = zlib.crc32(block, crc32)
-    return crc32
-
-
-def write_all(file: BinaryIO, content: bytes | memoryview) -> None:
-    """Write to an unbuffered file, which may take less than it is given."""
-    with memoryview(content) as view:
-        written = 0
-        while written < len(view):
-            written += file.write(view[written:])
-
-
-def try_lock(file: BinaryIO, *, shared: bool = False) -> bool:
-    """Take the system's lock on an open file, if it is free."""
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_at(file: BinaryIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False

@@ -1,9 +1,9 @@
 """One process's share of preparing: segments decompressed, parsed, encoded, written and merged at the same time.
 
-The thread that calls reads and writes, a pool of threads parses and encodes, one more merges. Decompression and encoding
-release the GIL. Other processes may be at the same inputs: each reads an input from end to end and takes the segments
-that nobody has; those that others have it only decompresses. So one huge shard keeps as many cores busy as its
-decompressor can feed, and nothing is divided up beforehand.
+The thread that calls reads and writes, a pool of threads parses and encodes, one more merges. Decompression and
+encoding release the GIL. Other processes may be at the same inputs: each reads an input from end to end and takes the
+segments that nobody has; those that others have it only decompresses. So one huge shard keeps as many cores busy as
+its decompressor can feed, and nothing is divided up beforehand.
 """
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -74,7 +74,7 @@ class Pipeline:
         self._of_thread = local()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
         self._merger = ThreadPoolExecutor(1, thread_name_prefix="merge") if merging else None
-        self._merging: Future[bool] | None = None
+        self._merging: Future[None] | None = None
         self._pending: deque[Pending] = deque()
         self._in_flight = 0
         self._taken: set[Segment] = set()
@@ -121,12 +121,14 @@ class Pipeline:
                 place = self._read_segment(reader, stream, place, segment)
 
     def _read_segment(self, reader: ChunkReader, stream: ShardStream, place: Place, segment: Segment | None) -> Place:
-        """Read to the end of the segment that begins at `place`, which is where it returns; encode it if it is taken."""
+        """Read the segment that begins at `place`, and have it encoded if it is taken; return where it ends."""
         for _ in range(self._workspace.settings.segment_chunks):
             consumed = stream.consumed
             chunk = reader.next_chunk()
             if segment:
                 self._submit(chunk, segment, stream.consumed - consumed, reader.spare)
+            elif len(chunk.data) == self._workspace.settings.chunk_bytes:
+                reader.spare.append(chunk.data)
             if reader.ended:
                 break
         end = Place(
@@ -147,7 +149,7 @@ class Pipeline:
         self._write_down_to(self._depth)
 
     def _write_down_to(self, depth: int) -> None:
-        """Write what is encoded, and wait for it while more than `depth` chunks, or too many bytes, are on their way."""
+        """Write what is encoded; wait for it while more than `depth` chunks, or too many bytes, are on their way."""
         while self._pending:
             oldest = self._pending[0]
             waiting = len(self._pending) > depth or self._in_flight > IN_FLIGHT_BYTES

@@ -5,8 +5,8 @@
     python tools/prepare.py --shard 2/4                  the second of four machines' share of the work ...
     python tools/prepare.py --merge                      ... and, when all four are done, one file of all shares
 
-Interrupted, the same command goes on where it was; finished, it does nothing. What a shard should not contain is counted
-and listed at the end, and the rest prepared; --strict stops at the first line that would be lost or changed.
+Interrupted, the same command goes on where it was; finished, it does nothing. What a shard should not contain is
+counted and listed at the end, and the rest prepared; --strict stops at the first line that would be lost or changed.
 """
 import argparse
 import errno
@@ -56,10 +56,10 @@ def prepare(
 ) -> list[Source]:
     """Write the documents of `inputs`, in order, to `out_file` and `out_file`.json; return what each input gave.
 
-    max_data: JSON objects taken of each input, None for all. workers: threads that parse and encode, None for as many as
-    cores may be used. shard (i, n): only prepare the i-th, from 1, of n shares of the inputs; the file is then made by a
-    call with `merge`, which prepares nothing. PrepareError says what went wrong, where, and what to do; what is done by
-    then is kept for the next call.
+    max_data: JSON objects taken of each input, None for all. workers: threads that parse and encode, None for as many
+    as cores may be used. shard (i, n): only prepare the i-th, from 1, of n shares of the inputs; the file is then made
+    by a call with `merge`, which prepares nothing. PrepareError says what went wrong, where, and what to do; what is
+    done by then is kept for the next call.
     """
     _check_names(inputs)
     try:
@@ -73,7 +73,8 @@ def prepare(
                 workspace.remove()
             if strict:
                 _refuse_losses(inputs, description.sources)
-            print(f"{out_file} is there: {description.tokens} tokens of {description.documents} documents; nothing to do")
+            made = f"{description.tokens} tokens of {description.documents} documents"
+            print(f"{out_file}: {made} are there, nothing to do")
             return description.sources
         if shard is None:
             _take_over(workspace)
@@ -172,9 +173,9 @@ def _explained(workspace: Workspace) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise PrepareError(f"{error.filename or workspace.file}: {error.strerror}") from error
-        free = shutil.disk_usage(workspace.file.parent).free
+        free = shutil.disk_usage(workspace.file.parent).free / 1e6
         raise PrepareError(
-            f"no room left for {workspace.file} ({free / 1e6:.0f} MB free): what is done is kept in {workspace.folder}. "
+            f"no room left for {workspace.file} ({free:.0f} MB free): what is done is kept in {workspace.folder}. "
             "Free some space and run the same command again"
         ) from error
 
@@ -217,10 +218,13 @@ def main(arguments: list[str] | None = None) -> int:
         epilog=__doc__.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--train_dir", type=Path, default=Path("data/train"), help="default %(default)s")
-    parser.add_argument("--val_dir", type=Path, default=Path("data/val"), help="default %(default)s")
-    parser.add_argument("--out_train_file", type=Path, default=Path("data/train/pile_train.bin"), help="default %(default)s")
-    parser.add_argument("--out_val_file", type=Path, default=Path("data/val/pile_dev.bin"), help="default %(default)s")
+    for name, path in (
+        ("--train_dir", "data/train"),
+        ("--val_dir", "data/val"),
+        ("--out_train_file", "data/train/pile_train.bin"),
+        ("--out_val_file", "data/val/pile_dev.bin"),
+    ):
+        parser.add_argument(name, type=Path, default=Path(path), help="default %(default)s")
     parser.add_argument("--tokenizer_name", default="r50k_base", help="any of tiktoken's, default %(default)s")
     parser.add_argument("--max_data", type=positive, metavar="N", help="JSON objects of each shard (default all)")
     parser.add_argument("--workers", type=positive, metavar="N", help="threads (default: the cores that may be used)")

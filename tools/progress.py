@@ -29,8 +29,8 @@ class Progress:
             self._text_bytes += work.bytes
             self._tokens += work.tokens
             seconds = max(time.monotonic() - self._started, 1e-3)
-            rates = f"{self._text_bytes / seconds / 1e6:.0f} MB/s of text, {self._tokens / seconds / 1e6:.1f} M tokens/s"
-            self._bar.set_postfix_str(rates, refresh=False)
+            text, tokens = self._text_bytes / seconds / 1e6, self._tokens / seconds / 1e6
+            self._bar.set_postfix_str(f"{text:.0f} MB/s of text, {tokens:.1f} M tokens/s", refresh=False)
             self._bar.update(work.consumed)
 
     def __enter__(self) -> "Progress":

@@ -9,6 +9,7 @@ import zstandard
 
 READ_BYTES = 1 << 20
 CAREFUL_BYTES = 1 << 10
+MAX_WINDOW_BYTES = 512 << 20  # of memory that a frame may ask for; `zstd --long=29`
 ZSTD_MAGIC = 0xFD2FB528
 SKIPPABLE_MAGIC = 0x184D2A50  # and the 15 that follow
 
@@ -16,8 +17,8 @@ SKIPPABLE_MAGIC = 0x184D2A50  # and the 15 that follow
 class ShardStream:
     """Reads a `.zst`, `.gz` or plain file; any number of frames or members follow one another.
 
-    At the end `fault` is None, or (kind of documents.LOSSES, what the library said) where the file is cut off or damaged,
-    and `sha256` is that of the file, None where there is a fault.
+    At the end `fault` is None, or (kind of documents.LOSSES, what the library said) where the file is cut off or
+    damaged, and `sha256` is that of the file, None where there is a fault.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,7 +32,7 @@ class ShardStream:
         self._position = 0
         self._careful = False
         if self.path.suffix == ".zst":
-            decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+            decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
             self._reader = decompressor.stream_reader(self._source, read_size=READ_BYTES, read_across_frames=True)
         elif self.path.suffix == ".gz":
             self._reader = gzip.GzipFile(fileobj=self._source)
@@ -86,7 +87,7 @@ class ShardStream:
 
 
 class _Source:
-    """A file that hashes what is read, and follows zstd's frames: the library does not tell when the last one is cut off.
+    """A file that hashes what is read and follows zstd's frames, since the library does not tell when one is cut off.
 
     The format is RFC 8878: a frame is a header, blocks with three bytes of header each, and maybe a checksum.
     """

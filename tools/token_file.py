@@ -1,6 +1,5 @@
 """What a token file says of itself: the JSON beside the flat ids."""
 import functools
-import os
 from pathlib import Path
 
 import msgspec
@@ -39,13 +38,11 @@ class Source(msgspec.Struct, kw_only=True):
 
     def is_of(self, other: "Source") -> bool:
         """Whether both are of one state of one file."""
-        mine, others = (
-            (source.file, source.file_bytes, source.file_mtime_ns) for source in (self, other)
-        )
+        mine, others = ((source.file, source.file_bytes, source.file_mtime_ns) for source in (self, other))
         return mine == others
 
     def is_still(self, path: Path) -> bool:
-        """Whether `path` is the input this tells of. One whose time changed, as copies do, is hashed, if that can tell."""
+        """Whether `path` is the input this tells of; where only the time changed, as a copy's does, by its hash."""
         now = Source.of(path)
         if self.is_of(now):
             return True
@@ -109,26 +106,3 @@ def read_description(file: Path) -> Description | None:
     except (FileNotFoundError, msgspec.DecodeError):
         return None
     return description if size == description.tokens * np.dtype(description.dtype).itemsize else None
-
-
-def write_whole(path: Path, content: bytes, *, sync: bool = True) -> None:
-    """Write a small file that appears whole or not at all; with `sync` it is on the disk when this returns."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

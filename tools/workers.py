@@ -137,8 +137,10 @@ def help_out() -> None:
     try:
         encoder = TextEncoder(job.settings.tokenizer)
         workspace = Workspace(Path(job.file), [Path(path) for path in job.inputs], job.settings, encoder.dtype)
-        with Pipeline(workspace, encoder, job.threads, _tell, merging=job.merging) as pipeline:
-            pipeline.run([workspace.inputs[i] for i in job.mine])
+        with workspace.helping() as welcome:
+            if welcome:
+                with Pipeline(workspace, encoder, job.threads, _tell, merging=job.merging) as pipeline:
+                    pipeline.run([workspace.inputs[i] for i in job.mine])
     except (PrepareError, OSError) as error:
         _tell(Failure.of(error))
 

@@ -1,4 +1,4 @@
-"""HDF5 of the classic script to token files and back: the same ids, checked; what is wrong is refused, nothing is left."""
+"""HDF5 of the classic script to token files and back: the same ids; what is wrong is refused, and nothing is left."""
 import builtins
 import subprocess
 import sys
@@ -61,8 +61,8 @@ def test_a_last_document_without_its_end_counts(tmp_path: Path) -> None:
 
 
 def test_other_integers_and_wide_ids(tmp_path: Path, monkeypatch) -> None:
-    special = {"<|endoftext|>": 70_000}
-    encoding = tiktoken.Encoding("wide", pat_str=".", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens=special)
+    ranks, special = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 70_000}
+    encoding = tiktoken.Encoding("wide", pat_str=".", mergeable_ranks=ranks, special_tokens=special)
     monkeypatch.setattr(convert_hdf5, "load_encoding", lambda name: encoding)
     expected = [*range(256), 70_000]
     convert(classic(tmp_path / "a.h5", expected, np.int64), tmp_path / "a.bin", "wide")
@@ -93,8 +93,8 @@ def test_ids_out_of_range_are_refused(tmp_path: Path, bad: int, place: int) -> N
 def test_ids_beyond_int32_are_refused(tmp_path: Path) -> None:
     np.array([1, 2**31], "<u4").tofile(tmp_path / "a.bin")
     description_path(tmp_path / "a.bin").write_text(
-        '{"tokenizer": "x", "vocab_size": 4294967295, "end_of_text": 1, "dtype": "uint32", "tokens": 2, "documents": 1, '
-        '"bytes": 2, "sources": []}'
+        '{"tokenizer": "x", "vocab_size": 4294967295, "end_of_text": 1, "dtype": "uint32", "tokens": 2, '
+        '"documents": 1, "bytes": 2, "sources": []}'
     )
     with pytest.raises(PrepareError, match="id 2147483648, more than HDF5's int32"):
         convert(tmp_path / "a.bin", tmp_path / "a.h5")

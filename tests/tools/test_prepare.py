@@ -136,7 +136,8 @@ def test_helpers_share_one_shard(small_segments: None, tmp_path: Path, monkeypat
 
 
 def test_what_should_not_be_there_is_listed(tmp_path: Path) -> None:
-    lines = ["nonsense"] * 7 + ['{"text": "kept"}', '{"txt": 1}', '{"text": "half \\ud800"}', '{"text": "<|endoftext|>"}']
+    odd = ['{"text": "kept"}', '{"txt": 1}', '{"text": "half \\ud800"}', '{"text": "<|endoftext|>"}']
+    lines = ["nonsense"] * 7 + odd
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     cut_off = shard(tmp_path / "b.jsonl.zst", texts(30))
     cut_off.write_bytes(cut_off.read_bytes()[:-1])
@@ -520,7 +521,8 @@ def test_another_tokenizer_takes_nothing_over(inputs, expected, tmp_path: Path) 
 
 
 def test_a_tokenizer_without_a_separator_is_refused(tmp_path: Path, monkeypatch) -> None:
-    encoding = tiktoken.Encoding("bare", pat_str=".", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={})
+    ranks = {bytes([i]): i for i in range(256)}
+    encoding = tiktoken.Encoding("bare", pat_str=".", mergeable_ranks=ranks, special_tokens={})
     monkeypatch.setattr(text_encoders, "load_encoding", lambda name: encoding)
     with pytest.raises(ValueError, match="'bare' has no <|endoftext|>"):
         text_encoders.TextEncoder("bare")
@@ -540,7 +542,10 @@ ERRORS = {
     "no folder": ([], r"train does not exist .*python tools/download.py"),
     "empty folder": (["train"], r"train holds no shards .*python tools/download.py"),
     "no val": (["train/a.jsonl"], r"val does not exist"),
-    "unknown tokenizer": (["train/a.jsonl", "val/a.jsonl", "--tokenizer_name=r60k"], r"unknown tokenizer 'r60k'; known: .*r50k_base"),
+    "unknown tokenizer": (
+        ["train/a.jsonl", "val/a.jsonl", "--tokenizer_name=r60k"],
+        r"unknown tokenizer 'r60k'; known: .*r50k_base",
+    ),
     "no text at all": (["train/a.jsonl", "val/a.jsonl"], r"no text in a.jsonl: there is nothing to write"),
     "output in a file": (["train/a.jsonl", "val/a.jsonl", "--out_train_file=/dev/null/x"], r"/dev/null"),
 }
@@ -598,7 +603,7 @@ def test_a_terminal_shows_rates_and_time_left(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_stays_far_under_two_gigabytes(tmp_path: Path) -> None:
-    """Three documents of 200 MB, of the kind that takes most: one emoji makes Python's string four bytes a character."""
+    """Three documents of 200 MB, of the kind that takes most: with an emoji a str has four bytes a character."""
     unit = json.dumps(" ".join(TEXTS[:3]) * 1000, ensure_ascii=False)[1:-1].encode()
     path = tmp_path / "train" / "00.jsonl.zst"
     path.parent.mkdir()

@@ -1,0 +1,97 @@
+"""Files that are whole or absent, locks that end with their process, and moving bytes between files."""
+import errno
+import fcntl
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+COPY_BYTES = 8 << 20
+NO_COPY_FILE_RANGE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # across file systems, or on old ones
+
+
+def write_whole(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Write a small file that appears whole or not at all; with `sync` it is on the disk when this returns."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_all(file: BinaryIO, content: bytes | memoryview) -> None:
+    """Write to an unbuffered file, which may take less than it is given."""
+    with memoryview(content) as view:
+        written = 0
+        while written < len(view):
+            written += file.write(view[written:])
+
+
+def append_file(source: Path, size: int, target: BinaryIO) -> None:
+    """Append the first `size` bytes of a file to another; some file systems then share them between the two."""
+    with open(source, "rb", buffering=0) as file:
+        try:
+            while size and (count := os.copy_file_range(file.fileno(), target.fileno(), size)):
+                size -= count
+        except AttributeError:  # not Linux
+            pass
+        except OSError as error:
+            if error.errno not in NO_COPY_FILE_RANGE:
+                raise
+        while size and (block := file.read(min(size, COPY_BYTES))):
+            write_all(target, block)
+            size -= len(block)
+
+
+def checksum(path: Path) -> int:
+    """Return the CRC-32 of a file."""
+    crc32 = 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(COPY_BYTES):
+            crc32 = zlib.crc32(block, crc32)
+    return crc32
+
+
+@contextmanager
+def lock(path: Path, *, shared: bool = False) -> Iterator[bool]:
+    """Hold the system's lock on a file, which is made where it is missing; False where another process holds it."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            if not (mine := try_lock(file, shared=shared)) or is_at(file, path):
+                yield mine
+                return
+        # Whoever had the lock has removed the file, between opening and locking it here: this lock keeps no one out.
+
+
+def try_lock(file: BinaryIO, *, shared: bool = False) -> bool:
+    """Take the system's lock on an open file, if it is free."""
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
