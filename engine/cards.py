@@ -4,6 +4,7 @@ Peaks are the vendors' published figures for dense matrix products with fp32 acc
 never the sparse figure, never GeForce's doubled rate with fp16 accumulation. Where a chip has no such unit, the entry
 is the rate at which PyTorch multiplies that dtype there.
 """
+
 import difflib
 import re
 from dataclasses import dataclass
@@ -119,10 +120,10 @@ CARDS: tuple[Card, ...] = CLASSIC + (
     _card("H100", "cuda:90", 80, 79.10, 3350, (989.4, 989.4, 66.9), PCIE5_X16, "NVIDIA H100 whitepaper, SXM5",
           "H100 80GB HBM3", link_gb=450),
     _card("H100 PCIe", "cuda:90", 80, 79.10, 2000, (756, 756, 51.2), PCIE5_X16, "NVIDIA H100 whitepaper, PCIe"),
-    _card("H100 NVL", "cuda:90", 94, 93.0, 3900, (835, 835, 60), PCIE5_X16, "NVIDIA H100 datasheet, sparse figure halved",
-          link_gb=300),
-    _card("H200", "cuda:90", 141, 139.80, 4800, (989.4, 989.4, 66.9), PCIE5_X16, "NVIDIA H200 datasheet, sparse figure halved",
-          link_gb=450),
+    _card("H100 NVL", "cuda:90", 94, 93.0, 3900, (835, 835, 60), PCIE5_X16,
+          "NVIDIA H100 datasheet, sparse figure halved", link_gb=300),
+    _card("H200", "cuda:90", 141, 139.80, 4800, (989.4, 989.4, 66.9), PCIE5_X16,
+          "NVIDIA H200 datasheet, sparse figure halved", link_gb=450),
     _card("MI210", "hip:gfx90a", 64, 63.98, 1638, (181, 181, 22.6), PCIE4_X16, "AMD Instinct MI210 datasheet"),
     _card("MI250X", "hip:gfx90a", 64, 63.98, 1638, (191.5, 191.5, 23.9), PCIE4_X16,
           "AMD Instinct MI250X datasheet, one of its two dies: what torch sees as a device"),
@@ -134,7 +135,7 @@ _FAMILY = re.compile(r"\b(nvidia|amd|geforce|tesla|quadro|radeon|instinct|rtx|gt
 
 
 def _canonical(name: str) -> str:
-    """"NVIDIA GeForce RTX 3090", "rtx3090" and "3090" are all "3090"; an appended "Ti" or "Laptop GPU" stays."""
+    """What makes names equal: NVIDIA GeForce RTX 3090, rtx3090 and 3090 are "3090"; Ti and Laptop GPU stay."""
     lowered = name.lower().replace("radeon vii", "radeonvii")
     return re.sub(r"[^a-z0-9]", "", _FAMILY.sub(" ", lowered))
 
@@ -149,15 +150,15 @@ def find(device_name: str) -> Card | None:
 
 
 def get(name: str) -> Card:
-    """Return the card that a person calls `name`: "rtx3090", "RTX 3090" or "3090". ValueError with the nearest names."""
+    """Return the card that a person calls `name`: rtx3090, RTX 3090 or 3090. ValueError with the nearest names."""
     card = find(name)
     if card is None:
         names = {_canonical(card.name): card.name for card in CARDS}
         wanted = _canonical(name)
         near = [key for key in names if wanted and (key.startswith(wanted) or wanted.startswith(key))]
         near = near or difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
-        shown = [names[key] for key in near or names]
-        raise ValueError(f"unknown GPU {name!r}; " + (f"did you mean {' or '.join(shown)}?" if near else f"known: {', '.join(shown)}"))
+        meant = "did you mean " + " or ".join(names[key] for key in near) + "?"
+        raise ValueError(f"unknown GPU {name!r}; {meant if near else 'known: ' + ', '.join(names.values())}")
     return card
 
 

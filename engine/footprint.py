@@ -1,9 +1,11 @@
 """What a training step holds in memory, by formula: every way of keeping weights, states and activations.
 
-The formulas follow the code: what the ops in kernels/ save for the backward pass, what DeepSpeed 0.19 allocates for each
-stage (its tensors were counted, one and two processes), what autograd holds while gradients of a tied matrix meet.
-Shapes: B micro-batch, T tokens, C n_embd, H heads, V words, N parameters, n blocks. Sizes in bytes.
+The formulas follow the code: what the ops in kernels/ save for the backward pass, what DeepSpeed 0.19 allocates for
+each stage (its tensors were counted, one and two processes), what autograd holds while gradients of a tied matrix meet.
+What torch.compile saves instead is not in them. Sizes in bytes.
+Shapes: B micro-batch, T tokens, C n_embd, H heads, V words, N parameters, n blocks.
 """
+
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,10 +43,11 @@ DEEPSPEED_LIVE = 1_000_000_000  # elements of gathered parameters that stage 3 k
 class Method:
     """A way of keeping weights and optimizer states. Everything here is data: what runs, and what is preferred.
 
-    available: the engine runs it today in one process, and in several where `several` says so. rank: order of preference among methods of about equal speed, exactness first.
-    weights and moments as in engine/optimizer.py; `streamed`: master weights and moments lie in pinned host memory and
-    pass through the optimizer kernel a layer at a time; `in_backward`: each gradient is used and freed in the backward
-    pass, so there is no accumulation and no global clipping. stage: DeepSpeed's, 0 for ours; offload as in the config.
+    rank: order of preference among methods of about equal speed, exactness first. available: the engine runs it today
+    in one process, and in several where `several` says so. weights and moments as in engine/optimizer.py. streamed:
+    residuals and moments lie in pinned host memory and pass through the optimizer kernel a layer at a time.
+    in_backward: each gradient is used and freed in the backward pass, so there is no accumulation and no global
+    clipping. stage: DeepSpeed's, 0 for ours; offload as in the config.
     """
 
     name: str
@@ -65,9 +68,9 @@ def _resident(name: str, title: str, rank: int, available: bool = True, **kinds:
 
 
 def _zero(stage: int, offload: str, rank: int) -> Method:
-    moved = {"none": "", "optimizer": ", optimizer in host memory", "params": ", optimizer and parameters in host memory"}
-    name = f"zero-{stage}" + (f"-offload-{offload}" if offload != "none" else "")
-    title = f"DeepSpeed ZeRO stage {stage}{moved[offload]}"
+    moved = {"none": "", "optimizer": ", optimizer", "params": ", optimizer and parameters"}[offload]
+    name = f"zero-{stage}" + (f"-offload-{offload}" if moved else "")
+    title = f"DeepSpeed ZeRO stage {stage}{moved}" + (" in host memory" if moved else "")
     return Method(name=name, title=title, rank=rank, available=True, several=True, stage=stage, offload=offload)
 
 
@@ -170,8 +173,8 @@ def predict(
     """Return what one process of `gpus` holds at the fullest moment of a step over sequences of model.block_size.
 
     dtype: "bf16", "fp16" or "fp32". accumulates: gradients of an earlier micro-batch are there already. chip: a row of
-    kernels/dispatch.py; None for a CPU. traced: as torch's memory tracker sees it, without what ops hold inside and with
-    autograd adding gradients out of place, as it does under every dispatch mode.
+    kernels/dispatch.py; None for a CPU. traced: as torch's memory tracker sees it, without what ops hold inside and
+    with autograd adding gradients out of place, as it does under every dispatch mode.
     """
     sizes = Elements.of(model)
     states, host, extra = (_deepspeed if method.stage else _ours)(model, method, sizes, dtype, gpus)
@@ -192,8 +195,7 @@ def predict(
 
 def _ours(model: ModelConfig, method: Method, sizes: Elements, dtype: str, gpus: int) -> tuple[dict, dict, dict]:
     """Bytes of the states of our own strategy on the card and on the host, and its further moments."""
-    n = sizes.total
-    stored, computed = itemsizes(method, dtype)
+    n, stored = sizes.total, itemsizes(method, dtype)[0]
     master = 2 * (method.weights == "residual")
     moments = {"fp32": 8, "bf16": 4, "int8": 2 + 1 / BLOCK}[method.moments]
     card = {"weights": stored * n, "communication": 2 * DEEPSPEED_BUCKET * stored * (gpus > 1)}
@@ -226,8 +228,9 @@ def _deepspeed(model: ModelConfig, method: Method, sizes: Elements, dtype: str, 
             card["gradients"] = (4 + w) * n
             return card, {}, start | {"reduce": {"communication": (4 + w) * min(n, DEEPSPEED_REDUCE)}}
         card["gradients"] = 4 * (n if method.stage == 1 else share)
-        update = {1: 4 * share, 2: max(in_double, 4 * share * (dtype == "fp32")), 3: 4 * min(share, DEEPSPEED_LIVE)}[method.stage]
-        return card, {}, start | {"update": {"communication": update}}
+        # Another copy of gradients: stage 1's averages, stage 3's of a group of parameters, fp32 ones that are scaled.
+        copied = {1: 4 * share, 2: 4 * share * (dtype == "fp32"), 3: 4 * min(share, DEEPSPEED_LIVE)}[method.stage]
+        return card, {}, start | {"update": {"communication": max(copied, in_double)}}
     if method.stage == 1:
         card["gradients"] = 4 * n
     staging = w * max(sizes.head, sizes.largest) if method.stage < 3 else 0  # one parameter on its way, at both ends
@@ -262,12 +265,14 @@ def _moments(
     n, C = model.n_layer, model.n_embd
     w, a = itemsizes(method, dtype)
     cast = a if w != a else 0  # 16-bit copies of fp32 weights live as long as the backward pass needs them
-    stream, row, scores = B * model.block_size * C * a, B * model.block_size * 4, B * model.n_head * model.block_size * 4
+    rows = B * model.block_size
+    stream, statistics = rows * C * a, rows * 4  # one residual stream; one fp32 number a token
     tied = sizes.head * w * model.tie_head  # the head's gradient waits for that of the embedding
     # A block saves its input, the normed input, queries, keys and values, attention's output, the sum, the normed sum,
     # the MLP's hidden layer before and after the activation: 1 + 1 + 3 + 1 + 1 + 1 + 4 + 4; and statistics in fp32.
-    whole = 16 * stream + scores + 4 * row + 12 * C * C * cast
-    again = {"none": 0, "blocks": stream, "selective": 2 * stream + scores, "offloaded": 0}[recompute.kind]
+    whole = 16 * stream + (model.n_head + 4) * statistics + 12 * C * C * cast
+    attended = stream + model.n_head * statistics
+    again = {"none": 0, "blocks": stream, "selective": stream + attended, "offloaded": 0}[recompute.kind]
     queued = 2 * stream if recompute.kind == "offloaded" else 0
 
     def saved(blocks: int) -> int:
@@ -289,13 +294,13 @@ def _moments(
             return w * sizes.total
         return w * (blocks_done * sizes.block + (sizes.head if head_done and not model.tie_head else 0))
 
-    workspace = 0 if traced else _loss_workspace(model, B * model.block_size, a, chip)
+    workspace = 0 if traced else _loss_workspace(model, rows, a, chip)
     head = sizes.head * a
     scaled = 2 * 4 * min(sizes.head, SLAB_BYTES // a) if a < 4 else 0  # rounded in place, a slab in fp32 at a time
     moments = {
         "loss": {
             "gradients": gradients(0, False),
-            "saved_activations": saved(n) + stream + 2 * row,
+            "saved_activations": saved(n) + stream + 2 * statistics,
             "loss_workspace": 2 * stream + head + sizes.head * cast + workspace,
         },
         "head's backward": {
@@ -310,15 +315,15 @@ def _moments(
             "saved_activations": saved(i + 1),
             "working_layer": work + (whole - again if i < recompute.layers else 0),
         }
-    last = w * (sizes.total - sizes.head) if not (accumulates or method.stage or method.in_backward) else gradients(n, True)
-    matrices = (3 if traced else 2) if model.tie_head else 1
+    matrices = (3 if traced else 2) if model.tie_head else 1  # the embedding's gradient, the head's, their sum
     moments["embedding's backward"] = {
-        "gradients": last + matrices * sizes.head * w,
-        "working_layer": stream + (B * model.block_size * C * w if cast else 0),
+        "gradients": gradients(n, True) + matrices * sizes.head * w,
+        "working_layer": stream + (rows * C * w if cast else 0),
     }
-    whole_gradients = 0 if method.stage or method.in_backward else w * sizes.total
+    all_gradients = 0 if method.stage or method.in_backward else w * sizes.total
+    # PyTorch's path of the optimizer unpacks a part of each matrix to fp32: weight, gradient, moments, random numbers.
     unpacked = 7 * 4 * 2**24 if method.weights != "fp32" and chip is not None and not chip.triton else 0
-    moments["update"] = {"gradients": whole_gradients, "working_layer": unpacked}
+    moments["update"] = {"gradients": all_gradients, "working_layer": unpacked}
     return moments
 
 

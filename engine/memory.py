@@ -1,8 +1,9 @@
 """The planner: which way of running a step fits a card and its host, how fast each is, and which to take and why.
 
-`plan` weighs every method of engine/footprint.py with every way of recomputing and every micro-batch; `choose` takes the
-best that the engine can run today. Bytes come from engine/footprint.py, seconds from engine/step_time.py.
+`plan` weighs every method of engine/footprint.py with every way of recomputing and every micro-batch; `choose` takes
+the best that the engine can run today. Bytes come from engine/footprint.py, seconds from engine/step_time.py.
 """
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -144,12 +145,16 @@ def plan(
     """
     if block_size:
         model = replace(model, block_size=block_size)
+    require(gpus > 0 and gpus_per_machine > 0, f"at least one card: gpus {gpus}, gpus_per_machine {gpus_per_machine}")
     sequences = batch_tokens // model.block_size
     require(
         sequences > 0 and batch_tokens % model.block_size == 0,
         f"batch_tokens ({batch_tokens}) must be a multiple of block_size ({model.block_size})",
     )
-    require(sequences % gpus == 0, f"{sequences} sequences of {model.block_size} a step cannot be shared by {gpus} cards evenly")
+    require(
+        sequences % gpus == 0,
+        f"{sequences} sequences of {model.block_size} a step cannot be shared by {gpus} cards evenly",
+    )
     mine = sequences // gpus
     require(
         micro_batch_size is None or mine % micro_batch_size == 0,
@@ -257,7 +262,8 @@ def reason(chosen: Plan, plans: list[Plan]) -> str:
     whole = next((p for p in runs if p.method == chosen.method and p.recompute.kind == "none"), None)
     if chosen.recompute.kind != "none" and whole and not whole.fits:
         share = chosen.time.recompute / chosen.time.total
-        said.append(f"With all activations kept it would take {_gib(whole.footprint.card_bytes)} GiB; recomputing is {share:.0%} of the time")
+        kept = _gib(whole.footprint.card_bytes)
+        said.append(f"With all activations kept it would take {kept} GiB; recomputing is {share:.0%} of the time")
     if not chosen.keeps_batch:
         said.append(f"It cannot accumulate: a step is {chosen.batch_tokens:,} tokens")
     return ". ".join(said) + "."

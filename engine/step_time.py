@@ -1,9 +1,12 @@
-"""How long a training step takes on a card, estimated: matrix products and attention at a share of the peak, the rest at a
-share of the memory's bandwidth, what crosses PCIe or the network at a share of the link's speed, launches on the host.
+"""How long a training step takes on a card, estimated.
+
+Matrix products and attention run at a share of the peak, the rest at a share of the memory's bandwidth, what crosses
+PCIe or a network at a share of the link's speed, and nothing faster than the host launches it.
 
 Every share has its source beside it or is called assumed. The estimate is for choosing between plans and for knowing
 days from months; a measured tokens/s replaces it. (Williams et al., Roofline, 2009)
 """
+
 from dataclasses import dataclass
 
 from engine.cards import Card
@@ -39,8 +42,8 @@ LINK_SHARE = 0.80  # assumed, of PCIe, NVLink and network
 NETWORK_BYTES_S = 12.5e9  # assumed between machines: 100 Gb/s
 HOST_ADAM_S = 1.3e9  # parameters a second, DeepSpeed's CPU Adam and torch's fused AdamW, measured on two cores
 LAUNCH_S = 8e-6  # assumed: Python, autograd and driver for one op
-# Ops of a block: forward, backward. Numbers of the stream's width that a block's memory-bound ops read and write a token.
-FORWARD_OPS, BACKWARD_OPS = 14, 30  # counted in a trace of model.py
+FORWARD_OPS, BACKWARD_OPS = 14, 30  # of a block, counted in a trace of engine/model.py
+# How often a block's memory-bound ops read or write a number for each of n_embd, a token.
 FORWARD_TRAFFIC = 2 + 4 + 4 + 8 + 3  # norm; rotary of queries and keys; sum and norm; activation; sum
 BACKWARD_TRAFFIC = 2 * FORWARD_TRAFFIC
 UNFUSED = 1.6  # assumed: how much more PyTorch's own ops move than our kernels
@@ -100,7 +103,7 @@ def step_time(
     }
     matmul = n * 3 * forward["matmul"] + 6 * V * C * tokens / flops_s
     attention = n * 3.5 * forward["attention"]
-    # Each micro-batch reads the weights, casts them where they are fp32, and adds its gradients to those that are there.
+    # Each micro-batch reads the weights, casts them where they are fp32, and adds its gradients to those before it.
     casting = 3 * (w + a) if w != a else 0
     memory_bound = (
         n * forward["memory_bound"] * (1 + BACKWARD_TRAFFIC / FORWARD_TRAFFIC)
@@ -123,7 +126,7 @@ def step_time(
     if gpus > gpus_per_machine:
         link = min(link, network_bytes_s * LINK_SHARE)
     communication = communication_bytes(method, sizes.total, dtype, gpus, grad_accum) / link
-    # Gradients travel during the backward pass, two thirds of the time; ours at the last micro-batch, stage 1 at the end.
+    # Gradients travel during the backward pass, two thirds of the time: ours in the last micro-batch, stage 1's after.
     hidden = {0: 1, 1: 0, 2: grad_accum, 3: grad_accum}[method.stage] * device * 2 / 3
     share = gpus if method.stage else 1
     on_card = not (method.stage and method.offload != "none")

@@ -8,6 +8,7 @@
 Bytes are formulas checked against torch's memory tracker; times are estimates from published peaks and the shares of
 them named in engine/step_time.py.
 """
+
 import argparse
 import json
 import sys
@@ -31,7 +32,10 @@ SCALES = (1, 2, 8, 64)
 COLOURS = ("#1f4e79", "#2e86ab", "#5fa8d3", "#a9cfe8", "#e07a5f", "#f2a65a", "#f2cc8f", "#81b29a", "#bdbdbd")
 
 
-def to_json(made: Plan | None, card: Card, chosen: bool, why: str = "", near: tuple[str, Plan] | None = None) -> dict[str, Any]:
+Nearest = tuple[str, Plan] | None
+
+
+def to_json(made: Plan | None, card: Card, chosen: bool, why: str = "", near: Nearest = None) -> dict[str, Any]:
     """Return a plan for programs: sizes in bytes of one card, host_bytes of one machine."""
     if made is None:
         fields = dict.fromkeys(("strategy", "micro_batch_size", "peak_bytes", "host_bytes", "tokens_per_s"))
@@ -102,32 +106,40 @@ def one_of_each_method(plans: list[Plan], chosen: Plan | None) -> list[Plan]:
     return sorted(best.values(), key=lambda p: (p is not chosen, not p.fits, not p.available, places[id(p)]))
 
 
-def show_card(card: Card, plans: list[Plan], chosen: Plan | None, near: tuple[str, Plan] | None) -> str:
+def state(made: Plan, chosen: Plan | None) -> str:
+    """Return in a word or two whether a plan can be had."""
+    if made is chosen:
+        return "chosen"
+    if not made.fits:
+        return "host too small" if made.fits_card else "too large"
+    return ("fits" if made.keeps_batch else "changes the batch") + ("" if made.available else ", not yet in the engine")
+
+
+def show_card(card: Card, plans: list[Plan], chosen: Plan | None, near: Nearest) -> str:
     """Return the table of one card by method, the choice and its reason."""
     first = plans[0]
-    cards = f"{first.gpus} x {card.name}" if first.gpus > 1 else card.name
     lines = [
-        f"{cards}: {gib(card.memory_bytes)} GiB for programs, {first.dtype} at {card.peak_flops(first.dtype) / 1e12:.0f} TFLOPS, "
-        f"{card.bandwidth_bytes_s / 1e9:.0f} GB/s; {gib(first.host_limit)} GiB of host memory to use",
+        (f"{first.gpus} x " if first.gpus > 1 else "")
+        + f"{card.name}: {gib(card.memory_bytes)} GiB for programs, {card.bandwidth_bytes_s / 1e9:.0f} GB/s, "
+        f"{first.dtype} at {card.peak_flops(first.dtype) / 1e12:.0f} TFLOPS; "
+        f"{gib(first.host_limit)} GiB of host memory to use",
         "",
     ]
     rows = []
     for p in one_of_each_method(plans, chosen):
-        state = "chosen" if p is chosen else "too large" if not p.fits_card else "host too small" if not p.fits_host else ""
-        state = state or ("changes the batch" if not p.keeps_batch else "fits") + ("" if p.available else ", not yet in the engine")
         parts = [small(p.footprint.card[part]) for part in PARTS]
         took = [gib(p.footprint.card_bytes), gib(p.host_bytes), str(p.micro_batch_size), speed(p)]
-        rows.append([p.name, *parts, *took, days(p.days_per_billion_tokens), state])
+        rows.append([p.name, *parts, *took, days(p.days_per_billion_tokens), state(p, chosen)])
     header = ["method, GiB by part", *SHORT.values(), "card", "host", "micro", "tokens/s", "days/1e9", ""]
     lines += [table(header, rows), ""]
     if chosen:
-        n = Elements.of(chosen.model).total
+        billions, day = 20 * Elements.of(chosen.model).total / 1e9, chosen.days_per_billion_tokens
         lines += [
             f"Choice: {chosen.title}.",
             reason(chosen, plans),
-            f"Micro-batch {chosen.micro_batch_size} x {chosen.grad_accum} on each card, {chosen.batch_tokens:,} tokens a step "
-            f"in {chosen.time.total:,.1f} s, MFU {chosen.mfu:.0%}. A billion tokens take {days(chosen.days_per_billion_tokens)} days; "
-            f"20 tokens a parameter, {20 * n / 1e9:.1f} billion, {days(20 * n / 1e9 * chosen.days_per_billion_tokens)} days.",
+            f"Micro-batch {chosen.micro_batch_size} x {chosen.grad_accum} on each card, {chosen.batch_tokens:,} tokens "
+            f"a step in {chosen.time.total:,.1f} s, MFU {chosen.mfu:.0%}. A billion tokens take {days(day)} days; "
+            f"20 tokens a parameter, {billions:.1f} billion, {days(billions * day)} days.",
         ]
         if plans[0] is not chosen and plans[0].fits:
             lines.append(f"Better once the engine has it: {plans[0].title}, {speed(plans[0])} tokens/s.")
@@ -143,33 +155,31 @@ def show_nearest(near: tuple[str, Plan]) -> str:
 def show_scales(made: dict[int, Plan | None]) -> str:
     """Return what more cards bring: memory of one, what one sends in a step, speed."""
     rows = []
-    alone = next((p for p in made.values() if p), None)
+    alone = next((p for p in made.values() if p), None)  # or the fewest that do
     for gpus, p in made.items():
         if p is None:
             rows.append([f"{gpus}", "nothing fits", *[""] * 7])
             continue
-        ideal = alone.tokens_per_s / alone.gpus * gpus
         rows.append([
             f"{gpus}", p.name, gib(p.footprint.card_bytes), gib(p.host_bytes), f"{p.communication_bytes / 1e9:.1f}",
-            f"{p.time.communication:.2f}", speed(p), f"{p.tokens_per_s / ideal:.0%}", days(p.days_per_billion_tokens),
+            f"{p.time.communication:.2f}", speed(p), f"{p.tokens_per_s / alone.tokens_per_s:.1f}", days(p.days_per_billion_tokens),
         ])  # fmt: skip
-    header = ["cards", "choice", "card GiB", "host GiB", "GB sent", "s waited", "tokens/s", "of ideal", "days/1e9"]
+    header = ["cards", "choice", "card GiB", "host GiB", "GB sent", "s waited", "tokens/s", "times one", "days/1e9"]
     return table(header, rows)
 
 
-def show_cards(made: dict[Card, tuple[Plan | None, list[Plan], tuple[str, Plan] | None]]) -> str:
-    """Return a row for each card: the choice, and why in the line below it."""
+def show_cards(made: dict[Card, tuple[Plan | None, list[Plan], Nearest]]) -> str:
+    """Return a row for each card: the choice, or the nearest thing that fits."""
     rows = []
     for card, (chosen, plans, near) in made.items():
+        row = [card.name, gib(card.memory_bytes)]
         if chosen is None:
-            rows.append([card.name, gib(card.memory_bytes), "nothing fits" + (f"; {near[0]}: {near[1].name}" if near else ""), *[""] * 6])
+            rows.append([*row, "nothing fits" + (f"; {near[0]}: {near[1].name}" if near else ""), *[""] * 6])
             continue
-        best = plans[0] if plans[0] is not chosen else None
-        rows.append([
-            card.name, gib(card.memory_bytes), chosen.name, str(chosen.micro_batch_size), gib(chosen.footprint.card_bytes),
-            gib(chosen.host_bytes), speed(chosen), days(chosen.days_per_billion_tokens), f"{best.name} ({speed(best)})" if best else "-",
-        ])  # fmt: skip
-    header = ["card", "GiB", "choice", "micro", "card GiB", "host GiB", "tokens/s", "days/1e9", "better, not yet in the engine"]
+        took = [str(chosen.micro_batch_size), gib(chosen.footprint.card_bytes), gib(chosen.host_bytes)]
+        better = f"{plans[0].name} ({speed(plans[0])})" if plans[0] is not chosen else "-"
+        rows.append([*row, chosen.name, *took, speed(chosen), days(chosen.days_per_billion_tokens), better])
+    header = ["card", "GiB", "choice", "micro", "card GiB", "host GiB", "tokens/s", "days/1e9", "better, not yet here"]
     return table(header, rows)
 
 
@@ -183,8 +193,10 @@ def draw(bars: list[tuple[str, Plan | None, float]], title: str, path: str) -> N
             size = made.footprint.card[part] / GiB if made else 0.0
             axes.barh(row, size, left=left, color=colour, label=PARTS[part] if row == 0 else None, height=0.7)
             left += size
-        axes.plot([limit / GiB] * 2, [row - 0.45, row + 0.45], color="black", linewidth=2, label="memory of the card" if row == 0 else None)
-        axes.text(max(left, limit / GiB) + 0.3, row, speed(made) + " tokens/s" if made and made.fits else "does not fit", va="center", fontsize=8)
+        ends = [row - 0.45, row + 0.45]
+        axes.plot([limit / GiB] * 2, ends, color="black", linewidth=2, label="memory of the card" if row == 0 else None)
+        words = speed(made) + " tokens/s" if made and made.fits else "does not fit"
+        axes.text(max(left, limit / GiB) + 0.3, row, words, va="center", fontsize=8)
     axes.set_yticks(range(len(bars)), [label for label, *_ in bars], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlabel("GiB at the fullest moment of a step")
@@ -201,7 +213,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--preset", required=True, choices=list(PRESETS))
-    add("--gpu", required=True, metavar="NAME", help="such as rtx3090; all: the classic table's ten and the common ones since")
+    add("--gpu", required=True, metavar="NAME", help="such as rtx3090; all: the classic ten and the common ones since")
     add("--gpus", type=int, default=1, metavar="N", help="how many of them [1]")
     add("--host_memory", default="64GB", metavar="SIZE", help="of one machine [64GB]")
     add("--gpu_memory", metavar="SIZE", help="less or more than the card has")
@@ -220,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parse_arguments(arguments)
     try:
         return run(asked)
-    except (ConfigError, ValueError) as error:
+    except (ConfigError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -232,19 +244,25 @@ def run(asked: argparse.Namespace) -> int:
     preset = PRESETS[asked.preset]
     model = ModelConfig(**(preset["model"] | ({"block_size": asked.block_size} if asked.block_size else {})))
     host_memory = parse_memory(asked.host_memory)
+    batch_tokens = asked.batch_tokens or preset["optimizer"]["batch_tokens"]
     options = dict(
-        gpus=asked.gpus, batch_tokens=asked.batch_tokens or preset["optimizer"]["batch_tokens"], dtype=asked.dtype,
-        micro_batch_size=asked.micro_batch_size, gpus_per_machine=asked.gpus_per_machine, network_bytes_s=asked.network_gbit * 1e9 / 8,
-    )  # fmt: skip
+        gpus=asked.gpus,
+        batch_tokens=batch_tokens,
+        dtype=asked.dtype,
+        micro_batch_size=asked.micro_batch_size,
+        gpus_per_machine=asked.gpus_per_machine,
+        network_bytes_s=asked.network_gbit * 1e9 / 8,
+    )
     made = {}
     for card in cards:
         plans = plan(model, card, host_memory, **options)
         chosen = choose(plans)
         made[card] = chosen, plans, None if chosen else nearest(model, card, host_memory, **options)
-    n = Elements.of(model).total
-    title = f"{asked.preset}: {n / 1e6:,.0f} M parameters, sequences of {model.block_size}, {options['batch_tokens']:,} tokens a step"
+    millions = Elements.of(model).total / 1e6
+    shape = f"sequences of {model.block_size}, {batch_tokens:,} tokens a step"
+    title = f"{asked.preset}: {millions:,.0f} M parameters, {shape}"
     if len(cards) > 1:
-        bars = [(card.name, chosen or plans[0], card.memory_bytes) for card, (chosen, plans, _) in made.items()][: len(CLASSIC)]
+        bars = [(card.name, made[card][0] or made[card][1][0], card.memory_bytes) for card in cards[: len(CLASSIC)]]
         entries = [
             to_json(chosen, card, True, reason(chosen, plans)) if chosen else to_json(None, card, False, near=near)
             for card, (chosen, plans, near) in made.items()
@@ -252,11 +270,14 @@ def run(asked: argparse.Namespace) -> int:
         text = show_cards(made)
     else:
         ((card, (chosen, plans, near)),) = made.items()
-        bars = [(p.name + (" (chosen)" if p is chosen else ""), p, card.memory_bytes) for p in one_of_each_method(plans, chosen)]
-        why = reason(chosen, plans) if chosen else ""
-        entries = [to_json(p, card, p is chosen, why if p is chosen else "", near if i == 0 else None) for i, p in enumerate(plans)]
+        shown = one_of_each_method(plans, chosen)
+        bars = [(p.name + (" (chosen)" if p is chosen else ""), p, card.memory_bytes) for p in shown]
+        entries = [to_json(p, card, p is chosen, reason(p, plans) if p is chosen else "") for p in plans]
+        if near:
+            entries[0] = to_json(plans[0], card, False, near=near)
         text = show_card(card, plans, chosen, near)
-        text += f"\n\nMore of them, up to {asked.gpus_per_machine} to a machine with {gib(host_memory)} GiB of host memory for each:\n"
+        machine = f"{asked.gpus_per_machine} to a machine, {gib(host_memory)} GiB of its memory for each"
+        text += f"\n\nMore of them, up to {machine}:\n"
         text += show_scales(scales(model, card, host_memory, options))
         title += f" on {options['gpus']} x {card.name}" if options["gpus"] > 1 else f" on {card.name}"
     if asked.picture:

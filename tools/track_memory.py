@@ -7,6 +7,7 @@ torch's memory tracker follows two micro-batches of the real model and loss on f
 memory: a step of two billion parameters takes seconds and nothing. What it cannot see is left out on both sides: memory
 inside ops, the optimizer's states, the context, fragmentation.
 """
+
 import argparse
 import dataclasses
 import sys
@@ -31,7 +32,13 @@ METHOD_OF_WEIGHTS = {"fp32": "resident", "bf16": "stochastic", "fp16": "stochast
 
 
 def track(
-    model: ModelConfig, *, dtype: str, weights: str = "fp32", micro_batch_size: int, recompute: int = 0, accumulates: bool = True
+    model: ModelConfig,
+    *,
+    dtype: str,
+    weights: str = "fp32",
+    micro_batch_size: int,
+    recompute: int = 0,
+    accumulates: bool = True,
 ) -> dict[str, int]:
     """Return the bytes at the fullest moment of a training step, in all and as torch's tracker classifies them.
 
@@ -69,14 +76,12 @@ def _scaled_in_place(t: Tensor, factor: Tensor) -> Tensor:
 
 
 def predict_tracked(
-    model: ModelConfig, *, dtype: str, weights: str = "fp32", micro_batch_size: int, recompute: int = 0, accumulates: bool = True
+    model: ModelConfig, *, dtype: str, weights: str = "fp32", recompute: int = 0, **asked: int | bool
 ) -> Footprint:
-    """Return the planner's formulas for what `track` counts."""
+    """Return the planner's formulas for what `track` counts of the same arguments."""
     method = next(m for m in METHODS if m.name == METHOD_OF_WEIGHTS[weights])
     layers = Recompute("blocks", recompute) if recompute else Recompute()
-    footprint = predict(
-        model, method, dtype=dtype, micro_batch_size=micro_batch_size, recompute=layers, accumulates=accumulates, traced=True
-    )
+    footprint = predict(model, method, dtype=dtype, recompute=layers, traced=True, **asked)
     unseen = dict.fromkeys(("master_weights", "optimizer_states"), 0)
     return dataclasses.replace(footprint, card=footprint.card | unseen)
 
@@ -95,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     settings = PRESETS[options.preset]["model"]
     model = ModelConfig(**(settings | ({"block_size": options.block_size} if options.block_size else {})))
-    asked = dict(dtype=options.dtype, weights=options.weights, micro_batch_size=options.micro_batch_size, recompute=options.recompute)
+    asked = {key: getattr(options, key) for key in ("dtype", "weights", "micro_batch_size", "recompute")}
     began = time.perf_counter()
     seen = track(model, **asked)
     predicted = predict_tracked(model, **asked)
@@ -103,7 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
         if size and kind != "total":
             print(f"{kind:>24} {size / MiB:10,.0f} MiB")
     print(f"{'tracked':>24} {seen['total'] / MiB:10,.0f} MiB in {time.perf_counter() - began:.0f} s")
-    print(f"{'planned':>24} {predicted.card_bytes / MiB:10,.0f} MiB, {predicted.card_bytes / seen['total'] - 1:+.1%}; fullest: {predicted.moment}")
+    error = predicted.card_bytes / seen["total"] - 1
+    print(f"{'planned':>24} {predicted.card_bytes / MiB:10,.0f} MiB, {error:+.1%}; fullest: {predicted.moment}")
     return 0
 
 

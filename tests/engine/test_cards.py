@@ -1,4 +1,5 @@
 """The card table: names as drivers and people write them, and figures that agree with one another."""
+
 import pytest
 import torch
 
@@ -35,7 +36,9 @@ def test_a_drivers_name_finds_its_card(device_name, name):
     assert find(device_name).name == name
 
 
-@pytest.mark.parametrize("name", ["cpu", "", "NVIDIA GeForce RTX 3080 Laptop GPU", "NVIDIA A10", "NVIDIA GeForce RTX 2060"])
+@pytest.mark.parametrize(
+    "name", ["cpu", "", "NVIDIA GeForce RTX 3080 Laptop GPU", "NVIDIA A10", "NVIDIA GeForce RTX 2060"]
+)
 def test_an_unlisted_device_is_unknown_rather_than_guessed(name):
     assert find(name) is None
     assert peak_flops(name, torch.float32) is None
@@ -47,7 +50,9 @@ def test_people_may_leave_out_the_family_and_spaces():
     assert get("a100-40gb").label_gb == 40
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("a100", "A100 40GB or A100 80GB"), ("rtx3091", "RTX 3090"), ("H10", "H100")])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("a100", "A100 40GB or A100 80GB"), ("rtx3091", "RTX 3090"), ("H10", "H100")]
+)
 def test_a_misspelt_card_names_the_nearest(typed, meant):
     with pytest.raises(ValueError, match=meant):
         get(typed)
@@ -76,7 +81,8 @@ def test_figures_agree_with_one_another():
 
 
 def test_peaks_are_dense_and_accumulate_in_fp32():
-    assert peak_flops("NVIDIA GeForce RTX 3090", torch.bfloat16) == 71.2e12  # not 142 (fp16 accumulation) nor 284 (sparse)
+    # Not 142, which is with fp16 accumulation, nor 284, which is sparse.
+    assert peak_flops("NVIDIA GeForce RTX 3090", torch.bfloat16) == 71.2e12
     assert peak_flops("NVIDIA GeForce RTX 4090", torch.bfloat16) == pytest.approx(165.2e12)
     assert peak_flops("NVIDIA H100 80GB HBM3", torch.bfloat16) == pytest.approx(989.4e12)
     assert peak_flops("NVIDIA L4", "bf16") == 121e12

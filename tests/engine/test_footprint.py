@@ -1,4 +1,5 @@
 """The memory formulas against parameters counted, optimizer states counted, DeepSpeed's tensors and a real process."""
+
 import json
 
 import pytest
@@ -160,7 +161,7 @@ def test_deepspeed_holds_what_is_planned(launcher, start, tmp_path):
     cases += [(1, "optimizer", "bf16"), (2, "optimizer", "bf16"), (3, "optimizer", "bf16"), (3, "params", "fp16")]
     script = tmp_path / "count.py"
     scale = tmp_path / "scale.json"
-    scale.write_text(json.dumps({"fp16": {"initial_scale_power": 4}}))  # no overflow, so that the first step makes moments
+    scale.write_text(json.dumps({"fp16": {"initial_scale_power": 4}}))  # no overflow: the first step makes moments
     script.write_text(f"FOLDER, SCALE, CASES = {str(tmp_path)!r}, {str(scale)!r}, {cases!r}\n{DEEPSPEED}")
     output, _ = (process := start(*launcher, script)).communicate(timeout=300)
     assert process.returncode == 0, output
@@ -180,7 +181,8 @@ from engine.optimizer import AdamW, parameter_groups
 from engine.strategy.activations import checkpoint_blocks
 
 torch.set_num_threads(1)
-small = GPT(ModelConfig(**{**MODEL, "n_layer": 1, "n_embd": 32, "vocab_size": 512}))  # what the first call of each op loads
+# What the first call of each op loads belongs to no model.
+small = GPT(ModelConfig(**{**MODEL, "n_layer": 1, "n_embd": 32, "vocab_size": 512}))
 small(*[torch.zeros(1, 32, dtype=torch.int64)] * 2).backward()
 before = psutil.Process().memory_info().rss
 model = GPT(ModelConfig(**MODEL))

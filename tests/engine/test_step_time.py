@@ -1,4 +1,5 @@
 """Estimated times against figures that others published, and against what must hold of any estimate."""
+
 import pytest
 
 from engine.cards import CARDS, get

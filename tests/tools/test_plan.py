@@ -1,4 +1,5 @@
 """The planning program: tables for people, JSON for programs, a picture, messages for mistakes."""
+
 import json
 
 import pytest
@@ -70,12 +71,16 @@ def test_json_holds_what_programs_need(capsys):
 
 def test_settings_reach_the_planner(capsys):
     asked = ("--preset", "2b", "--gpu", "3090")
-    (short,) = [e for e in entries(capsys, *asked, "--block_size", "1024", "--micro_batch_size", "4", "--dtype", "fp16") if e["chosen"]]
+
+    def chosen(*more: str) -> dict:
+        (entry,) = [e for e in entries(capsys, *asked, *more) if e["chosen"]]
+        return entry
+
+    short = chosen("--block_size", "1024", "--micro_batch_size", "4", "--dtype", "fp16")
     assert short["micro_batch_size"] == 4 and short["dtype"] == "fp16" and short["grad_accum"] == 128
-    (eight,) = [e for e in entries(capsys, *asked, "--gpus", "8", "--host_memory", "512GB") if e["chosen"]]
+    eight = chosen("--gpus", "8", "--host_memory", "512GB")
     assert eight["gpus"] == 8 and eight["communication_bytes"] > 0
-    (limited,) = [e for e in entries(capsys, *asked, "--gpu_memory", "10GB") if e["chosen"]]
-    assert limited["card_bytes"] < 10 * GiB
+    assert chosen("--gpu_memory", "10GB")["card_bytes"] < 10 * GiB
 
 
 def test_what_does_not_fit_says_what_would(capsys):
@@ -83,7 +88,7 @@ def test_what_does_not_fit_says_what_would(capsys):
     assert "Nothing that the engine runs today fits." in text and "Nearest: with" in text
     made = entries(capsys, "--preset", "2b", "--gpu", "rtx4060", "--host_memory", "16GB")
     assert not any(entry["chosen"] for entry in made) and made[0]["nearest"]["strategy"]
-    assert any("nothing fits" in line for line in output(capsys, "--preset", "2b", "--gpu", "all", "--host_memory", "16GB").splitlines())
+    assert "nothing fits" in output(capsys, "--preset", "2b", "--gpu", "all", "--host_memory", "16GB")
 
 
 @pytest.mark.parametrize(
@@ -92,6 +97,8 @@ def test_what_does_not_fit_says_what_would(capsys):
         (("--gpu", "rtx3091"), "did you mean RTX 3090"),
         (("--gpu", "t4", "--host_memory", "much"), "no size of memory"),
         (("--gpu", "t4", "--gpus", "3"), "shared by 3 cards"),
+        (("--gpu", "t4", "--gpus", "0"), "at least one card"),
+        (("--gpu", "t4", "--picture", "no/such/folder/x.png"), "No such file"),
         (("--gpu", "t4", "--micro_batch_size", "7"), "must divide"),
     ],
 )
@@ -105,7 +112,10 @@ def test_columns_line_up():
     assert lines == ["name      size", "a            1", "longer  10,000"]
 
 
-@pytest.mark.parametrize(("text", "size"), [("24GB", 24 << 30), ("24 GiB", 24 << 30), ("1.5", 3 << 29), ("512mb", 512 << 20), ("1TB", 1 << 40)])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GB", 24 << 30), ("24 GiB", 24 << 30), ("1.5", 3 << 29), ("512mb", 512 << 20), ("1TB", 1 << 40)],
+)
 def test_sizes_of_memory(text, size):
     assert parse_memory(text) == size
 

@@ -1,4 +1,5 @@
 """The planner's formulas against torch's memory tracker, which follows the real model and loss on fake tensors."""
+
 import pytest
 
 from engine.cards import CARDS
@@ -16,7 +17,12 @@ def error(model: ModelConfig, **asked) -> float:
     return predict_tracked(model, **asked).card_bytes / track(model, **asked)["total"] - 1
 
 
-SHORT = {"13m": {}, "gpt2": {"n_layer": 3, "block_size": 256}, "2b": {"n_layer": 2, "block_size": 256}, "3b": {"n_layer": 2}}
+SHORT = {
+    "13m": {},
+    "gpt2": {"n_layer": 3, "block_size": 256},
+    "2b": {"n_layer": 2, "block_size": 256},
+    "3b": {"n_layer": 2},
+}
 
 
 @pytest.mark.parametrize(
