@@ -25,7 +25,8 @@ def attention(
     q (B, T, H, D); k and v (B, T, G, D), heads h share the key head h // (H / G); any strides with the last one 1, so
     views of a packed projection need no copy. scale defaults to D^-0.5. doc_start int32 (B, T) gives each token the
     position of its document's first token: query i then sees keys doc_start[i] <= j <= i. Returns (B, T, H, D) in q's
-    dtype, statistics in fp32. The backward pass is deterministic. Raises ValueError for shapes that do not fit.
+    dtype, statistics in fp32. The backward pass in Triton and on a CPU is deterministic. Raises ValueError for shapes that
+    do not fit.
     (Dao, FlashAttention-2, 2023; Ainslie et al., GQA, 2023)
     """
     check_heads(q, k, v)
@@ -35,7 +36,7 @@ def attention(
         raise ValueError(f"attention: doc_start {tuple(doc_start.shape)} needs causal and shape {tuple(q.shape[:2])}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend("attention", q.device) == "triton" and takes(q) and scale > 0:
-        return attention_forward(q, k, v, doc_start, causal, scale)[0]
+        return _attention_triton(q, k, v, doc_start, causal, scale)
     if doc_start is None:
         return _attention_plain(q, k, v, causal, scale)
     return _attention_documents(q, k, v, doc_start, scale)
@@ -65,6 +66,16 @@ def _visible(doc_start: Tensor | None, first: int, end: int, device: torch.devic
     i, j = torch.arange(first, end, device=device)[:, None], torch.arange(end, device=device)
     mask = (j <= i)[None, None]
     return mask if doc_start is None else mask & (j >= doc_start[:, None, first:end, None])
+
+
+def _attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    D = q.shape[-1]
+    if D % 16:  # rows that do not begin at 16 bytes are loaded one element at a time, and the kernels spill
+        q, k, v = (F.pad(x, (0, -D % 16)) for x in (q, k, v))
+    doc_start = None if doc_start is None else doc_start.contiguous()
+    return attention_forward(q, k, v, doc_start, causal, scale)[0][..., :D]
 
 
 def _attention_plain(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:

@@ -411,23 +411,23 @@ KERNELS = {
 
 
 def element_case(
-    name: str, kernel: Callable, target: str, dtype: str, width: int, *, docs: bool = False, shared: int = 1, D: int = 0
+    name: str, kernel: Callable, target: str, dtype: str, width: int, *, docs: bool = False, shared: int = 1, D: int
 ) -> Case:
-    """The case of one attention kernel with its launch configuration on one chip; D defaults to the tile's width."""
+    """The case of one attention kernel with its launch configuration on one chip, for heads of D in a tile of width."""
     config = dict(launch_config(CHIPS[target], name, width))
     options = {k: config.pop(k) for k in ("num_warps", "num_stages")}
-    constants = config | {"SHARED": shared, "CAUSAL": True, "DOCS": docs, "D": D or width, "BLOCK_D": width}
+    constants = config | {"SHARED": shared, "CAUSAL": True, "DOCS": docs, "D": D, "BLOCK_D": width}
     if not docs:
         constants |= {"doc_start": None, "doc_end": None}
     signature = {a: _type_of(a, dtype) for a in kernel.arg_names if a not in constants}
     strides = [a for a in signature if a[-2:] in ("_b", "_t", "_h")]
     return Case(
         op=name.removesuffix("_many") if "decode" in name else "attention",
-        label=f"{name} {dtype} d{D or width}{' docs' if docs else ''} {target}",
+        label=f"{name} {dtype} d{D}{' docs' if docs else ''} {target}",
         kernel=kernel,
         signature=signature,
         constants={k: v for k, v in constants.items() if k in kernel.arg_names},
-        divisible_by_16=tuple(strides) if (D or width) % 16 == 0 else (),
+        divisible_by_16=tuple(strides) if D % 16 == 0 else (),
         targets=(target,),
         **options,
     )
@@ -446,9 +446,10 @@ def _type_of(argument: str, dtype: str) -> str:
 def compile_cases() -> list[Case]:
     """Every launch configuration of every chip that runs attention in Triton, with and without documents."""
     return [
-        element_case(name, kernel, target, dtype, width, docs=docs)
+        element_case(name, kernel, target, dtype, width, docs=docs, D=D)
         for target in triton_targets("attention")
         for name, kernel in KERNELS.items()
-        for width in (16, 32, 64, 128, 256)
+        for width, D in ((16, 16), (32, 32), (64, 64), (64, 48), (128, 128), (128, 80), (256, 256))
         for dtype, docs in (("bf16", False), ("fp16", True))
+        if D == width or docs
     ]
