@@ -14,6 +14,12 @@ OURS, OTHERS = "#08519c", ("#9ecae1", "#fdae6b", "#a1d99b", "#bcbddc", "#d9d9d9"
 PARTS = ("#08519c", "#6baed6", "#e6550d", "#fdae6b", "#31a354", "#a1d99b", "#756bb1", "#bcbddc", "#636363", "#bdbdbd", "#8c6d31")
 
 
+MEMORY_COLOURS = {
+    "weights and moments": "#bdbdbd", "embedding": "#fdd0a2", "norm": "#a1d99b", "attention": "#6baed6", "matmul": "#08519c",
+    "activation": "#31a354", "loss": "#e6550d", "gradients": "#756bb1", "optimizer": "#636363", "communication": "#8c6d31", "other": "#d9d9d9",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Chart:
     """data: what is drawn, as JSON, or None where the files do not hold it; draw: the picture of it."""
@@ -239,6 +245,36 @@ def draw_profile(rows: Any) -> Figure:
     return figure
 
 
+def timelines_data(results: Results) -> Any:
+    """[(label, {seconds, held: {part: bytes}, backward_s})] of the profiled steps."""
+    found = of_kind(results, "profile").values()
+    return [[f"{r['config']['preset']}, {device_name(r)}", r["memory"]["timeline"]] for r in found] or None
+
+
+def draw_timelines(rows: Any) -> Figure:
+    figure = Figure(figsize=(10, 4.2 * len(rows)), layout="constrained")
+    for axes, (label, line) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows):
+        totals = [sum(values) for values in zip(*line["held"].values())]
+        most = max(totals)
+        unit, name = (2**30, "GiB") if most > 2**30 else (2**20, "MiB")
+        milliseconds = [1e3 * s for s in line["seconds"]]
+        parts = [part for part in MEMORY_COLOURS if part in line["held"]]
+        stacks = [[value / unit for value in line["held"][part]] for part in parts]
+        axes.stackplot(milliseconds, stacks, labels=parts, colors=[MEMORY_COLOURS[part] for part in parts], step="post", linewidth=0)
+        peak = milliseconds[totals.index(most)], most / unit
+        axes.annotate(f"{most / unit:,.1f} {name}", peak, textcoords="offset points", xytext=(6, 4), fontsize=9)
+        axes.axvline(1e3 * line["backward_s"], color="black", linewidth=0.8, linestyle=":")
+        axes.text(1e3 * line["backward_s"], 0, " backward", fontsize=8, va="bottom")
+        axes.set_xlabel("ms")
+        axes.set_ylabel(f"{name} of tensors")
+        axes.set_ylim(0, 1.1 * most / unit)
+        axes.set_xlim(left=0)
+        axes.set_title(f"{label}: memory of a step, by the part that asked for it", fontsize=10)
+        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        _plain(axes)
+    return figure
+
+
 def _plain(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
@@ -252,6 +288,7 @@ CHARTS: dict[str, Chart] = {
     "attention": Chart("Attention: TFLOPS against the length, with others and the peak", attention_data, draw_attention),
     "memory": Chart("Memory by part, predicted, and measured", memory_data, draw_memory),
     "profile": Chart("Where the time of a step goes", profile_data, draw_profile),
+    "profile-memory": Chart("The memory of a step over time", timelines_data, draw_timelines),
     **{
         f"scaling-{axis}": Chart(f"Tokens a second against {words}", scaling_data(axis), draw_scaling)
         for axis, words in (

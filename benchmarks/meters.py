@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 
+from engine.device import peak_memory
+
+_STATUS = Path("/proc/self/status")
+
 
 def limit_memory(device: torch.device, limit_bytes: int | None, context_counts: bool = False) -> None:
     """Keep this process within `limit_bytes` of a GPU's memory, so that PyTorch raises OutOfMemoryError beyond it.
@@ -26,10 +30,12 @@ def forget_peak(device: torch.device) -> int:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
+    if not _STATUS.exists():  # not Linux: a peak that cannot be forgotten, so only growth beyond it is seen
+        return peak_memory(device)
     # The C library keeps freed memory for itself, where a step would find it again without a trace in the peak.
     if hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM begins again at VmRSS
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again at VmRSS
     return _status_bytes("VmRSS")
 
 
@@ -38,7 +44,7 @@ def peak_bytes(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         reserved = torch.cuda.max_memory_reserved(device)
         return {"peak_bytes": torch.cuda.max_memory_allocated(device), "reserved_bytes": reserved}
-    resident = _status_bytes("VmHWM")
+    resident = _status_bytes("VmHWM") if _STATUS.exists() else peak_memory(device)
     return {"peak_bytes": resident, "reserved_bytes": resident}
 
 
@@ -77,5 +83,5 @@ def _nvml_handle(device: torch.device) -> Any:
 
 
 def _status_bytes(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field + ":"))
+    line = next(x for x in _STATUS.read_text().splitlines() if x.startswith(field + ":"))
     return int(line.split()[1]) * 1024

