@@ -1,0 +1,210 @@
+"""From shards to token files: against what reading the shards alone takes, on the same cores, in the same run.
+
+    pytest benchmarks/test_prepare.py -s        # writes results/prepare.json
+
+`bare` is the floor of any such program in Python: decompress, find the lines, parse each, touch its text. All take
+turns, so that what else the machine does meets all of them.
+"""
+import functools
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import zstandard
+
+from benchmarks.corpus import documents
+from benchmarks.environment import RESULTS, environment, write_result
+from tools import prepare, workers
+from tools.documents import CHUNK_BYTES, ChunkReader
+from tools.shard_stream import ShardStream
+from tools.text_encoders import TextEncoder
+
+SIZE_BYTES = 100_000_000
+ROUNDS = 5
+DOCUMENT_BYTES = 200_000_000
+
+
+class Line(msgspec.Struct):
+    text: str
+
+
+def parsers() -> dict[str, Callable[[bytes], str]]:
+    """Return what is installed to get the text out of a line."""
+    found = {
+        "msgspec, one field": lambda decode=msgspec.json.Decoder(Line).decode: lambda line: decode(line).text,
+        "json": lambda: lambda line: json.loads(line)["text"],
+    }
+    if importlib.util.find_spec("orjson"):
+        found["orjson"] = lambda: lambda line, loads=importlib.import_module("orjson").loads: loads(line)["text"]
+    if importlib.util.find_spec("simdjson"):
+        parser = importlib.import_module("simdjson").Parser()
+        found["pysimdjson"] = lambda: lambda line: parser.parse(line)["text"]
+    return {name: make() for name, make in found.items()}
+
+
+def bare(path: Path, parser: str) -> int:
+    """Read a shard as fast as Python's libraries do; return the characters of its texts."""
+    parse, characters = parsers()[parser], 0
+    buffer, rest = memoryview(bytearray(CHUNK_BYTES)), b""
+    with open(path, "rb") as file, zstandard.ZstdDecompressor().stream_reader(file, read_size=1 << 20) as stream:
+        while size := stream.readinto(buffer):
+            *lines, rest = (rest + buffer[:size]).split(b"\n")
+            for line in lines:
+                characters += len(parse(line))
+    return characters
+
+
+def seconds(run: Callable[[], Any], clock: Callable[[], float]) -> float:
+    start = clock()
+    run()
+    return clock() - start
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A shard of real text as the Pile's are: everything beyond ASCII escaped, zstd level 3."""
+    path = tmp_path_factory.mktemp("shards") / "00.jsonl.zst"
+    texts = [document.text for document in documents(SIZE_BYTES)]
+    lines = "".join(json.dumps({"text": text, "meta": {"pile_set_name": "real"}}) + "\n" for text in texts)
+    path.write_bytes(zstandard.compress(lines.encode(), 3))
+    size = sum(len(text.encode()) for text in texts)
+    return {"path": path, "bytes": size, "documents": len(texts), "compressed_bytes": path.stat().st_size}
+
+
+@pytest.fixture(scope="module")
+def prepared(shard, tmp_path_factory) -> Callable[[int], None]:
+    """prepared(workers): make a token file of the shard with an encoder that is there already."""
+    folder = tmp_path_factory.mktemp("tokens")
+    encoder = TextEncoder()
+    encoder.encoder()([b"compiled"])
+
+    def run(count: int) -> None:
+        for path in folder.iterdir():
+            path.unlink()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prepare, "TextEncoder", lambda name: encoder)
+            prepare.prepare([shard["path"]], folder / "train.bin", workers=count, progress=False)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    """What the tests of this file found; written to results/prepare.json once all have."""
+    return {}
+
+
+def take_turns(shard, cases: dict[str, Callable[[], Any]], clock: Callable[[], float], times: int = 1) -> dict[str, list[float]]:
+    """Return each case's MB/s of text, a number for each round; a case goes through the shard `times` times."""
+    rates = defaultdict(list)
+    for _ in range(ROUNDS):
+        for name, run in cases.items():
+            rates[name].append(times * shard["bytes"] / 1e6 / seconds(run, clock))
+    return rates
+
+
+def row(rates: dict[str, list[float]], name: str, floors: list[str]) -> dict[str, float]:
+    shares = {f"of {floor}": statistics.median(a / b for a, b in zip(rates[name], rates[floor])) for floor in floors}
+    return {"mb_s": round(statistics.median(rates[name]), 1)} | {key: round(share, 2) for key, share in shares.items()}
+
+
+def test_one_core(shard, prepared, result):
+    """CPU seconds, so one thread's worth of everything, however many run."""
+    floors = {f"bare, {name}": functools.partial(bare, shard["path"], name) for name in parsers()}
+    cases = floors | {"zstd alone": lambda: _decompress(shard["path"]), "prepare": lambda: prepared(1)}
+    rates = take_turns(shard, cases, time.process_time)
+    result["one_core"] = {name: row(rates, name, list(floors) if name == "prepare" else []) for name in cases}
+    print("\none core:", json.dumps(result["one_core"], indent=1))
+
+
+def _decompress(path: Path) -> None:
+    with ShardStream(path) as stream:
+        reader = ChunkReader(stream)
+        while not reader.ended:
+            reader.spare.append(reader.next_chunk().data)
+
+
+def test_all_cores(shard, prepared, result):
+    """Wall clock. The floor has a process on each core, each with a shard of its own to read."""
+    cores = workers.available_cores()
+    with ProcessPoolExecutor(cores) as pool:
+        list(pool.map(bare, [shard["path"]] * cores, ["json"] * cores))
+
+        def floor(parser: str) -> None:
+            list(pool.map(bare, [shard["path"]] * cores, [parser] * cores))
+
+        floors = {f"bare, {name}": functools.partial(floor, name) for name in parsers()}
+        rates = take_turns(shard, floors, time.perf_counter, cores)
+        ours = defaultdict(list)
+        for count in sorted({1, cores}):
+            for name, found in take_turns(shard, {f"prepare, {count} workers": lambda: prepared(count)}, time.perf_counter).items():
+                ours[name] = found
+    rates |= ours
+    result["all_cores"] = {"cores": cores} | {name: row(rates, name, list(floors) if name in ours else []) for name in rates}
+    print("\nall cores:", json.dumps(result["all_cores"], indent=1))
+
+
+def test_start(tmp_path, result):
+    """Wall clock of the whole program on next to nothing: what it takes to start, the kernels being compiled."""
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_text('{"text": "a"}\n')
+    flags = [f"--{name}_dir={tmp_path / name}" for name in ("train", "val")]
+    found = []
+    for i in range(ROUNDS + 1):
+        outputs = [f"--out_{name}_file={tmp_path / name}{i}.bin" for name in ("train", "val")]
+        command = [sys.executable, "-m", "tools.prepare", *flags, *outputs]
+        found.append(seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL), time.perf_counter))
+    result["start_s"] = round(statistics.median(found[1:]), 2)
+    print(f"\nstart: {result['start_s']} s")
+
+
+def test_memory(shard, tmp_path, result):
+    """The most memory of the process, with a shard like any other and with one document of 200 MB."""
+    peaks = {"the shard": _peak_bytes(shard["path"], tmp_path / "a.bin")}
+    path = tmp_path / "00.jsonl.zst"
+    unit = json.dumps("naïve café 中文 😀👍 and more of it\n" * 1000)[1:-1].encode()
+    with zstandard.open(path, "wb") as file:
+        file.write(b'{"text": "')
+        for _ in range(DOCUMENT_BYTES // len(unit)):
+            file.write(unit)
+        file.write(b'"}\n')
+    peaks["one document of 200 MB"] = _peak_bytes(path, tmp_path / "b.bin")
+    result["peak_bytes"] = peaks
+    print("\nmemory:", ", ".join(f"{name}: {size / 1e6:.0f} MB" for name, size in peaks.items()))
+
+
+def _peak_bytes(path: Path, out_file: Path) -> int:
+    """Prepare in a process of its own, whose first line is that no larger process's peak counts as its own."""
+    code = (
+        "import sys; open('/proc/self/clear_refs', 'w').write('5'); from pathlib import Path;"
+        "from tools.prepare import prepare; prepare([Path(sys.argv[1])], Path(sys.argv[2]), progress=False);"
+        "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path, out_file], check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1]) * 1024
+
+
+def test_write_result(shard, result):
+    if set(result) >= {"one_core", "all_cores", "start_s", "peak_bytes"}:
+        method = {
+            "clock": "CPU seconds of the process for one core, wall clock for all cores",
+            "rounds": ROUNDS,
+            "statistic": "median; shares are of the same round",
+            "bare": "decompress, find the lines, parse each; the text is not encoded and nothing is written",
+            "prepare": "the encoder's tables are there already; start_s has the making of them",
+        }
+        text = {key: value for key, value in shard.items() if key != "path"}
+        content = {"benchmark": "prepare", "environment": environment(), "method": method, "text": text} | result
+        write_result(RESULTS / "prepare.json", content)
