@@ -286,6 +286,7 @@ def test_write_result(result):
     if set(result) >= {"encoders", "worst_cases", "threads"}:
         method = {
             "clock": "CPU seconds of the process; wall clock for threads, the best of the rounds",
+            "load_average": os.getloadavg()[0],  # of a machine that others use; threads mean nothing above the cores
             "rounds": ROUNDS,
             "statistic": "median; ratios are of the same round",
             "first": "an encoder made for the round, nothing cached; `again`: the same encoder, the same text",
