@@ -244,12 +244,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     os.nice(19)
-    for run in [] if options.report else runs(options):
-        if not finished(options, *run):
-            print(f"{'/'.join(map(str, run))}:", flush=True)
-            train(options, *run)
-            report(options)
-    report(options)
+    missing = [] if options.report else [run for run in runs(options) if not finished(options, *run)]
+    for run in missing:
+        print(f"{'/'.join(map(str, run))}:", flush=True)
+        train(options, *run)
+        report(options)
+    if not missing:
+        report(options)
 
 
 if __name__ == "__main__":

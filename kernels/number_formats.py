@@ -192,6 +192,10 @@ def _blocks(flat: Tensor) -> Tensor:
     return (F.pad(flat, (0, missing)) if missing else flat).view(-1, BLOCK)
 
 
+# The same inside kernels, a tile at a time. The constants above are written out, for kernels cannot read a module's.
+# bf16 travels as its bits in int16: chips without bf16 can shift too, and the interpreter rounds it wrongly.
+
+
 @triton.jit
 def tile_random_bits(key, step, first_block, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """uint32 (ROWS, BLOCK): `random_bits` of ROWS blocks from first_block on."""
@@ -211,9 +215,6 @@ def tile_mix(x):
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
-
-
-# bf16 travels through kernels as its bits in int16: chips without bf16 can shift too, and so can the interpreter.
 
 
 @triton.jit
