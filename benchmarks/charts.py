@@ -85,8 +85,8 @@ def draw_models(rows: Any) -> Figure:
 def attention_data(results: Results) -> Any:
     """{"device", "peak", "panels": {"D 128, forward": {implementation: [(length, FLOP/s)]}}} of a GPU."""
     found: dict[str, Any] = {}
-    for _, result, about, stats in cases(results):
-        gpu = result["environment"]["gpu"]
+    timed = ((r["environment"]["gpu"], *case) for r in of_kind(results, "pytest-benchmark").values() for case in cases(r))
+    for gpu, about, stats in timed:
         if gpu and about["op"] == "attention":
             panels = found.setdefault(gpu["name"], {"device": gpu["name"], "peak": cards.peak_flops(gpu["name"], _dtype(about)), "panels": {}})["panels"]
             lines = panels.setdefault(f"head width {about['shape']['D']}, {about['step']}", {})

@@ -51,6 +51,12 @@ def source(name: str, result: dict[str, Any], base: str) -> str:
     return f"{device_name(result)}; PyTorch {versions['torch']}{triton}; {environment['date']}; commit {commit}; {file}"
 
 
+def clocked(result: dict[str, Any]) -> str:
+    """Return how a pytest-benchmark file's times were taken, where that is not the plain wall clock."""
+    clocks = {(case["extra_info"].get("clock"), case["extra_info"].get("threads")) for case in result["benchmarks"]}
+    return "; CPU seconds of one thread" if clocks == {("cpu", 1)} else ""
+
+
 def nothing(command: str) -> str:
     return f"Not measured yet: `{command}`."
 
@@ -123,11 +129,11 @@ def memory(results: Results, base: str) -> str:
     return table(header, rows) if rows else nothing("python benchmarks/suite.py")
 
 
-def cases(results: Results) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]]:
-    """Yield (file, its content, what a case says of itself, its statistics) of every pytest-benchmark case."""
-    for name, result in of_kind(results, "pytest-benchmark").items():
-        for case in result["benchmarks"]:
-            yield name, result, {"op": case["name"].partition("[")[0], "implementation": case.get("param") or ""} | case["extra_info"], case["stats"]
+def cases(result: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield what each case of a pytest-benchmark file says of itself, and its statistics."""
+    for case in result["benchmarks"]:
+        about = {"op": case["name"].partition("[")[0], "implementation": case.get("param") or ""}
+        yield about | case["extra_info"], case["stats"]
 
 
 def shape_of(about: dict[str, Any]) -> str:
@@ -135,36 +141,39 @@ def shape_of(about: dict[str, Any]) -> str:
 
 
 FILE_OPS = ("batches", "open", "checkpoint")
+Timed = dict[str, tuple[dict[str, Any], dict[str, Any]]]  # implementation -> what it says of itself, its statistics
+
+
+def is_kernel(about: dict[str, Any]) -> bool:
+    return "step" in about and about["op"] not in FILE_OPS
 
 
 def kernels(results: Results, base: str) -> str:
-    """One table an op and device: a row for each shape and pass, a column for each implementation."""
-    groups: dict[tuple[str, str], dict[tuple[str, str], dict[str, tuple[dict, dict]]]] = defaultdict(lambda: defaultdict(dict))
-    files: dict[tuple[str, str], tuple[str, dict]] = {}
-    copies: dict[str, float] = {}
-    for name, result, about, stats in cases(results):
-        device = device_name(result)
-        if about["op"] == "copy":
-            copies[device] = about["bytes"] / stats["min"]
-        elif "step" in about and about["op"] not in FILE_OPS:
-            groups[device, about["op"]][shape_of(about), about["step"]][about["implementation"]] = about, stats
-            files[device, about["op"]] = name, result
-    parts, told = [], set()
-    for key, rows in groups.items():
-        others = dict.fromkeys(i for row in rows.values() for i in row if i != "pilesmith")
-        lines = []
-        for (shape, step), row in rows.items():
-            cells = [seconds(row[i][1]["min"]) if i in row else "-" for i in ("pilesmith", *others)]
-            lines.append([shape, step, *cells, _rate(row, copies.get(key[0])), _gain(row)])
-        header = [f"`{key[1]}`", "pass", "pilesmith", *others, "our rate", "best other / ours"]
-        if files[key][0] not in told:
-            parts.append(source(*files[key], base) + (f". A copy moves {si(copies[key[0]], 'B/s')}." if key[0] in copies else ""))
-            told.add(files[key][0])
-        parts.append(table(header, lines))
+    """One table an op and file: a row for each shape and pass, a column for each implementation."""
+    found = of_kind(results, "pytest-benchmark")
+    copies = {
+        device_name(result): about["bytes"] / stats["min"] for result in found.values() for about, stats in cases(result) if about["op"] == "copy"
+    }
+    parts = []
+    for name, result in found.items():
+        ops: dict[str, dict[tuple[str, str], Timed]] = defaultdict(lambda: defaultdict(dict))
+        for about, stats in cases(result):
+            if is_kernel(about) and about["op"] != "copy":
+                ops[about["op"]][shape_of(about), about["step"]][about["implementation"]] = about, stats
+        copy = copies.get(device_name(result))
+        if ops:
+            parts.append(source(name, result, base) + clocked(result) + (f". A copy moves {si(copy, 'B/s')}." if copy else ""))
+        for op, rows in ops.items():
+            names = ["pilesmith", *dict.fromkeys(name for row in rows.values() for name in row if name != "pilesmith")]
+            lines = [
+                [shape, step, *(seconds(row[n][1]["min"]) if n in row else "-" for n in names), _rate(row, copy), _gain(row)]
+                for (shape, step), row in rows.items()
+            ]
+            parts.append(table([f"`{op}`", "pass", *names, "our rate", "best other / ours"], lines))
     return "\n\n".join(parts) if parts else nothing("pytest benchmarks/test_kernels.py --benchmark-json FILE")
 
 
-def _rate(row: dict[str, tuple[dict, dict]], copy: float | None) -> str:
+def _rate(row: Timed, copy: float | None) -> str:
     if "pilesmith" not in row:
         return "-"
     about, stats = row["pilesmith"]
@@ -174,26 +183,26 @@ def _rate(row: dict[str, tuple[dict, dict]], copy: float | None) -> str:
     return si(moved, "B/s") + (f", {moved / copy:.0%} of the copy" if copy else "")
 
 
-def _gain(row: dict[str, tuple[dict, dict]]) -> str:
+def _gain(row: Timed) -> str:
     others = [stats["min"] for name, (_, stats) in row.items() if not name.startswith("pilesmith")]
     return f"{min(others) / row['pilesmith'][1]['min']:.2f}" if others and "pilesmith" in row else "-"
 
 
 def files(results: Results, base: str) -> str:
     """Everything else that pytest-benchmark measured: loader, checkpoint, tokenizer; one table a file."""
-    tables: dict[str, list[list[str]]] = defaultdict(list)
-    for name, result, about, stats in cases(results):
-        if "step" in about and about["op"] not in FILE_OPS:
-            continue
-        rate = "-"
-        if about.get("tokens"):
-            rate = si(about["tokens"] / stats["min"], "tokens/s")
-        elif about.get("bytes"):
-            rate = si(about["bytes"] / stats["min"], "B/s")
-        step = f" {about['step']}" if about.get("step") in ("save", "load") else ""
-        tables[name].append([f"{about['op']}{step}", str(about["implementation"]), shape_of(about), seconds(stats["min"]), rate])
-    header = ["", "implementation", "size", "time", "rate"]
-    parts = [source(name, results[name], base) + "\n\n" + table(header, rows) for name, rows in tables.items()]
+    parts = []
+    for name, result in of_kind(results, "pytest-benchmark").items():
+        rows = []
+        for about, stats in cases(result):
+            if is_kernel(about):
+                continue
+            amount, unit = (about["tokens"], "tokens/s") if about.get("tokens") else (about.get("bytes"), "B/s")
+            step = f" {about['step']}" if about.get("step") in ("save", "load") else ""
+            rate = si(amount / stats["min"], unit) if amount else "-"
+            rows.append([f"{about['op']}{step}", str(about["implementation"]), shape_of(about), seconds(stats["min"]), rate])
+        if rows:
+            header = ["", "implementation", "size", "time", "rate"]
+            parts.append(source(name, result, base) + clocked(result) + "\n\n" + table(header, rows))
     return "\n\n".join(parts) if parts else nothing("pytest benchmarks/test_loader.py --benchmark-json FILE")
 
 
