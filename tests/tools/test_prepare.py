@@ -1,6 +1,7 @@
 """Preparing: tiktoken's ids in the order of the inputs, whatever is in them, stops it, or shares the work."""
 import argparse
 import errno
+import itertools
 import json
 import os
 import pty
@@ -236,52 +237,75 @@ TOUCHES_THE_DISK = (
 )
 
 
-def run_and_die(run: Callable[[], object], point: int) -> bool:
-    """Run in a process that kills itself before it touches the disk for the `point`-th time; return whether it did."""
+def run_and_die(run: Callable[[], object], point: int, counted: Path | None = None) -> bool:
+    """Run in a process that kills itself before it touches the disk for the `point`-th time; return whether it did.
+
+    counted: where to write how often it touched the disk.
+    """
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    touched = itertools.count()
     try:
-        left = iter(range(point))
         for place, name in TOUCHES_THE_DISK:
 
             def touch(*arguments, original=getattr(place, name), **options):
-                if next(left, None) is None:
+                if next(touched) == point:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return original(*arguments, **options)
 
             setattr(place, name, touch)
         run()
+        if counted:
+            counted.write_text(str(next(touched)))
     finally:
         os._exit(0)
 
 
-@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [12, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_point_it_goes_on_from_there(inputs, expected, small_segments, tmp_path: Path, step: int) -> None:
     reference = tmp_path / "reference.bin"
-    prepare.prepare(inputs, reference)
+    run_and_die(lambda: prepare.prepare(inputs, reference, workers=2), -1, tmp_path / "count")
+    points = int((tmp_path / "count").read_text())
     folder = tmp_path / "out"
     out = folder / "out.bin"
 
     def run() -> None:
         prepare.prepare(inputs, out, workers=2)
 
-    point, died = 0, True
-    while died:
+    for point in [*range(0, points - 12, step), *range(points - 12, points)]:  # at the end the names are given
         folder.mkdir()
-        if point % 2:  # over a file of something else
-            shutil.copy(reference, out)
+        if point % 2:  # over a file of something else, of the same size
+            np.fromfile(reference, "<u2")[::-1].tofile(out)
             description_path(out).write_bytes(description_path(reference).read_bytes().replace(b'"00.', b'"99.'))
-        died = run_and_die(run, point)
+        run_and_die(run, point)
         run_and_die(run, point // 3)  # killed a second time, earlier
-        if read_description(out):
+        if (description := read_description(out)) and description.sources[0].file == "00.jsonl.zst":
             assert tokens(out) == expected
         run()
         assert tokens(out) == expected
         assert description_path(out).read_bytes() == description_path(reference).read_bytes()
         assert len(list(folder.iterdir())) == 2
         shutil.rmtree(folder)
-        point += step
-    assert point > 100
+
+
+def test_what_a_killed_run_left_does_not_outlast_other_settings(inputs, small_segments, tmp_path: Path) -> None:
+    out = tmp_path / "out.bin"
+    run_and_die(lambda: prepare.prepare(inputs, out, workers=1), 150)
+    assert (tmp_path / "out.bin.parts" / "merged").stat().st_size > 1000
+    prepare.prepare(inputs[:1], out, max_data=2)
+    assert tokens(out) == ids(texts(60, 0)[:2])
+
+
+def test_what_is_merged_is_not_done_again(inputs, small_segments, tmp_path: Path) -> None:
+    out = tmp_path / "out.bin"
+    prepare.prepare(inputs, out, shard=(1, 1))
+    settings = prepare.Settings(tokenizer="r50k_base")
+    workspace = Workspace(out, inputs, settings, np.dtype("<u2"))
+    before = [workspace.reach(source) for source in inputs]
+    workspace.merge()
+    assert not list((tmp_path / "out.bin.parts").glob("*.tokens"))
+    assert all(place.ended for place in before) and [workspace.reach(source).ended for source in inputs] == [True] * 3
+    assert workspace.place_after(inputs[1], 0).ended and workspace.take(inputs[1], 0) is None
 
 
 def command(*arguments: object, cut: bool = True) -> list[str]:
