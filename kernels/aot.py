@@ -1,7 +1,7 @@
-"""Compile our kernels for chips that are not there and read what they cost: registers, stack, shared memory, matrix cores.
+"""Compile our kernels for chips that are not there and read what they cost: registers, stack, shared memory.
 
 Each kernel file lists what it ships in `compile_cases()`. `compile_all()` compiles the lists in worker processes, since
-the interpreter, which tests run under, and the compiler cannot share one; rows are kept in a cache by source and options.
+the interpreter, which tests run under, and the compiler cannot share one; finished rows are cached.
 """
 
 import hashlib
@@ -21,7 +21,9 @@ from queue import Empty, SimpleQueue
 
 from kernels.dispatch import CHIPS, OPS, triton
 
-MODULES = ("attention_triton", "attention_decode", "rotary", "layer_norm", "softmax", "cross_entropy", "activation", "adamw")
+MODULES = (
+    "attention_triton", "attention_decode", "rotary", "layer_norm", "softmax", "cross_entropy", "activation", "adamw",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,7 @@ def compile_case(case: Case, target: str) -> Row:
     except Exception as failure:  # every stage of the compiler has its own kind
         return Row(**head, error=f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}")
     cost = _nvidia_cost(compiled) if kind == "cuda" else _amd_cost(compiled)
-    # Hopper keeps 1 KiB of each block's shared memory to itself; the table's numbers are what a block may ask for.
+    # Hopper keeps 1 KiB of shared memory for each block; the table's 227 KiB are what a block may ask for beside it.
     return Row(**head, shared_bytes=compiled.metadata.shared, shared_limit_bytes=CHIPS[target].shared_bytes, **cost)
 
 
@@ -119,9 +121,8 @@ def compile_all(
     for i in range(len(jobs)):
         waiting.put(i)
     rows: list[Row | None] = [None] * len(jobs)
-    threads = [
-        threading.Thread(target=_feed, args=(jobs, rows, waiting, cache or _cache_folder())) for _ in range(min(workers, len(jobs)))
-    ]
+    work = jobs, rows, waiting, cache or _cache_folder()
+    threads = [threading.Thread(target=_feed, args=work) for _ in range(min(workers, len(jobs)))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -176,8 +177,8 @@ def _amd_cost(compiled) -> dict[str, object]:
 
 
 def _cache_folder() -> Path:
-    base = os.environ.get("PILESMITH_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pilesmith")
-    return Path(base) / "compiled"
+    users = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PILESMITH_CACHE") or Path(users) / "pilesmith") / "compiled"
 
 
 def _feed(jobs: list, rows: list, waiting: SimpleQueue, cache: Path) -> None:

@@ -25,8 +25,8 @@ def attention(
     q (B, T, H, D); k and v (B, T, G, D), heads h share the key head h // (H / G); any strides with the last one 1, so
     views of a packed projection need no copy. scale defaults to D^-0.5. doc_start int32 (B, T) gives each token the
     position of its document's first token: query i then sees keys doc_start[i] <= j <= i. Returns (B, T, H, D) in q's
-    dtype, statistics in fp32. The backward pass in Triton and on a CPU is deterministic. Raises ValueError for shapes that
-    do not fit.
+    dtype, statistics in fp32. The backward pass is deterministic in Triton and on a CPU. Raises ValueError for shapes
+    that do not fit.
     (Dao, FlashAttention-2, 2023; Ainslie et al., GQA, 2023)
     """
     check_heads(q, k, v)

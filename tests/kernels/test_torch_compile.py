@@ -112,7 +112,8 @@ def capture(graph, example):
 spec = importlib.util.spec_from_file_location("block", sys.argv[1])
 block = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(block)
-compiled = torch.compile(block.Block().bfloat16(), fullgraph=True, backend=aot_autograd(fw_compiler=capture, bw_compiler=capture))
+backend = aot_autograd(fw_compiler=capture, bw_compiler=capture)
+compiled = torch.compile(block.Block().bfloat16(), fullgraph=True, backend=backend)
 compiled(*block.inputs()).backward()
 """
 
