@@ -60,6 +60,7 @@ def page(results: Results) -> str:
         ("Memory: predicted and measured", "memory", "`python benchmarks/suite.py` on a GPU."),
         ("Kernels", "kernels", "`pytest benchmarks/test_kernels.py --benchmark-json FILE`. The fastest round of each, which other programs disturbed least; "
          "the rate counts what must be computed, or read and written once; the copy is that of a large tensor."),
+        ("Kernels, compiled for every chip", "compiled", "`python tools/compile_kernels.py`; no GPU is needed."),
         ("Tokenizer", "tokenizer", "`pytest benchmarks/test_tokenizer.py`."),
         ("Raw shards to tokens", "prepare", "`pytest benchmarks/test_prepare.py`."),
         ("Loader and checkpoints", "files", "`pytest benchmarks/test_loader.py benchmarks/test_checkpoint.py --benchmark-json FILE`. "

@@ -305,6 +305,24 @@ def quality(results: Results, base: str) -> str:
     return "\n\n".join(parts) if parts else nothing("python benchmarks/optimizer_quality.py")
 
 
+def compiled(results: Results, base: str) -> str:
+    """For each chip how many of our kernels' configurations compile, fit and do not spill."""
+    parts = []
+    for name, result in of_kind(results, "compiled_kernels").items():
+        chips: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in result["rows"]:
+            chips[row["target"]].append(row)
+        rows = []
+        for target, found in chips.items():
+            fits = [r for r in found if not r["error"] and r["shared_bytes"] <= r["shared_limit_bytes"]]
+            spilling = sum(bool(r["stack_bytes"] or r["spills"]) for r in fits)
+            most, limit = max(r["shared_bytes"] for r in found) / 1024, found[0]["shared_limit_bytes"] / 1024
+            rows.append([target, f"{len(found)}", f"{len(fits)}", f"{spilling}", f"{most:.0f} of {limit:.0f}", f"{max(r['registers'] for r in found)}"])
+        header = ["chip", "configurations", "compile and fit", "spill", "shared memory, most, KiB", "registers, most"]
+        parts += [source(name, result, base) + f"; [each of them]({base}results/{name}.md)", table(header, rows)]
+    return "\n\n".join(parts) if parts else nothing("python tools/compile_kernels.py")
+
+
 def correctness(results: Results, base: str) -> str:
     found = of_kind(results, "correctness")
     rows = [
@@ -336,6 +354,7 @@ PLACES: dict[str, Place] = {
     "tokenizer": tokenizer,
     "prepare": prepare,
     "quality": quality,
+    "compiled": compiled,
     "scaling": scaling,
     "paper": paper,
     "profile": profile,

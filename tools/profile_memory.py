@@ -10,7 +10,7 @@ from torch._C._profiler import _EventType
 from tools.profile_parts import SCOPE
 
 HELD = "weights and moments"
-MOST_POINTS = 400  # of a timeline that is kept: what a picture can show
+MOST_POINTS = 200  # of a timeline that is kept: what a picture can show
 
 
 @dataclass(frozen=True)

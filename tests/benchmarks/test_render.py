@@ -85,7 +85,7 @@ def test_unknown_places_and_missing_files_are_errors(results):
 
 
 def test_without_results_the_command_is_named():
-    for place in ("throughput", "memory", "kernels", "files", "scaling", "paper", "profile", "correctness", "tokenizer", "prepare", "quality"):
+    for place in ("throughput", "memory", "kernels", "files", "scaling", "paper", "profile", "correctness", "tokenizer", "prepare", "quality", "compiled"):
         assert tables.PLACES[place]({}, "").startswith("Not measured yet: `")
     assert render.page({}).startswith("# Results")
 
