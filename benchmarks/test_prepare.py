@@ -5,7 +5,6 @@
 `bare` is the floor of any such program in Python: decompress, find the lines, parse each, touch its text. All take
 turns, so that what else the machine does meets all of them.
 """
-import functools
 import importlib.util
 import json
 import os
@@ -16,6 +15,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ from benchmarks.environment import RESULTS, environment, write_result
 from tools import prepare, workers
 from tools.documents import CHUNK_BYTES, ChunkReader
 from tools.shard_stream import ShardStream
-from tools.text_encoders import TextEncoder
 
 SIZE_BYTES = 100_000_000
 ROUNDS = 5
+INPUTS = 4
 DOCUMENT_BYTES = 200_000_000
 
 
@@ -41,16 +42,15 @@ class Line(msgspec.Struct):
 
 def parsers() -> dict[str, Callable[[bytes], str]]:
     """Return what is installed to get the text out of a line."""
-    found = {
-        "msgspec, one field": lambda decode=msgspec.json.Decoder(Line).decode: lambda line: decode(line).text,
-        "json": lambda: lambda line: json.loads(line)["text"],
-    }
+    decode = msgspec.json.Decoder(Line).decode
+    found = {"msgspec": lambda line: decode(line).text, "json": lambda line: json.loads(line)["text"]}
     if importlib.util.find_spec("orjson"):
-        found["orjson"] = lambda: lambda line, loads=importlib.import_module("orjson").loads: loads(line)["text"]
+        orjson = importlib.import_module("orjson")
+        found["orjson"] = lambda line: orjson.loads(line)["text"]
     if importlib.util.find_spec("simdjson"):
         parser = importlib.import_module("simdjson").Parser()
-        found["pysimdjson"] = lambda: lambda line: parser.parse(line)["text"]
-    return {name: make() for name, make in found.items()}
+        found["pysimdjson"] = lambda line: parser.parse(line)["text"]
+    return found
 
 
 def bare(path: Path, parser: str) -> int:
@@ -83,19 +83,21 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def prepared(shard, tmp_path_factory) -> Callable[[int], None]:
-    """prepared(workers): make a token file of the shard with an encoder that is there already."""
+def prepared(shard, tmp_path_factory) -> Callable[..., None]:
+    """prepared(threads, ..., inputs): prepare the shard, `inputs` times, in processes of so many threads."""
     folder = tmp_path_factory.mktemp("tokens")
-    encoder = TextEncoder()
-    encoder.encoder()([b"compiled"])
 
-    def run(count: int) -> None:
+    def run(*threads: int, inputs: int = 1) -> None:
         for path in folder.iterdir():
             path.unlink()
+        links = [folder / f"{i}.jsonl.zst" for i in range(inputs)]
+        for link in links:
+            link.symlink_to(shard["path"])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prepare, "TextEncoder", lambda name: encoder)
-            prepare.prepare([shard["path"]], folder / "train.bin", workers=count, progress=False)
+            patch.setattr(prepare, "shares", lambda workers, size: list(threads))
+            prepare.prepare(links, folder / "train.bin", progress=False)
 
+    run(1)  # builds the encoder's tables
     return run
 
 
@@ -105,30 +107,43 @@ def result() -> dict[str, Any]:
     return {}
 
 
-def take_turns(shard, cases: dict[str, Callable[[], Any]], clock: Callable[[], float], times: int = 1) -> dict[str, list[float]]:
-    """Return each case's MB/s of text, a number for each round; a case goes through the shard `times` times."""
+@dataclass(frozen=True)
+class Case:
+    """`run` goes through the shard `times` times."""
+
+    name: str
+    run: Callable[[], Any]
+    times: int = 1
+    floor: bool = False
+
+
+def take_turns(shard: dict[str, Any], cases: list[Case], clock: Callable[[], float]) -> dict[str, dict[str, float]]:
+    """Return for each case MB/s of text and, of those that are no floor, the share of each floor that they reach."""
     rates = defaultdict(list)
     for _ in range(ROUNDS):
-        for name, run in cases.items():
-            rates[name].append(times * shard["bytes"] / 1e6 / seconds(run, clock))
-    return rates
-
-
-def row(rates: dict[str, list[float]], name: str, floors: list[str]) -> dict[str, float]:
-    shares = {f"of {floor}": statistics.median(a / b for a, b in zip(rates[name], rates[floor])) for floor in floors}
-    return {"mb_s": round(statistics.median(rates[name]), 1)} | {key: round(share, 2) for key, share in shares.items()}
+        for case in cases:
+            rates[case.name].append(case.times * shard["bytes"] / 1e6 / seconds(case.run, clock))
+    rows: dict[str, dict[str, float]] = {}
+    print()
+    for case in cases:
+        rows[case.name] = {"mb_s": round(statistics.median(rates[case.name]), 1)}
+        for floor in cases if not case.floor else ():
+            if floor.floor:
+                shares = (ours / theirs for ours, theirs in zip(rates[case.name], rates[floor.name]))
+                rows[case.name][f"of {floor.name}"] = round(statistics.median(shares), 2)
+        print(f"{case.name:40}", ", ".join(f"{key} {value}" for key, value in rows[case.name].items()))
+    return rows
 
 
 def test_one_core(shard, prepared, result):
-    """CPU seconds, so one thread's worth of everything, however many run."""
-    floors = {f"bare, {name}": functools.partial(bare, shard["path"], name) for name in parsers()}
-    cases = floors | {"zstd alone": lambda: _decompress(shard["path"]), "prepare": lambda: prepared(1)}
-    rates = take_turns(shard, cases, time.process_time)
-    result["one_core"] = {name: row(rates, name, list(floors) if name == "prepare" else []) for name in cases}
-    print("\none core:", json.dumps(result["one_core"], indent=1))
+    """CPU seconds, so one core's worth of everything, however many threads there are."""
+    floors = [Case(f"bare, {name}", partial(bare, shard["path"], name), floor=True) for name in parsers()]
+    parts = [Case("zstd and lines alone", partial(cut, shard["path"])), Case("prepare", lambda: prepared(1))]
+    result["one_core"] = take_turns(shard, floors + parts, time.process_time)
 
 
-def _decompress(path: Path) -> None:
+def cut(path: Path) -> None:
+    """Decompress a shard and find the ends of its chunks."""
     with ShardStream(path) as stream:
         reader = ChunkReader(stream)
         while not reader.ended:
@@ -136,23 +151,25 @@ def _decompress(path: Path) -> None:
 
 
 def test_all_cores(shard, prepared, result):
-    """Wall clock. The floor has a process on each core, each with a shard of its own to read."""
+    """Wall clock. The floors: one process as any program in Python, and one on each core with a shard of its own."""
     cores = workers.available_cores()
     with ProcessPoolExecutor(cores) as pool:
-        list(pool.map(bare, [shard["path"]] * cores, ["json"] * cores))
 
-        def floor(parser: str) -> None:
+        def bare_everywhere(parser: str) -> None:
             list(pool.map(bare, [shard["path"]] * cores, [parser] * cores))
 
-        floors = {f"bare, {name}": functools.partial(floor, name) for name in parsers()}
-        rates = take_turns(shard, floors, time.perf_counter, cores)
-        ours = defaultdict(list)
-        for count in sorted({1, cores}):
-            for name, found in take_turns(shard, {f"prepare, {count} workers": lambda: prepared(count)}, time.perf_counter).items():
-                ours[name] = found
-    rates |= ours
-    result["all_cores"] = {"cores": cores} | {name: row(rates, name, list(floors) if name in ours else []) for name in rates}
-    print("\nall cores:", json.dumps(result["all_cores"], indent=1))
+        bare_everywhere("json")  # starts the processes
+        cases = []
+        for name in parsers():
+            cases.append(Case(f"bare, {name}", partial(bare, shard["path"], name), floor=True))
+            cases.append(Case(f"bare, {name}, {cores} processes", partial(bare_everywhere, name), cores, floor=True))
+        ways = {"": workers.shares(cores, 1 << 40), ", a process for each core": [1] * cores, ", one process": [cores]}
+        for inputs, shards in ((1, "one shard"), (INPUTS, f"{INPUTS} shards")):
+            for way, threads in ways.items():
+                if way != ", one process" or cores > workers.THREADS:  # else it is the default
+                    run = partial(prepared, *threads, inputs=inputs)
+                    cases.append(Case(f"prepare, {shards}{way}", run, inputs))
+        result["all_cores"] = {"cores": cores} | take_turns(shard, cases, time.perf_counter)
 
 
 def test_start(tmp_path, result):
@@ -203,7 +220,7 @@ def test_write_result(shard, result):
             "rounds": ROUNDS,
             "statistic": "median; shares are of the same round",
             "bare": "decompress, find the lines, parse each; the text is not encoded and nothing is written",
-            "prepare": "the encoder's tables are there already; start_s has the making of them",
+            "prepare": "the encoder's tables are there already, but not in helper processes, which start each time",
         }
         text = {key: value for key, value in shard.items() if key != "path"}
         content = {"benchmark": "prepare", "environment": environment(), "method": method, "text": text} | result

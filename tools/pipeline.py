@@ -5,6 +5,7 @@ encoding release the GIL. Other processes may be at the same inputs: each reads 
 segments that nobody has; those that others have it only decompresses. So one huge shard keeps as many cores busy as
 its decompressor can feed, and nothing is divided up beforehand.
 """
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,8 @@ from tools.shard_stream import ShardStream
 from tools.text_encoders import TextEncoder
 from tools.token_file import PrepareError
 
+# A thread back from decompressing or encoding waits this long for one that parses; it has little to do with the GIL.
+SWITCH_INTERVAL_S = 5e-4
 IN_FLIGHT_BYTES = 64 << 20  # of lines between reading and writing; a longer line goes alone
 
 
@@ -80,9 +83,12 @@ class Pipeline:
         self._taken: set[Segment] = set()
 
     def __enter__(self) -> "Pipeline":
+        self._switch_interval_s = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         return self
 
     def __exit__(self, *_: object) -> None:
+        sys.setswitchinterval(self._switch_interval_s)
         self._pool.shutdown(cancel_futures=True)
         if self._merger:
             self._merger.shutdown()

@@ -122,7 +122,7 @@ def _fill(
         if place.segment:
             print(f"{source}: going on at line {workspace.made(source).lines + 1}")
     # The first of several bad lines is only known where one process goes through the inputs in order.
-    threads = [workers] if strict else shares(workers)
+    threads = [workers] if strict else shares(workers, sum(left.values()))
     with (
         Progress(workspace.file.name, sum(left.values()), progress) as bar,
         Helpers(workspace, list(left), threads[1:], bar.add, merging=merging) as helpers,

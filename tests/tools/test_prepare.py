@@ -61,6 +61,7 @@ def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     cut = {"chunk_bytes": 8000, "segment_chunks": 3}
     monkeypatch.setattr(prepare, "Settings", lambda **given: Settings(**given, **cut))
     monkeypatch.setattr(parts, "MERGED_AT_ONCE", 2)
+    monkeypatch.setattr(workers, "BYTES_A_PROCESS", 100)
 
 
 @pytest.fixture
@@ -130,9 +131,12 @@ def test_any_number_of_workers_gives_the_same_bytes(
 
 def test_helpers_share_one_shard(small_segments: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "THREADS", 1)
+    started, original = [], workers._start
+    monkeypatch.setattr(workers, "_start", lambda job: (started.append(job), original(job))[1])
     documents = texts(300)
     out = tmp_path / "out.bin"
     prepare.prepare([shard(tmp_path / "a.jsonl.zst", documents)], out, workers=3)
+    assert len(started) == 2
     assert tokens(out) == ids(documents)
 
 
@@ -311,7 +315,7 @@ def test_what_is_merged_is_not_done_again(inputs, small_segments, tmp_path: Path
 def command(*arguments: object, cut: bool = True) -> list[str]:
     """The program, with small segments."""
     start = (
-        "import functools, sys; from tools import prepare as p;"
+        "import functools, sys; from tools import prepare as p, workers; workers.BYTES_A_PROCESS = 100;"
         f"p.Settings = functools.partial(p.Settings, chunk_bytes=8000, segment_chunks=3) if {cut} else p.Settings;"
         "sys.exit(p.main(sys.argv[1:]))"
     )
@@ -600,9 +604,12 @@ def test_shares_are_numbered_from_one(text: str) -> None:
         parse_shard(text)
 
 
-@pytest.mark.parametrize(("count", "expected_"), [(1, [1]), (7, [7]), (8, [4, 4]), (11, [6, 5]), (64, [4] * 16)])
-def test_processes_have_a_few_threads_each(count: int, expected_: list[int]) -> None:
-    assert workers.shares(count) == expected_
+@pytest.mark.parametrize(
+    ("count", "gigabytes", "expected_"),
+    [(1, 9, [1]), (3, 9, [3]), (4, 9, [2, 2]), (11, 9, [3, 3, 3, 2]), (12, 0.2, [4, 4, 4]), (12, 0.001, [12])],
+)
+def test_processes_have_a_few_threads_each(count: int, gigabytes: float, expected_: list[int]) -> None:
+    assert workers.shares(count, int(gigabytes * 2**30)) == expected_
 
 
 def test_cores_of_a_control_group(monkeypatch) -> None:
