@@ -35,7 +35,9 @@ def throughput_data(results: Results) -> Any:
     for result in of_kind(results, "throughput").values():
         rows = [[name, r["tokens_per_s"], max(0, r["step_bytes"])] for name, r in result["results"].items() if isinstance(r, dict)]
         if len(rows) > 1:
-            panels.append({"title": f"{result['config']['preset']}, {device_name(result)}, {result['dtype']}", "rows": rows})
+            threads = "" if result["environment"]["gpu"] else f", threads: {result['threads']}"
+            title = f"{result['config']['preset']}, {device_name(result)}, {result['dtype']}{threads}"
+            panels.append({"title": title, "rows": rows})
     return panels or None
 
 

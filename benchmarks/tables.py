@@ -91,6 +91,10 @@ def throughput_rows(result: dict[str, Any]) -> str:
     ours = result["results"]["pilesmith"]
     limit = f", at most {result['gpu_memory_bytes'] / 2**30:.3g} GiB" if result["gpu_memory_bytes"] and gpu else ""
     shape = f"`{config['preset']}`, {human(result['n_parameters'])} parameters, {result['dtype']}, {config['optimizer']['batch_tokens']:,} tokens a step"
+    if not gpu:
+        shape += f", {result['threads']} thread{'s' * (result['threads'] > 1)}"
+    if result["processes"] > 1:
+        shape += f", {result['processes']} processes"
     rows = []
     for name, row in result["results"].items():
         if isinstance(row, str):
