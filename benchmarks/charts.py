@@ -181,7 +181,7 @@ def draw_scaling(data: Any) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_xticks(values, [str(v) for v in values])
     axes.minorticks_off()
-    axes.set_yscale("log")
+    _log_rates(axes)
     axes.set_xlabel({"length": "sequence length", "depth": "layers", "micro-batch": "sequences of a micro-batch"}.get(data["axis"], data["axis"]))
     axes.set_ylabel("tokens/s")
     axes.legend(fontsize=7, frameon=False)
@@ -209,7 +209,9 @@ def draw_paper(data: Any) -> Figure:
         axes.plot(gpus, speeds, color=colour, marker="o", markersize=3, label=card)
         axes.plot(gpus, [speeds[0] / gpus[0] * n for n in gpus], color=colour, linestyle=":", linewidth=1)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    axes.set_xticks(gpus[::2], [str(n) for n in gpus[::2]])
+    axes.minorticks_off()
+    _log_rates(axes)
     axes.set_xlabel("cards")
     axes.set_ylabel("tokens/s (dotted: ideal)")
     axes.set_title(data["title"], fontsize=9)
@@ -275,6 +277,13 @@ def draw_timelines(rows: Any) -> Figure:
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
         _plain(axes)
     return figure
+
+
+def _log_rates(axes: Any) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: human(value))
+    axes.yaxis.set_minor_formatter(lambda value, _: human(value) if f"{value:e}"[0] in "25" else "")
+    axes.tick_params(which="minor", labelsize=7)
 
 
 def _plain(axes: Any) -> None:

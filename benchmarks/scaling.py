@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
         "paper": {"preset": PAPER_PRESET, "batch_tokens": PAPER_TOKENS, "rows": []},
     }
     for axis, points in planned.items():
-        measured = compare({str(value): job for value, job in points.items()}, options.warmup, options.steps)
+        measured = dict(compare({str(value): job for value, job in points.items()}, options.warmup, options.steps))
         payload["axes"][axis] = [row(value, measured[str(value)], job, peak) for value, job in points.items()]
         for r in payload["axes"][axis]:
             print(f"{axis:12}{r['value']:>6} {r.get('failed') or human(r['tokens_per_s']) + ' tokens/s'}", flush=True)

@@ -29,7 +29,7 @@ from benchmarks.tables import load
 ROOT = Path(__file__).parents[1]
 CARDS = {10: "rtx3080", 11: "gtx1080ti", 16: "v100", 24: "rtx3090", 40: "a100 40gb", 48: "quadro rtx 8000"}  # label: whose memory
 BATCH_TOKENS = {"gpt2": 131_072, "gpt2-xl": 65_536, "2b": 65_536}
-PEERS = "pytorch,pytorch-compiled,transformers,transformers-liger"
+PEERS = "pytorch,transformers-liger,transformers,pytorch-compiled"
 TINY = "--n_layer 2 --n_embd 64 --n_head 2 --block_size 64 --vocab_size 512 --batch_tokens 512 --micro_batch_size 4"
 LEAST_S = 5.0  # with less time than this left no part is started
 
@@ -92,7 +92,7 @@ def is_done(part: Part, folder: Path, here: dict[str, Any]) -> bool:
 def run(part: Part, folder: Path, limit_s: float) -> tuple[str, str]:
     """Run a part and return its status and the last line that it wrote; past the limit it and its children are killed."""
     file = folder / f"{part.name}.json"
-    file.unlink(missing_ok=True)  # what is there afterwards is of this run
+    before = file.stat().st_mtime_ns if file.exists() else None
     log = folder / f".{part.name}.log"
     with open(log, "w+") as output:
         process = subprocess.Popen(part.command(folder), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -101,11 +101,12 @@ def run(part: Part, folder: Path, limit_s: float) -> tuple[str, str]:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            return "out of time", f"after {limit_s:.0f} s"
-        finally:
-            output.seek(0)
-            lines = output.read().strip().splitlines() or [""]
-    if file.exists():
+        output.seek(0)
+        lines = output.read().strip().splitlines() or [""]
+    written = file.exists() and file.stat().st_mtime_ns != before
+    if process.returncode == -signal.SIGKILL:
+        return "out of time", f"after {limit_s:.0f} s" + ("; what it had by then is kept" if written else "")
+    if written:
         log.unlink()
         return "done", "" if process.returncode == 0 else lines[-1]
     return "failed", lines[-1]

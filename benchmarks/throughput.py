@@ -17,6 +17,7 @@ import socket
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -135,11 +136,13 @@ def timed_step(step: Step, batches: list[Batch]) -> tuple[float, float]:
     return time.perf_counter() - began, loss
 
 
-def compare(jobs: dict[str, Job], warmup: int, steps: int) -> dict[str, Measured | str]:
-    """Return what was measured of each job, or why nothing was. On a CPU they take turns, on a GPU they follow."""
-    if torch.cuda.is_available():
-        return {name: take_turns({name: job}, warmup, steps, rounds=1)[name] for name, job in jobs.items()}
-    return take_turns(jobs, warmup, steps, ROUNDS)
+def compare(jobs: dict[str, Job], warmup: int, steps: int) -> Iterator[tuple[str, Measured | str]]:
+    """Yield what was measured of each job, or why nothing was. On a CPU they take turns, on a GPU they follow."""
+    if not torch.cuda.is_available():
+        yield from take_turns(jobs, warmup, steps, ROUNDS).items()
+        return
+    for name, job in jobs.items():
+        yield from take_turns({name: job}, warmup, steps, rounds=1).items()
 
 
 def take_turns(jobs: dict[str, Job], warmup: int, steps: int, rounds: int) -> dict[str, Measured | str]:
@@ -243,15 +246,10 @@ def main(arguments: list[str] | None = None) -> int:
     peak = cards.peak_flops(name, dtype)
     print(f"{config.preset}: {n_parameters:,} parameters; {device} ({reason}), {str(dtype).removeprefix('torch.')}", flush=True)
     jobs = {name: Job(name, config, gpu_memory, options.processes) for name in dict.fromkeys(wanted)}
-    measured = compare(jobs, options.warmup, options.steps)
-    results = {n: m if isinstance(m, str) else summarise(m, peak and peak * options.processes, flops) for n, m in measured.items()}
-    ours = measured["pilesmith"]
-    settled = config if isinstance(ours, str) else ours.config
-    show(results, settled)
     payload = {
         "benchmark": "throughput",
         "environment": environment(),
-        "config": settled.to_dict(),
+        "config": config.to_dict(),
         "dtype": str(dtype).removeprefix("torch."),
         "n_parameters": n_parameters,
         "processes": options.processes,
@@ -259,17 +257,26 @@ def main(arguments: list[str] | None = None) -> int:
         "gpu_memory_bytes": gpu_memory,
         "flops_per_token": flops,
         "peak_flops": peak,
-        "plan": None if isinstance(ours, str) else ours.plan,
-        "results": results,
+        "plan": None,
+        "results": {},
     }
-    if options.out:
-        write_result(options.out, payload)
-    return 1 if isinstance(ours, str) else 0
+    for contender, measured in compare(jobs, options.warmup, options.steps):
+        if isinstance(measured, Measured):
+            payload["results"][contender] = summarise(measured, peak and peak * options.processes, flops)
+        else:
+            payload["results"][contender] = measured
+        if contender == "pilesmith" and isinstance(measured, Measured):
+            payload |= {"config": measured.config.to_dict(), "plan": measured.plan}
+        if options.out:  # after each: one that hangs does not take the others' figures with it
+            write_result(options.out, payload)
+    show(payload)
+    return 1 if isinstance(payload["results"]["pilesmith"], str) else 0
 
 
-def show(results: dict[str, Any], config: Config) -> None:
-    batch, micro = config.optimizer.batch_tokens, config.optimizer.micro_batch_size
-    print(f"a step is {batch} tokens, a micro-batch {micro} sequences of {config.model.block_size}")
+def show(payload: dict[str, Any]) -> None:
+    optimizer, results = payload["config"]["optimizer"], payload["results"]
+    block = payload["config"]["model"]["block_size"]
+    print(f"a step is {optimizer['batch_tokens']} tokens, a micro-batch {optimizer['micro_batch_size']} sequences of {block}")
     ours = results["pilesmith"]
     print(f"{'':20}{'tokens/s':>10}{'step':>10}{'MFU':>8}{'peak':>11}{'of a step':>11}{'ours is':>10}")
     for name, row in results.items():

@@ -93,7 +93,7 @@ def test_a_comparison_from_the_command_line(tmp_path, capsys, validate):
 def test_two_processes_share_a_batch():
     config = from_dict(merge(preset("gpt2"), TINY, {"optimizer": {"micro_batch_size": 1}}))
     job = Job("pilesmith", config, processes=2, threads=1)
-    measured = throughput.compare({"two": job}, warmup=1, steps=1)["two"]
+    measured = dict(throughput.compare({"two": job}, warmup=1, steps=1))["two"]
     assert isinstance(measured, Measured) and len(measured.steps) == 1
     assert measured.config.strategy.strategy == "zero"
 
