@@ -87,7 +87,7 @@ def test_recomputation_belongs_to_the_backward_pass(tmp_path):
 
 
 def test_backward_finds_its_forward():
-    """An operation outside any scope between two scoped ones does not lend them its number."""
+    """Operations without a gradient of their own, such as a cast to the same type, see the number of the one after them."""
 
     class Pair(torch.nn.Module):
         def __init__(self):
@@ -97,7 +97,7 @@ def test_backward_finds_its_forward():
     model = Pair()
     model.first.forward, model.second.forward = scoped(model.first.forward, "embedding"), scoped(model.second.forward, "norm")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
-        model.second(torch.sin(model.first(torch.arange(8))) * 2).sum().backward()
+        model.second((torch.sin(model.first(torch.arange(8))) * 2).float()).sum().backward()
     parts = attribute(profiler.events(), False, 4).parts
     assert parts["embedding"].backward > 0 and parts["norm"].backward > 0 and parts["other"].backward > 0
     named = {e.name: e for e in profiler.events()}
