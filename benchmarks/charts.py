@@ -1,4 +1,5 @@
 """The charts: for each what it draws from benchmarks/results/, and how. Without its data a chart is not drawn."""
+
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,17 +7,30 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.tables import Results, cases, device_name, of_kind
+from benchmarks.reading import Results, cases, device_name, of_kind
 from engine import cards
 from engine.report import human
 
 OURS, OTHERS = "#08519c", ("#9ecae1", "#fdae6b", "#a1d99b", "#bcbddc", "#d9d9d9", "#fdd0a2")
-PARTS = ("#08519c", "#6baed6", "#e6550d", "#fdae6b", "#31a354", "#a1d99b", "#756bb1", "#bcbddc", "#636363", "#bdbdbd", "#8c6d31")
+PARTS = (
+    "#08519c",
+    "#6baed6",
+    "#e6550d",
+    "#fdae6b",
+    "#31a354",
+    "#a1d99b",
+    "#756bb1",
+    "#bcbddc",
+    "#636363",
+    "#bdbdbd",
+    "#8c6d31",
+)
 
 
 MEMORY_COLOURS = {
-    "weights and moments": "#bdbdbd", "embedding": "#fdd0a2", "norm": "#a1d99b", "attention": "#6baed6", "matmul": "#08519c",
-    "activation": "#31a354", "loss": "#e6550d", "gradients": "#756bb1", "optimizer": "#636363", "communication": "#8c6d31", "other": "#d9d9d9",
+    "weights and moments": "#bdbdbd", "embedding": "#fdd0a2", "norm": "#a1d99b", "attention": "#6baed6",
+    "matmul": "#08519c", "activation": "#31a354", "loss": "#e6550d", "gradients": "#756bb1", "optimizer": "#636363",
+    "communication": "#8c6d31", "other": "#d9d9d9",
 }  # fmt: skip
 
 
@@ -33,7 +47,11 @@ def throughput_data(results: Results) -> Any:
     """[{title, rows: [(contender, tokens/s, bytes of a step)]}], for the runs that compare."""
     panels = []
     for result in of_kind(results, "throughput").values():
-        rows = [[name, r["tokens_per_s"], max(0, r["step_bytes"])] for name, r in result["results"].items() if isinstance(r, dict)]
+        rows = [
+            [name, r["tokens_per_s"], max(0, r["step_bytes"])]
+            for name, r in result["results"].items()
+            if isinstance(r, dict)
+        ]
         if len(rows) > 1:
             threads = "" if result["environment"]["gpu"] else f", threads: {result['threads']}"
             title = f"{result['config']['preset']}, {device_name(result)}, {result['dtype']}{threads}"
@@ -87,10 +105,14 @@ def draw_models(rows: Any) -> Figure:
 def attention_data(results: Results) -> Any:
     """{"device", "peak", "panels": {"D 128, forward": {implementation: [(length, FLOP/s)]}}} of a GPU."""
     found: dict[str, Any] = {}
-    timed = ((r["environment"]["gpu"], *case) for r in of_kind(results, "pytest-benchmark").values() for case in cases(r))
+    timed = (
+        (r["environment"]["gpu"], *case) for r in of_kind(results, "pytest-benchmark").values() for case in cases(r)
+    )
     for gpu, about, stats in timed:
         if gpu and about["op"] == "attention":
-            panels = found.setdefault(gpu["name"], {"device": gpu["name"], "peak": cards.peak_flops(gpu["name"], _dtype(about)), "panels": {}})["panels"]
+            panels = found.setdefault(
+                gpu["name"], {"device": gpu["name"], "peak": cards.peak_flops(gpu["name"], _dtype(about)), "panels": {}}
+            )["panels"]
             lines = panels.setdefault(f"head width {about['shape']['D']}, {about['step']}", {})
             lines.setdefault(about["implementation"], []).append([about["shape"]["T"], about["flops"] / stats["min"]])
     return list(found.values()) or None
@@ -110,7 +132,9 @@ def draw_attention(devices: Any) -> Figure:
                 style = {"color": OURS, "linewidth": 2.4} if name == "pilesmith" else {"linewidth": 1.2}
                 axes.plot(lengths, [rate / 1e12 for rate in rates], marker="o", markersize=3, label=name, **style)
             if device["peak"]:
-                axes.axhline(device["peak"] / 1e12, color="black", linestyle="--", linewidth=0.8, label="peak of the chip")
+                axes.axhline(
+                    device["peak"] / 1e12, color="black", linestyle="--", linewidth=0.8, label="peak of the chip"
+                )
             axes.set_xscale("log", base=2)
             axes.set_ylim(bottom=0)
             axes.set_xlabel("sequence length")
@@ -127,8 +151,16 @@ def memory_data(results: Results) -> Any:
     for result in of_kind(results, "throughput").values():
         ours, plan = result["results"]["pilesmith"], result["plan"]
         if plan:
-            limit = f"{result['gpu_memory_bytes'] / 2**30:.3g} GiB" if result["gpu_memory_bytes"] else device_name(result)
-            rows.append([f"{result['config']['preset']}, {limit}", plan["parts"], ours["peak_bytes"] if isinstance(ours, dict) else None])
+            limit = (
+                f"{result['gpu_memory_bytes'] / 2**30:.3g} GiB" if result["gpu_memory_bytes"] else device_name(result)
+            )
+            rows.append(
+                [
+                    f"{result['config']['preset']}, {limit}",
+                    plan["parts"],
+                    ours["peak_bytes"] if isinstance(ours, dict) else None,
+                ]
+            )
     return rows or None
 
 
@@ -140,10 +172,22 @@ def draw_memory(rows: Any) -> Figure:
         left = 0.0
         for part in parts:
             size = sizes.get(part, 0) / 2**30
-            axes.barh(y, size, left=left, color=PARTS[parts.index(part) % len(PARTS)], label=part.replace("_", " ") if y == 0 else None)
+            axes.barh(
+                y,
+                size,
+                left=left,
+                color=PARTS[parts.index(part) % len(PARTS)],
+                label=part.replace("_", " ") if y == 0 else None,
+            )
             left += size
         if measured:
-            axes.plot([measured / 2**30] * 2, [y - 0.42, y + 0.42], color="black", linewidth=2, label="measured" if y == 0 else None)
+            axes.plot(
+                [measured / 2**30] * 2,
+                [y - 0.42, y + 0.42],
+                color="black",
+                linewidth=2,
+                label="measured" if y == 0 else None,
+            )
     axes.set_yticks(range(len(rows)), [label for label, *_ in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("GiB of tensors at the fullest moment of a step, predicted by part")
@@ -177,12 +221,23 @@ def draw_scaling(data: Any) -> Figure:
             expected = [speeds[0] * n / values[0] for n in values]
         else:
             expected = [speeds[0] * flops[0] / f for f in flops]
-        axes.plot(values, expected, color=colour, linestyle=":", linewidth=1, label="at the first point's FLOP/s" if i == 0 else None)
+        axes.plot(
+            values,
+            expected,
+            color=colour,
+            linestyle=":",
+            linewidth=1,
+            label="at the first point's FLOP/s" if i == 0 else None,
+        )
     axes.set_xscale("log", base=2)
     axes.set_xticks(values, [str(v) for v in values])
     axes.minorticks_off()
     _log_rates(axes)
-    axes.set_xlabel({"length": "sequence length", "depth": "layers", "micro-batch": "sequences of a micro-batch"}.get(data["axis"], data["axis"]))
+    axes.set_xlabel(
+        {"length": "sequence length", "depth": "layers", "micro-batch": "sequences of a micro-batch"}.get(
+            data["axis"], data["axis"]
+        )
+    )
     axes.set_ylabel("tokens/s")
     axes.legend(fontsize=7, frameon=False)
     _plain(axes)
@@ -197,7 +252,10 @@ def paper_data(results: Results) -> Any:
             if "failed" not in row:
                 lines[row["card"]].append([row["gpus"], row["tokens_per_s"]])
         if lines:
-            return {"title": f"{result['paper']['preset']}, {result['paper']['batch_tokens']:,} tokens a step, predicted", "cards": dict(lines)}
+            return {
+                "title": f"{result['paper']['preset']}, {result['paper']['batch_tokens']:,} tokens a step, predicted",
+                "cards": dict(lines),
+            }
     return None
 
 
@@ -264,7 +322,14 @@ def draw_timelines(rows: Any) -> Figure:
         milliseconds = [1e3 * s for s in line["seconds"]]
         parts = [part for part in MEMORY_COLOURS if part in line["held"]]
         stacks = [[value / unit for value in line["held"][part]] for part in parts]
-        axes.stackplot(milliseconds, stacks, labels=parts, colors=[MEMORY_COLOURS[part] for part in parts], step="post", linewidth=0)
+        axes.stackplot(
+            milliseconds,
+            stacks,
+            labels=parts,
+            colors=[MEMORY_COLOURS[part] for part in parts],
+            step="post",
+            linewidth=0,
+        )
         peak = milliseconds[totals.index(most)], most / unit
         axes.annotate(f"{most / unit:,.1f} {name}", peak, textcoords="offset points", xytext=(6, 4), fontsize=9)
         axes.axvline(1e3 * line["backward_s"], color="black", linewidth=0.8, linestyle=":")
@@ -294,16 +359,17 @@ def _plain(axes: Any) -> None:
 
 
 CHARTS: dict[str, Chart] = {
-    "throughput": Chart("Tokens a second and memory of a step, beside what would be used instead", throughput_data, draw_throughput),
+    "throughput": Chart("Tokens a second, memory of a step, beside other ways", throughput_data, draw_throughput),
     "models": Chart("Tokens a second by model, card and memory", models_data, draw_models),
-    "attention": Chart("Attention: TFLOPS against the length, with others and the peak", attention_data, draw_attention),
+    "attention": Chart("Attention: TFLOPS against the length", attention_data, draw_attention),
     "memory": Chart("Memory by part, predicted, and measured", memory_data, draw_memory),
     "profile": Chart("Where the time of a step goes", profile_data, draw_profile),
     "profile-memory": Chart("The memory of a step over time", timelines_data, draw_timelines),
     **{
         f"scaling-{axis}": Chart(f"Tokens a second against {words}", scaling_data(axis), draw_scaling)
         for axis, words in (
-            ("depth", "depth"), ("width", "width"), ("length", "length"), ("micro-batch", "the micro-batch"), ("processes", "processes"),
+            ("depth", "depth"), ("width", "width"), ("length", "length"), ("micro-batch", "the micro-batch"),
+            ("processes", "processes"),
         )
     },
     "scaling-paper": Chart("Tokens a second on 1 to 1024 cards, predicted", paper_data, draw_paper),

@@ -4,6 +4,7 @@
 
 On a machine that others use, `--clock cpu` counts the processor's seconds, on one thread, instead of the wall's.
 """
+
 import os
 import time
 from collections.abc import Callable
@@ -28,7 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--clock", choices=("wall", "cpu"), default="wall", help="what is counted: time, or this process's CPU time on one thread")
+    parser.addoption(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="what is counted: time, or this process's CPU time on one thread",
+    )
     parser.addoption("--budget_s", type=float, default=0.5, help="seconds of measuring for each case [0.5]")
 
 
@@ -82,7 +88,11 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, device: torch.device
         iterations = max(1, int(ROUND_S / seconds))
         rounds = int(request.config.getoption("--budget_s") / (iterations * seconds))
         benchmark.extra_info |= {"flops": None, "bytes": None} | about
-        benchmark.extra_info |= {"step_bytes": step_bytes(run, device), "clock": request.config.getoption("--clock"), "threads": torch.get_num_threads()}
+        benchmark.extra_info |= {
+            "step_bytes": step_bytes(run, device),
+            "clock": request.config.getoption("--clock"),
+            "threads": torch.get_num_threads(),
+        }
         benchmark.pedantic(run, iterations=iterations, rounds=min(max(rounds, MIN_ROUNDS), MAX_ROUNDS))
 
     return measure

@@ -3,6 +3,7 @@
 All take the same config, with its open choices made, random tokens, dtype and AdamW, and do the whole step: forward,
 backward, clipping, update. Only ours runs in several processes.
 """
+
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +65,9 @@ class PlainAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).chunk(3, dim=-1))  # (B, H, T, D)
+        q, k, v = (
+            t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).chunk(3, dim=-1)
+        )  # (B, H, T, D)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -121,7 +124,9 @@ def pytorch(config: Config, device: torch.device, dtype: torch.dtype, grad_accum
     return _plain_step(model, config, dtype)
 
 
-def pytorch_compiled(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int, processes: Processes) -> Step:
+def pytorch_compiled(
+    config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int, processes: Processes
+) -> Step:
     with device:
         model = PlainGPT(config.model)
     return _plain_step(torch.compile(model), config, dtype)
@@ -133,29 +138,36 @@ def classic(config: Config, device: torch.device, dtype: torch.dtype, grad_accum
     if shape.positions != "learned":
         raise Unsupported("the classic model has learned positions only")
     with device:
-        model = ClassicGPT(**{k: getattr(shape, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")})
+        model = ClassicGPT(
+            **{k: getattr(shape, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
+        )
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr)
-    return _plain_step(model, config, dtype, optimizer=optimizer, clip=0.0, loss=lambda b: model(b.tokens, b.targets)[1])
+    return _plain_step(
+        model, config, dtype, optimizer=optimizer, clip=0.0, loss=lambda b: model(b.tokens, b.targets)[1]
+    )
 
 
-def transformers(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int, processes: Processes) -> Step:
+def transformers(
+    config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int, processes: Processes
+) -> Step:
     """GPT-2 where positions are learned, else GPT-NeoX with sequential residuals, both with SDPA."""
     try:
         import transformers as hf
     except ImportError:
         raise Unsupported("transformers is not installed") from None
     shape = config.model
+    activation = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}[shape.activation]
     if shape.positions == "learned":
         about = hf.GPT2Config(
-            vocab_size=shape.vocab_size, n_positions=shape.block_size, n_embd=shape.n_embd, n_layer=shape.n_layer, n_head=shape.n_head,
-            activation_function={"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}[shape.activation],
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=shape.tie_head,
+            vocab_size=shape.vocab_size, n_positions=shape.block_size, n_embd=shape.n_embd, n_layer=shape.n_layer,
+            n_head=shape.n_head, activation_function=activation, tie_word_embeddings=shape.tie_head,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )  # fmt: skip
     else:
         about = hf.GPTNeoXConfig(
-            vocab_size=shape.vocab_size, max_position_embeddings=shape.block_size, hidden_size=shape.n_embd, num_hidden_layers=shape.n_layer,
-            num_attention_heads=shape.n_head, intermediate_size=4 * shape.n_embd, use_parallel_residual=False, rotary_pct=1.0,
-            hidden_act={"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}[shape.activation], tie_word_embeddings=shape.tie_head,
+            vocab_size=shape.vocab_size, max_position_embeddings=shape.block_size, hidden_size=shape.n_embd,
+            num_hidden_layers=shape.n_layer, num_attention_heads=shape.n_head, intermediate_size=4 * shape.n_embd,
+            hidden_act=activation, tie_word_embeddings=shape.tie_head, use_parallel_residual=False, rotary_pct=1.0,
         )  # fmt: skip
     about.use_cache = False
     with device:
@@ -171,7 +183,9 @@ def transformers(config: Config, device: torch.device, dtype: torch.dtype, grad_
     return _plain_step(model, config, dtype, loss=loss)
 
 
-def transformers_liger(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int, processes: Processes) -> Step:
+def transformers_liger(
+    config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int, processes: Processes
+) -> Step:
     """transformers with Liger-Kernel's LayerNorm and fused linear cross-entropy in place of its own."""
     if device.type != "cuda":
         raise Unsupported("Liger-Kernel needs a GPU")
@@ -210,7 +224,9 @@ def _plain_step(
     options = config.optimizer
     if optimizer is None:
         betas = (options.beta1, options.beta2)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=betas, weight_decay=options.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=options.lr, betas=betas, weight_decay=options.weight_decay, fused=True
+        )
     clip = options.grad_clip if clip is None else clip
     compute_loss = loss or (lambda batch: model(batch.tokens, batch.targets))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

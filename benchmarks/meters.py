@@ -1,4 +1,5 @@
 """Memory and energy of a step, on a GPU or a CPU."""
+
 import ctypes
 import functools
 from collections.abc import Callable
@@ -25,7 +26,7 @@ def limit_memory(device: torch.device, limit_bytes: int | None, context_counts: 
 
 
 def forget_peak(device: torch.device) -> int:
-    """Forget the peak so far and return the bytes held now. On a CPU, memory that is free goes back to the system first."""
+    """Forget the peak so far and return the bytes held now; on a CPU, free memory goes back to the system first."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -40,7 +41,7 @@ def forget_peak(device: torch.device) -> int:
 
 
 def peak_bytes(device: torch.device) -> dict[str, int]:
-    """Return the peak since `forget_peak`: `peak_bytes` of tensors on a GPU, of the process on a CPU; `reserved_bytes`."""
+    """Return the peak since `forget_peak`: that of tensors on a GPU, of the process on a CPU, and what was reserved."""
     if device.type == "cuda":
         reserved = torch.cuda.max_memory_reserved(device)
         return {"peak_bytes": torch.cuda.max_memory_allocated(device), "reserved_bytes": reserved}

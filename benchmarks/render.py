@@ -6,6 +6,7 @@
 A marked place is `<!-- results:NAME ARGUMENTS -->…<!-- /results:NAME -->`, where NAME is one of `PLACES`: a
 table, a chart, or a single figure in a sentence.
 """
+
 import argparse
 import hashlib
 import json
@@ -17,7 +18,8 @@ from typing import Any
 
 from benchmarks import tables
 from benchmarks.charts import CHARTS
-from benchmarks.tables import Place, Results, load
+from benchmarks.reading import Results, load
+from benchmarks.tables import Place
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "benchmarks" / "RESULTS.md"
@@ -32,6 +34,40 @@ def chart(results: Results, base: str, name: str) -> str:
 
 
 PLACES: dict[str, Place] = tables.PLACES | {"chart": chart}
+
+
+# Title, place, and how it is measured and to be read.
+SECTIONS: list[tuple[str, str, str]] = [
+    (
+        "Training",
+        "throughput",
+        "`python benchmarks/throughput.py --preset 13m --compare`. MFU counts 6 N + 12 n_layer n_embd T FLOPs a token, "
+        "attention in full, over the chip's dense peak. Peak memory is that of tensors on a GPU, of the whole process "
+        'on a CPU; "of a step" is what a step adds to what is held between steps.',
+    ),
+    ("Where a step's time goes", "profile", "`python tools/profile_step.py --preset 13m`."),
+    ("Memory: predicted and measured", "memory", "`python benchmarks/suite.py` on a GPU."),
+    (
+        "Kernels",
+        "kernels",
+        "`pytest benchmarks/test_kernels.py --benchmark-json FILE`. The fastest round of each, which other programs "
+        "disturbed least; the rate counts what must be computed, or read and written once; the copy is that of a large "
+        "tensor.",
+    ),
+    ("Kernels, compiled for every chip", "compiled", "`python tools/compile_kernels.py`; no GPU is needed."),
+    ("Tokenizer", "tokenizer", "`pytest benchmarks/test_tokenizer.py`."),
+    ("Raw shards to tokens", "prepare", "`pytest benchmarks/test_prepare.py`."),
+    (
+        "Loader and checkpoints",
+        "files",
+        "`pytest benchmarks/test_loader.py benchmarks/test_checkpoint.py --benchmark-json FILE`. The fastest round of "
+        "each.",
+    ),
+    ("Compact optimizer states", "quality", "`python benchmarks/optimizer_quality.py`."),
+    ("How the cost grows", "scaling", "`python benchmarks/scaling.py`."),
+    ("More cards, predicted", "paper", "By the planner's formulas (`python tools/plan.py`), not measured."),
+    ("Tests on a GPU", "correctness", "`python benchmarks/suite.py`."),
+]
 
 
 def fill(text: str, results: Results, base: str) -> str:
@@ -52,26 +88,12 @@ def fill(text: str, results: Results, base: str) -> str:
 
 def page(results: Results) -> str:
     """Return benchmarks/RESULTS.md."""
-    sections = [
-        ("Training", "throughput", "`python benchmarks/throughput.py --preset 13m --compare`. MFU counts 6 N + 12 n_layer n_embd T "
-         "FLOPs a token, attention in full, over the chip's dense peak. Peak memory is that of tensors on a GPU, of the whole process "
-         "on a CPU; \"of a step\" is what a step adds to what is held between steps."),
-        ("Where a step's time goes", "profile", "`python tools/profile_step.py --preset 13m`."),
-        ("Memory: predicted and measured", "memory", "`python benchmarks/suite.py` on a GPU."),
-        ("Kernels", "kernels", "`pytest benchmarks/test_kernels.py --benchmark-json FILE`. The fastest round of each, which other programs disturbed least; "
-         "the rate counts what must be computed, or read and written once; the copy is that of a large tensor."),
-        ("Kernels, compiled for every chip", "compiled", "`python tools/compile_kernels.py`; no GPU is needed."),
-        ("Tokenizer", "tokenizer", "`pytest benchmarks/test_tokenizer.py`."),
-        ("Raw shards to tokens", "prepare", "`pytest benchmarks/test_prepare.py`."),
-        ("Loader and checkpoints", "files", "`pytest benchmarks/test_loader.py benchmarks/test_checkpoint.py --benchmark-json FILE`. "
-         "The fastest round of each."),
-        ("Compact optimizer states", "quality", "`python benchmarks/optimizer_quality.py`."),
-        ("How the cost grows", "scaling", "`python benchmarks/scaling.py`."),
-        ("More cards, predicted", "paper", "By the planner's formulas (`python tools/plan.py`), not measured."),
-        ("Tests on a GPU", "correctness", "`python benchmarks/suite.py`."),
-    ]  # fmt: skip
-    parts = ["# Results", "", "Made by `python benchmarks/render.py` from the files in [results/](results/); a test compares them."]
-    for title, place, words in sections:
+    parts = [
+        "# Results",
+        "",
+        "Made by `python benchmarks/render.py` from the files in [results/](results/); a test compares them.",
+    ]
+    for title, place, words in SECTIONS:
         parts += ["", f"## {title}", "", words, "", PLACES[place](results, "")]
     return "\n".join(parts) + "\n"
 
@@ -81,7 +103,7 @@ def digest(data: Any) -> str:
 
 
 def drawn_from(chart: Path) -> str | None:
-    """Return the digest of the data that a chart was drawn from, which it carries as PNG text; None where there is none."""
+    """Return the digest of the data that a chart was drawn from, which it carries as PNG text, or None."""
     found = re.search(rb"tEXtData\0([0-9a-f]{64})", chart.read_bytes()) if chart.exists() else None
     return found[1].decode() if found else None
 

@@ -6,6 +6,7 @@
 Each axis changes one thing and keeps the tokens of a step; on a CPU its points take turns. From 1 to 1024 cards the
 planner's formulas speak (`python tools/plan.py`): its step times are predictions, and are named so.
 """
+
 import argparse
 import dataclasses
 import sys
@@ -90,7 +91,9 @@ def row(value: int, measured: Measured | str, job: Job, peak: float | None) -> d
     if isinstance(measured, str):
         return about | {"failed": measured}
     result = summarise(measured, peak, flops)
-    return about | {key: result[key] for key in ("tokens_per_s", "step_s", "step_s_quartiles", "steps", "mfu", "step_bytes")}
+    return about | {
+        key: result[key] for key in ("tokens_per_s", "step_s", "step_s_quartiles", "steps", "mfu", "step_bytes")
+    }
 
 
 def on_paper(preset_name: str, card_names: tuple[str, ...], batch_tokens: int) -> list[dict[str, Any]]:
@@ -158,7 +161,8 @@ def main(arguments: list[str] | None = None) -> int:
     if "paper" in chosen:
         payload["paper"]["rows"] = on_paper(PAPER_PRESET, PAPER_CARDS, PAPER_TOKENS)
         for r in payload["paper"]["rows"]:
-            print(f"{r['card']:12}{r['gpus']:>6} {r.get('failed') or human(r['tokens_per_s']) + ' tokens/s, predicted: ' + r['plan']}")
+            words = r.get("failed") or f"{human(r['tokens_per_s'])} tokens/s, predicted: {r['plan']}"
+            print(f"{r['card']:12}{r['gpus']:>6} {words}")
         if options.out:
             write_result(options.out, payload)
     return 0

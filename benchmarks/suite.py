@@ -8,6 +8,7 @@ Each part is a process of its own with its own time limit and writes its result 
 suite goes on with the parts that have none for this commit and device. A card's memory is imposed on a larger one, and
 the file says so. Afterwards: `python benchmarks/render.py`.
 """
+
 import argparse
 import os
 import re
@@ -24,10 +25,17 @@ from xml.etree import ElementTree
 import torch
 
 from benchmarks.environment import RESULTS, environment, write_result
-from benchmarks.tables import load
+from benchmarks.reading import load
 
 ROOT = Path(__file__).parents[1]
-CARDS = {10: "rtx3080", 11: "gtx1080ti", 16: "v100", 24: "rtx3090", 40: "a100 40gb", 48: "quadro rtx 8000"}  # label: whose memory
+CARDS = {
+    10: "rtx3080",
+    11: "gtx1080ti",
+    16: "v100",
+    24: "rtx3090",
+    40: "a100 40gb",
+    48: "quadro rtx 8000",
+}  # label: whose memory
 BATCH_TOKENS = {"gpt2": 131_072, "gpt2-xl": 65_536, "2b": 65_536}
 PEERS = "pytorch,transformers-liger,transformers,pytorch-compiled"
 TINY = "--n_layer 2 --n_embd 64 --n_head 2 --block_size 64 --vocab_size 512 --batch_tokens 512 --micro_batch_size 4"
@@ -61,7 +69,8 @@ def parts(device: str, small: bool) -> list[Part]:
 
     def kernels(name: str, tests: str, limit_s: float) -> Part:
         budget, fewer = ("0.01", " and not compiled") if small else ("0.2", "")
-        words = f"-m pytest benchmarks/test_kernels.py -q -k '({tests}){fewer}' --budget_s {budget} --benchmark-json {{file}}"
+        words = f"-m pytest benchmarks/test_kernels.py -q -k '({tests}){fewer}' --budget_s {budget}"
+        words += " --benchmark-json {file}"
         return Part(f"kernels-{name}-{device}", words, limit_s)
 
     tests = "-m 'not gpu' tests/kernels/test_rows.py" if small else "-m gpu tests"
@@ -77,7 +86,11 @@ def parts(device: str, small: bool) -> list[Part]:
         kernels("rows", "copy or rows or rotary", 120),
         kernels("loss", "copy or cross_entropy or adamw", 90),
         *(throughput("2b", 120, gigabytes) for gigabytes in memories),
-        Part(f"profile-gpt2-{device}", f"tools/profile_step.py --preset gpt2 {profiled} --out build/profile-gpt2-{device} --json {{file}}", 60),
+        Part(
+            f"profile-gpt2-{device}",
+            f"tools/profile_step.py --preset gpt2 {profiled} --out build/profile-gpt2-{device} --json {{file}}",
+            60,
+        ),
         *(throughput("gpt2-xl", 60, gigabytes) for gigabytes in (24, *memories)),
         *(throughput("gpt2", 40, gigabytes) for gigabytes in (24, *memories)),
     ]
@@ -90,12 +103,14 @@ def is_done(part: Part, folder: Path, here: dict[str, Any]) -> bool:
 
 
 def run(part: Part, folder: Path, limit_s: float) -> tuple[str, str]:
-    """Run a part and return its status and the last line that it wrote; past the limit it and its children are killed."""
+    """Run a part; return its status and the last line that it wrote. Past the limit it and its children are killed."""
     file = folder / f"{part.name}.json"
     before = file.stat().st_mtime_ns if file.exists() else None
     log = folder / f".{part.name}.log"
     with open(log, "w+") as output:
-        process = subprocess.Popen(part.command(folder), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            part.command(folder), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             process.wait(limit_s)
         except subprocess.TimeoutExpired:
@@ -121,7 +136,9 @@ def correctness(arguments: list[str], file: Path) -> int:
     report.unlink()
     counts = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
     failed = counts["failures"] + counts["errors"]
-    cases = [case for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None]
+    cases = [
+        case for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None
+    ]
     payload = {
         "benchmark": "correctness",
         "environment": environment(),
@@ -154,7 +171,16 @@ def suite(todo: list[Part], folder: Path, name: str, again: bool, seconds: float
         took = time.perf_counter() - started
         print(f"{part.name}: {status}{f', {message}' if message else ''} ({took:.0f} s)", flush=True)
         command = shlex.join(["python", *part.command(Path("benchmarks/results"))[1:]])
-        rows.append({"name": part.name, "command": command, "status": status, "seconds": took, "file": f"{part.name}.json", "message": message})
+        rows.append(
+            {
+                "name": part.name,
+                "command": command,
+                "status": status,
+                "seconds": took,
+                "file": f"{part.name}.json",
+                "message": message,
+            }
+        )
         summary = {"benchmark": "suite", "environment": here, "seconds": time.perf_counter() - began, "parts": rows}
         write_result(folder / f"{name}.json", summary)
     return int(any(row["status"] in ("failed", "out of time") for row in rows))
@@ -170,7 +196,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cpu", action="store_true", help="rehearse every part without a GPU")
     parser.add_argument("--again", action="store_true", help="also the parts that this commit has results of")
     parser.add_argument("--minutes", type=float, default=10.0, help="start nothing after so long [10]")
-    parser.add_argument("--only", metavar="WORDS", help="parts whose names have one of these words, such as 2b,attention")
+    parser.add_argument(
+        "--only", metavar="WORDS", help="parts whose names have one of these words, such as 2b,attention"
+    )
     parser.add_argument("--list", action="store_true", help="say what would be run")
     parser.add_argument("--out", type=Path, help="folder for the results [benchmarks/results; with --cpu build/suite]")
     parser.add_argument("--correctness", type=Path, metavar="FILE", help=argparse.SUPPRESS)

@@ -1,81 +1,30 @@
-"""The tables and figures that pages take from benchmarks/results/: each place is a function of the files."""
-import json
+"""The tables and figures that pages take from benchmarks/results/: each place is a function of the files.
+
+Every one takes the results, the way from the page to benchmarks/ and the place's own arguments, and returns Markdown.
+"""
+
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
+from benchmarks.reading import (
+    Results,
+    cases,
+    clocked,
+    device_name,
+    mib,
+    nothing,
+    of_kind,
+    seconds,
+    shape_of,
+    si,
+    source,
+    table,
+)  # fmt: skip
 from engine.report import human
 
-RESULTS = Path(__file__).parent / "results"
-Results = dict[str, dict[str, Any]]  # file name without .json -> content
 Place = Callable[..., str]
-
-
-def load(folder: Path = RESULTS) -> Results:
-    """Return every result file's content under its name."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-
-
-def of_kind(results: Results, kind: str) -> dict[str, dict[str, Any]]:
-    return {name: result for name, result in results.items() if kind_of(name, result) == kind}
-
-
-def kind_of(name: str, result: dict[str, Any]) -> str:
-    """Return what a file says it is, which is its own name where it says nothing."""
-    return result.get("benchmark", name)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; columns after the first that begin with a digit lie to the right."""
-    numeric = [i > 0 and all(not row[i] or row[i][0].isdigit() or row[i] == "-" for row in rows) for i in range(len(header))]
-    lines = [header, ["---:" if right else "---" for right in numeric], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def device_name(result: dict[str, Any]) -> str:
-    """Return what people call the device, such as "H100" or "AMD EPYC, 2 cores"."""
-    environment = result["environment"]
-    gpu = environment["gpu"]
-    return gpu["name"].removeprefix("NVIDIA ") if gpu else f"{environment['cpu']}, {environment['cores']} cores"
-
-
-def source(name: str, result: dict[str, Any], base: str) -> str:
-    """Return a line that says where a table's numbers come from."""
-    environment = result["environment"]
-    commit = (environment["commit"] or "no commit")[:9] + (" with changes" if environment["changed"] else "")
-    versions = environment["versions"]
-    triton = f", Triton {versions['triton']}" if environment["gpu"] and versions.get("triton") else ""
-    file = f"[{name}.json]({base}results/{name}.json)"
-    return f"{device_name(result)}; PyTorch {versions['torch']}{triton}; {environment['date']}; commit {commit}; {file}"
-
-
-def clocked(result: dict[str, Any]) -> str:
-    """Return how a pytest-benchmark file's times were taken, where that is not the plain wall clock."""
-    clocks = {(case["extra_info"].get("clock"), case["extra_info"].get("threads")) for case in result["benchmarks"]}
-    return "; CPU seconds of one thread" if clocks == {("cpu", 1)} else ""
-
-
-def nothing(command: str) -> str:
-    return f"Not measured yet: `{command}`."
-
-
-def mib(size: float) -> str:
-    return f"{size / 2**20:,.0f} MiB" if size < 10 * 2**30 else f"{size / 2**30:.2f} GiB"
-
-
-def si(value: float, unit: str) -> str:
-    """Return "3.88 GB/s"."""
-    number = human(value)
-    return f"{number[:-1]} {number[-1]}{unit}" if number[-1].isalpha() else f"{number} {unit}"
-
-
-def seconds(value: float) -> str:
-    for limit, factor, unit in ((1, 1, "s"), (1e-3, 1e3, "ms"), (0, 1e6, "µs")):
-        if value >= limit:
-            return f"{value * factor:.3g} {unit}"
-    raise ValueError(value)
 
 
 def throughput(results: Results, base: str, *names: str) -> str:
@@ -90,7 +39,8 @@ def throughput_rows(result: dict[str, Any]) -> str:
     config, gpu = result["config"], result["environment"]["gpu"]
     ours = result["results"]["pilesmith"]
     limit = f", at most {result['gpu_memory_bytes'] / 2**30:.3g} GiB" if result["gpu_memory_bytes"] and gpu else ""
-    shape = f"`{config['preset']}`, {human(result['n_parameters'])} parameters, {result['dtype']}, {config['optimizer']['batch_tokens']:,} tokens a step"
+    shape = f"`{config['preset']}`, {human(result['n_parameters'])} parameters, {result['dtype']}"
+    shape += f", {config['optimizer']['batch_tokens']:,} tokens a step"
     if not gpu:
         shape += f", {result['threads']} thread{'s' * (result['threads'] > 1)}"
     if result["processes"] > 1:
@@ -111,7 +61,9 @@ def throughput_rows(result: dict[str, Any]) -> str:
     predicted = ""
     if plan and isinstance(ours, dict):
         off = ours["peak_bytes"] / plan["allocated_bytes"] - 1
-        predicted = f"\n\nPlan: {plan['name']}, {mib(plan['allocated_bytes'])} predicted; measured is {off:+.1%} of that."
+        predicted = (
+            f"\n\nPlan: {plan['name']}, {mib(plan['allocated_bytes'])} predicted; measured is {off:+.1%} of that."
+        )
     return f"{shape}{limit}:\n\n{table(header, rows)}{predicted}"
 
 
@@ -133,17 +85,6 @@ def memory(results: Results, base: str) -> str:
     return table(header, rows) if rows else nothing("python benchmarks/suite.py")
 
 
-def cases(result: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Yield what each case of a pytest-benchmark file says of itself, and its statistics."""
-    for case in result["benchmarks"]:
-        about = {"op": case["name"].partition("[")[0], "implementation": case.get("param") or ""}
-        yield about | case["extra_info"], case["stats"]
-
-
-def shape_of(about: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value:,}" for key, value in about.get("shape", {}).items())
-
-
 FILE_OPS = ("batches", "open", "checkpoint")
 Timed = dict[str, tuple[dict[str, Any], dict[str, Any]]]  # implementation -> what it says of itself, its statistics
 
@@ -156,7 +97,10 @@ def kernels(results: Results, base: str) -> str:
     """One table an op and file: a row for each shape and pass, a column for each implementation."""
     found = of_kind(results, "pytest-benchmark")
     copies = {
-        device_name(result): about["bytes"] / stats["min"] for result in found.values() for about, stats in cases(result) if about["op"] == "copy"
+        device_name(result): about["bytes"] / stats["min"]
+        for result in found.values()
+        for about, stats in cases(result)
+        if about["op"] == "copy"
     }
     parts = []
     for name, result in found.items():
@@ -166,11 +110,19 @@ def kernels(results: Results, base: str) -> str:
                 ops[about["op"]][shape_of(about), about["step"]][about["implementation"]] = about, stats
         copy = copies.get(device_name(result))
         if ops:
-            parts.append(source(name, result, base) + clocked(result) + (f". A copy moves {si(copy, 'B/s')}." if copy else ""))
+            parts.append(
+                source(name, result, base) + clocked(result) + (f". A copy moves {si(copy, 'B/s')}." if copy else "")
+            )
         for op, rows in ops.items():
             names = ["pilesmith", *dict.fromkeys(name for row in rows.values() for name in row if name != "pilesmith")]
             lines = [
-                [shape, step, *(seconds(row[n][1]["min"]) if n in row else "-" for n in names), _rate(row, copy), _gain(row)]
+                [
+                    shape,
+                    step,
+                    *(seconds(row[n][1]["min"]) if n in row else "-" for n in names),
+                    _rate(row, copy),
+                    _gain(row),
+                ]
                 for (shape, step), row in rows.items()
             ]
             parts.append(table([f"`{op}`", "pass", *names, "our rate", "best other / ours"], lines))
@@ -203,7 +155,9 @@ def files(results: Results, base: str) -> str:
             amount, unit = (about["tokens"], "tokens/s") if about.get("tokens") else (about.get("bytes"), "B/s")
             step = f" {about['step']}" if about.get("step") in ("save", "load") else ""
             rate = si(amount / stats["min"], unit) if amount else "-"
-            rows.append([f"{about['op']}{step}", str(about["implementation"]), shape_of(about), seconds(stats["min"]), rate])
+            rows.append(
+                [f"{about['op']}{step}", str(about["implementation"]), shape_of(about), seconds(stats["min"]), rate]
+            )
         if rows:
             header = ["", "implementation", "size", "time", "rate"]
             parts.append(source(name, result, base) + clocked(result) + "\n\n" + table(header, rows))
@@ -216,11 +170,13 @@ def scaling(results: Results, base: str) -> str:
     for name, result in of_kind(results, "scaling").items():
         parts.append(source(name, result, base))
         for axis, points in result["axes"].items():
-            rows = [
-                [f"{p['value']:,}", p["failed"], "-", "-"] if "failed" in p else
-                [f"{p['value']:,}", f"{p['tokens_per_s']:,.0f}", si(p["tokens_per_s"] * p["flops_per_token"], "FLOP/s"), mib(max(0, p["step_bytes"]))]
-                for p in points
-            ]  # fmt: skip
+            rows = []
+            for p in points:
+                if "failed" in p:
+                    rows.append([f"{p['value']:,}", p["failed"], "-", "-"])
+                    continue
+                arithmetic = si(p["tokens_per_s"] * p["flops_per_token"], "FLOP/s")
+                rows.append([f"{p['value']:,}", f"{p['tokens_per_s']:,.0f}", arithmetic, mib(max(0, p["step_bytes"]))])
             parts.append(table([axis, "tokens/s", "model FLOP/s", "memory of a step"], rows))
     return "\n\n".join(parts) if parts else nothing("python benchmarks/scaling.py")
 
@@ -230,20 +186,22 @@ def paper(results: Results, base: str) -> str:
     parts = []
     for name, result in of_kind(results, "scaling").items():
         made = result["paper"]
-        by_card: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for row in made["rows"]:
-            by_card[row["card"]].append(row)
-        for card, rows in by_card.items():
-            first = next((r for r in rows if "failed" not in r), None)
-            lines = [
-                [f"{r['gpus']:,}", r["failed"], *[""] * 4] if "failed" in r else
-                [f"{r['gpus']:,}", f"{r['tokens_per_s']:,.0f}", f"{r['tokens_per_s'] / first['tokens_per_s'] * first['gpus'] / r['gpus']:.0%}",
-                 mib(r["card_bytes"]), si(r["communication_bytes"], "B"), r["plan"]]
-                for r in rows
-            ]  # fmt: skip
+        words = f"`{made['preset']}`, {made['batch_tokens']:,} tokens a step; [{name}.json]({base}results/{name}.json)"
+        parts += [words] if made["rows"] else []
+        for card in dict.fromkeys(row["card"] for row in made["rows"]):
+            lines, ideal = [], None  # ideal: tokens/s of one card, as the smallest number that works has it
+            for r in (row for row in made["rows"] if row["card"] == card):
+                if "failed" in r:
+                    lines.append([f"{r['gpus']:,}", r["failed"], *[""] * 4])
+                    continue
+                ideal = ideal or r["tokens_per_s"] / r["gpus"]
+                of_ideal = f"{r['tokens_per_s'] / r['gpus'] / ideal:.0%}"
+                sent = si(r["communication_bytes"], "B")
+                lines.append(
+                    [f"{r['gpus']:,}", f"{r['tokens_per_s']:,.0f}", of_ideal, mib(r["card_bytes"]), sent, r["plan"]]
+                )
             header = [f"{card}: cards", "tokens/s", "of ideal", "memory of a card", "sent by one in a step", "plan"]
-            words = f"`{made['preset']}`, {made['batch_tokens']:,} tokens a step; predicted; [{name}.json]({base}results/{name}.json)"
-            parts.append(words + "\n\n" + table(header, lines))
+            parts.append(table(header, lines))
     return "\n\n".join(parts) if parts else nothing("python benchmarks/scaling.py")
 
 
@@ -252,11 +210,19 @@ def profile(results: Results, base: str) -> str:
     parts = []
     for name, result in of_kind(results, "profile").items():
         rows = [
-            [r["part"], f"{r['share']:.1%}", *(seconds(r[key]) if r[key] else "-" for key in ("forward_s", "backward_s", "seconds"))]
+            [
+                r["part"],
+                f"{r['share']:.1%}",
+                *(seconds(r[key]) if r[key] else "-" for key in ("forward_s", "backward_s", "seconds")),
+            ]
             for r in result["parts"]
         ]
         title = f"`{result['config']['preset']}`, {result['dtype']}, a step of {seconds(result['step_s'])}"
-        parts.append(source(name, result, base) + f"\n\n{title}:\n\n" + table(["part", "share", "forward", "backward", "in all"], rows))
+        parts.append(
+            source(name, result, base)
+            + f"\n\n{title}:\n\n"
+            + table(["part", "share", "forward", "backward", "in all"], rows)
+        )
     return "\n\n".join(parts) if parts else nothing("python tools/profile_step.py --preset 13m")
 
 
@@ -264,18 +230,25 @@ def tokenizer(results: Results, base: str) -> str:
     """Every encoder's rate on one thread, then threads, then the texts that are hardest for us."""
     parts = []
     for name, result in of_kind(results, "tokenizer").items():
-        rows = [
-            [encoder, row["version"] or "this", "yes" if row["exact"] else "no", *(f"{row[key]:,}" for key in ("mb_s", "mb_s_again")),
-             f"{row['times_tiktoken']:.2f}", f"{row['times_tiktoken_again']:.2f}"]
-            for encoder, row in sorted(result["encoders"].items(), key=lambda item: -item[1]["mb_s"])
-        ]  # fmt: skip
+        rows = []
+        for encoder, row in sorted(result["encoders"].items(), key=lambda item: -item[1]["mb_s"]):
+            rates = [f"{row[key]:,}" for key in ("mb_s", "mb_s_again")]
+            times = [f"{row[key]:.2f}" for key in ("times_tiktoken", "times_tiktoken_again")]
+            rows.append([encoder, row["version"] or "this", "yes" if row["exact"] else "no", *rates, *times])
         header = ["encoder", "version", "tiktoken's ids", "MB/s", "again", "times tiktoken", "again"]
-        words = f"{source(name, result, base)}\n\n{mib(result['text']['bytes'])} of text, one thread; \"again\" is the same text once more:"
-        parts += [words, table(header, rows)]
+        words = f'{mib(result["text"]["bytes"])} of text, one thread; "again" is the same text once more:'
+        parts += [source(name, result, base), words, table(header, rows)]
         if "threads" in result:
-            parts.append("Threads: " + ", ".join(f"{count}: {row['mb_s']:,} MB/s" for count, row in result["threads"].items()) + ".")
+            parts.append(
+                "Threads: "
+                + ", ".join(f"{count}: {row['mb_s']:,} MB/s" for count, row in result["threads"].items())
+                + "."
+            )
         if "worst_cases" in result:
-            rows = [[text, f"{row['mb_s']:,}", f"{row['times_ordinary']:.2f}"] for text, row in result["worst_cases"].items()]
+            rows = [
+                [text, f"{row['mb_s']:,}", f"{row['times_ordinary']:.2f}"]
+                for text, row in result["worst_cases"].items()
+            ]
             parts.append(table(["hard text", "MB/s", "time against ordinary text"], rows))
     return "\n\n".join(parts) if parts else nothing("pytest benchmarks/test_tokenizer.py")
 
@@ -298,14 +271,16 @@ def quality(results: Results, base: str) -> str:
     """Validation losses of compact optimizer states beside fp32's, seed by seed."""
     parts = []
     for name, result in of_kind(results, "optimizer_quality").items():
-        rows = [
-            [model, form, ", ".join(f"{loss:.4f}" for loss in row["val_loss"].values()),
-             f"{row['difference']:+.4f}" if row["difference"] is not None else "", f"{outcome['spread']:.4f}" if outcome["spread"] is not None else ""]
-            for model, outcome in result["models"].items()
-            for form, row in outcome["formats"].items()
-        ]  # fmt: skip
+        rows = []
+        for model, outcome in result["models"].items():
+            spread = "" if outcome["spread"] is None else f"{outcome['spread']:.4f}"
+            for form, row in outcome["formats"].items():
+                losses = ", ".join(f"{loss:.4f}" for loss in row["val_loss"].values())
+                difference = "" if row["difference"] is None else f"{row['difference']:+.4f}"
+                rows.append([model, form, losses, difference, spread])
+        header = ["model", "states", "validation loss, each seed", "against fp32", "spread of fp32's seeds"]
         words = f"{result['settings']['steps']:,} steps of {result['settings']['batch_tokens']:,} tokens:"
-        parts += [source(name, result, base), words, table(["model", "states", "validation loss, each seed", "against fp32", "spread of fp32's seeds"], rows)]
+        parts += [source(name, result, base), words, table(header, rows)]
     return "\n\n".join(parts) if parts else nothing("python benchmarks/optimizer_quality.py")
 
 
@@ -321,7 +296,16 @@ def compiled(results: Results, base: str) -> str:
             fits = [r for r in found if not r["error"] and r["shared_bytes"] <= r["shared_limit_bytes"]]
             spilling = sum(bool(r["stack_bytes"] or r["spills"]) for r in fits)
             most, limit = max(r["shared_bytes"] for r in found) / 1024, found[0]["shared_limit_bytes"] / 1024
-            rows.append([target, f"{len(found)}", f"{len(fits)}", f"{spilling}", f"{most:.0f} of {limit:.0f}", f"{max(r['registers'] for r in found)}"])
+            rows.append(
+                [
+                    target,
+                    f"{len(found)}",
+                    f"{len(fits)}",
+                    f"{spilling}",
+                    f"{most:.0f} of {limit:.0f}",
+                    f"{max(r['registers'] for r in found)}",
+                ]
+            )
         header = ["chip", "configurations", "compile and fit", "spill", "shared memory, most, KiB", "registers, most"]
         parts += [source(name, result, base) + f"; [each of them]({base}results/{name}.md)", table(header, rows)]
     return "\n\n".join(parts) if parts else nothing("python tools/compile_kernels.py")
@@ -330,10 +314,21 @@ def compiled(results: Results, base: str) -> str:
 def correctness(results: Results, base: str) -> str:
     found = of_kind(results, "correctness")
     rows = [
-        [device_name(r), f"{r['passed']:,}", f"{r['failed']:,}", f"{r['skipped']:,}", f"`{r['command']}`", f"[{name}.json]({base}results/{name}.json)"]
+        [
+            device_name(r),
+            f"{r['passed']:,}",
+            f"{r['failed']:,}",
+            f"{r['skipped']:,}",
+            f"`{r['command']}`",
+            f"[{name}.json]({base}results/{name}.json)",
+        ]
         for name, r in found.items()
     ]
-    return table(["device", "passed", "failed", "skipped", "command", "file"], rows) if rows else nothing("python benchmarks/suite.py")
+    return (
+        table(["device", "passed", "failed", "skipped", "command", "file"], rows)
+        if rows
+        else nothing("python benchmarks/suite.py")
+    )
 
 
 def value(results: Results, base: str, name: str, path: str, form: str = "") -> str:

@@ -1,4 +1,5 @@
-"""Saving and loading a run's whole state, weights and moments, synced to the disk; beside it torch.save as scripts do it."""
+"""Saving and loading a run's weights and moments, synced to the disk; beside it torch.save, as scripts do it."""
+
 import os
 import shutil
 from collections.abc import Callable
@@ -24,7 +25,11 @@ PROGRESS = {"step": 1, "tokens": 256, "val_loss": None}
 @pytest.fixture
 def run(device: torch.device, tmp_path: Path) -> tuple[Config, Strategy, GPT]:
     """A run after its first step, when the moments are there."""
-    small = {"optimizer": {"batch_tokens": 1024}, "strategy": {"weights": "fp32", "moments": "fp32"}, "run_dir": str(tmp_path / "run")}
+    small = {
+        "optimizer": {"batch_tokens": 1024},
+        "strategy": {"weights": "fp32", "moments": "fp32"},
+        "run_dir": str(tmp_path / "run"),
+    }
     dtype = choose_dtype("auto", device)[0]
     config, grad_accum, _ = settle(from_dict(merge(preset(PRESET), small)), device, dtype, 1)
     model = GPT(config.model)
@@ -37,7 +42,14 @@ def run(device: torch.device, tmp_path: Path) -> tuple[Config, Strategy, GPT]:
 
 def about(model: GPT, step: str, implementation: str) -> dict:
     n = model.num_parameters()
-    return dict(op="checkpoint", step=step, implementation=implementation, shape={"parameters": n}, dtype="float32", bytes=12 * n)
+    return dict(
+        op="checkpoint",
+        step=step,
+        implementation=implementation,
+        shape={"parameters": n},
+        dtype="float32",
+        bytes=12 * n,
+    )
 
 
 @pytest.mark.parametrize("step", ["save", "load"])
@@ -49,7 +61,9 @@ def test_checkpoint(measure: Callable[..., None], run: tuple, step: str) -> None
         return checkpoint.save(config, strategy, Processes(), PROGRESS)
 
     saved = save()
-    measure(save if step == "save" else lambda: checkpoint.load(saved, config, strategy), **about(model, step, "pilesmith"))
+    measure(
+        save if step == "save" else lambda: checkpoint.load(saved, config, strategy), **about(model, step, "pilesmith")
+    )
 
 
 @pytest.mark.parametrize("step", ["save", "load"])

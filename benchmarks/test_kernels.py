@@ -4,8 +4,10 @@ On a GPU each tensor is larger than the chip's cache, as in training, and calls 
 that launching costs nothing; on a CPU the shapes are small. `bytes` is what must be read and written once, `flops` what
 must be computed; the copy says how fast memory really is.
 """
+
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from engine.cards import find
 from engine.config import from_dict, preset
 from engine.device import choose_dtype
 from engine.model import GPT, rotary_tables
@@ -24,7 +25,9 @@ from kernels.attention import attention_reference
 GPU = torch.cuda.is_available()
 WIDTHS = (768, 1600, 2560) if GPU else (768,)
 ROWS = 65536 if GPU else 2048
-ATTENTION = [(16384 // T, T, 2048 // D, D) for D in (128, 64) for T in (1024, 2048, 4096, 16384)] if GPU else [(2, 256, 6, 64)]
+ATTENTION = (
+    [(16384 // T, T, 2048 // D, D) for D in (128, 64) for T in (1024, 2048, 4096, 16384)] if GPU else [(2, 256, 6, 64)]
+)
 HEADS = [(8192, 50304, 768), (8192, 50304, 2560)] if GPU else [(512, 50304, 128)]
 OPTIMIZED_PRESET = "gpt2-medium" if GPU else "13m"
 
@@ -134,7 +137,9 @@ ATTENTIONS: dict[str, Run] = {
 @pytest.mark.parametrize("step", ["forward", "backward"])
 @pytest.mark.parametrize("shape", ATTENTION, ids=lambda shape: "-".join(map(str, shape)))
 @pytest.mark.parametrize("implementation", ATTENTIONS)
-def test_attention(passes: Callable[..., None], device: torch.device, dtype: torch.dtype, shape: tuple, step: str, implementation: str) -> None:
+def test_attention(
+    passes: Callable[..., None], device: torch.device, dtype: torch.dtype, shape: tuple, step: str, implementation: str
+) -> None:
     B, T, H, D = shape
     if implementation == "whole scores" and GPU:
         pytest.skip("slower than any other by a wide margin")
@@ -165,6 +170,10 @@ def _softmax_torch(x: Tensor) -> Tensor:
     return torch.softmax(x, -1)
 
 
+def _softmax_liger(x: Tensor) -> Tensor:
+    return _liger("liger_softmax")(x)
+
+
 def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return kernels.bias_activation(x, bias, "gelu_tanh")
 
@@ -173,34 +182,59 @@ def _bias_gelu_torch(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x + bias, approximate="tanh")
 
 
-# op: (implementations, how many rows of `width` numbers and vectors of it go in, tensors moved forward and backward)
-ROW_OPS: dict[str, tuple[dict[str, Run | None], int, int, int, int]] = {
-    "layer_norm": (
-        {"pilesmith": kernels.layer_norm, "pytorch": _layer_norm_torch, "compiled": None, "liger": _layer_norm_liger}, 1, 2, 2, 3,
+@dataclass(frozen=True)
+class RowOp:
+    """An operation on rows: what runs it ("compiled" is PyTorch's, compiled), its inputs, the tensors that it moves."""
+
+    runs: dict[str, Run]
+    tensors: int  # (rows, width), inputs
+    vectors: int  # (width,), inputs
+    moves: dict[str, int]  # tensors read and written at least, by pass
+
+
+ROW_OPS = {
+    "layer_norm": RowOp(
+        {"pilesmith": kernels.layer_norm, "pytorch": _layer_norm_torch, "liger": _layer_norm_liger},
+        tensors=1, vectors=2, moves={"forward": 2, "backward": 3},
     ),
-    "add_layer_norm": ({"pilesmith": kernels.add_layer_norm, "pytorch": _add_layer_norm_torch, "compiled": None}, 2, 2, 4, 4),
-    "softmax": (
-        {"pilesmith": kernels.softmax, "pytorch": _softmax_torch, "compiled": None, "liger": lambda x: _liger("liger_softmax")(x)}, 1, 0, 2, 3,
+    "add_layer_norm": RowOp(
+        {"pilesmith": kernels.add_layer_norm, "pytorch": _add_layer_norm_torch},
+        tensors=2, vectors=2, moves={"forward": 4, "backward": 4},
     ),
-    "bias_activation": ({"pilesmith": _bias_gelu, "pytorch": _bias_gelu_torch, "compiled": None}, 1, 1, 2, 3),
+    "softmax": RowOp(
+        {"pilesmith": kernels.softmax, "pytorch": _softmax_torch, "liger": _softmax_liger},
+        tensors=1, vectors=0, moves={"forward": 2, "backward": 3},
+    ),
+    "bias_activation": RowOp(
+        {"pilesmith": _bias_gelu, "pytorch": _bias_gelu_torch},
+        tensors=1, vectors=1, moves={"forward": 2, "backward": 3},
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("step", ["forward", "backward"])
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("op, implementation", [(op, name) for op, row in ROW_OPS.items() for name in row[0]])
-def test_rows(passes: Callable[..., None], device: torch.device, dtype: torch.dtype, op: str, implementation: str, width: int, step: str) -> None:
-    runs, tensors, vectors, forward_moves, backward_moves = ROW_OPS[op]
-    run = runs[implementation] or _compiled(runs["pytorch"])
-    rows = ROWS
+@pytest.mark.parametrize(
+    "op, implementation", [(op, name) for op, row in ROW_OPS.items() for name in (*row.runs, "compiled")]
+)
+def test_rows(
+    passes: Callable[..., None],
+    device: torch.device,
+    dtype: torch.dtype,
+    op: str,
+    implementation: str,
+    width: int,
+    step: str,
+) -> None:
+    about, rows = ROW_OPS[op], ROWS
+    run = about.runs.get(implementation) or _compiled(about.runs["pytorch"])
     if op == "bias_activation":  # the MLP's inner width
         width, rows = 4 * width, ROWS // 4
-    inputs = [_random(rows, width, device=device, dtype=dtype) for _ in range(tensors)]
-    inputs += [_random(width, device=device, dtype=dtype) for _ in range(vectors)]
-    moves = forward_moves if step == "forward" else backward_moves
+    inputs = [_random(rows, width, device=device, dtype=dtype) for _ in range(about.tensors)]
+    inputs += [_random(width, device=device, dtype=dtype) for _ in range(about.vectors)]
     passes(
         run, inputs, step, op=op, implementation=implementation, shape={"rows": rows, "width": width},
-        bytes=moves * rows * width * dtype.itemsize,
+        bytes=about.moves[step] * rows * width * dtype.itemsize,
     )  # fmt: skip
 
 
@@ -220,7 +254,12 @@ def test_rotary(measure: Callable[..., None], device: torch.device, dtype: torch
     cos, sin = rotary_tables(T, D, device)
     about = dict(op="rotary", step="forward", implementation=implementation, shape={"B": B, "T": T, "H": H, "D": D})
     moved = 2 * 2 * B * T * H * D * dtype.itemsize  # queries and keys, read and written
-    measure(lambda: run(qkv, cos, sin, n_head=2 * H, head_dim=D), bytes=moved, dtype=str(dtype).removeprefix("torch."), **about)
+    measure(
+        lambda: run(qkv, cos, sin, n_head=2 * H, head_dim=D),
+        bytes=moved,
+        dtype=str(dtype).removeprefix("torch."),
+        **about,
+    )
 
 
 def _whole_logits(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -245,7 +284,8 @@ LOSSES: dict[str, Run | None] = {
 @pytest.mark.parametrize("tokens, words, width", HEADS)
 @pytest.mark.parametrize("implementation", LOSSES)
 def test_linear_cross_entropy(
-    passes: Callable[..., None], device: torch.device, dtype: torch.dtype, tokens: int, words: int, width: int, implementation: str
+    passes: Callable[..., None], device: torch.device, dtype: torch.dtype, tokens: int, words: int, width: int,
+    implementation: str,
 ) -> None:  # fmt: skip
     x = _random(tokens, width, device=device, dtype=dtype)
     weight = (_random(words, width, device=device, dtype=dtype, grad=False) * 0.02).requires_grad_()

@@ -1,4 +1,5 @@
 """The way of tokens from the file into a step: windows in shuffled order, against nanoGPT's and a DataLoader's."""
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -109,4 +110,11 @@ def test_batches(measure: Callable[..., None], token_file: Path, implementation:
 
 def test_open(measure: Callable[..., None], token_file: Path) -> None:
     shape = {"tokens": TOKENS}
-    measure(lambda: TokenFile(token_file).windows(BLOCK), op="open", step="forward", implementation="pilesmith", shape=shape, dtype="uint16")
+    measure(
+        lambda: TokenFile(token_file).windows(BLOCK),
+        op="open",
+        step="forward",
+        implementation="pilesmith",
+        shape=shape,
+        dtype="uint16",
+    )

@@ -10,6 +10,7 @@ that of tensors on a GPU and of the whole process on a CPU; "of a step" is what 
 steps. Energy is NVML's. Each contender has a process of its own, and on a CPU they take turns, so that what disturbs
 the machine disturbs them alike.
 """
+
 import argparse
 import multiprocessing
 import os
@@ -126,7 +127,12 @@ def describe(plan: Plan) -> dict[str, Any]:
     """Return what the result file says of the planner's choice."""
     footprint = plan.footprint
     allocated = {part: size for part, size in footprint.card.items() if part != "context" and size}
-    return {"name": plan.name, "parts": allocated, "allocated_bytes": footprint.allocated_bytes, "host_bytes": plan.host_bytes}
+    return {
+        "name": plan.name,
+        "parts": allocated,
+        "allocated_bytes": footprint.allocated_bytes,
+        "host_bytes": plan.host_bytes,
+    }
 
 
 def timed_step(step: Step, batches: list[Batch]) -> tuple[float, float]:
@@ -206,7 +212,9 @@ def summarise(measured: Measured, peak_flops_s: float | None, flops: int) -> dic
     return {
         "tokens_per_s": tokens_per_s,
         "step_s": median,
-        "step_s_quartiles": statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [median] * 3,
+        "step_s_quartiles": statistics.quantiles(seconds, n=4, method="inclusive")
+        if len(seconds) > 1
+        else [median] * 3,
         "steps": len(seconds),
         "mfu": tokens_per_s * flops / peak_flops_s if peak_flops_s else None,
         "tokens_per_j": None if energy is None else len(seconds) * batch_tokens / energy,
@@ -222,15 +230,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each contender [20]")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them, not measured [3]")
-    parser.add_argument("--gpu_memory", help="use no more of the GPU than this, such as 24GB, or than this card has, such as rtx3090")
+    parser.add_argument(
+        "--gpu_memory", help="use no more of the GPU than this, such as 24GB, or than this card has, such as rtx3090"
+    )
     parser.add_argument("--processes", type=int, default=1, help="processes that share our batch, one for each GPU [1]")
     parser.add_argument("--out", type=Path, help="the JSON file to write")
-    parser.add_argument("--compare", nargs="?", const="all", metavar="NAMES", help=f"also measure others: all, or some of {', '.join(CONTENDERS)}")
+    parser.add_argument(
+        "--compare",
+        nargs="?",
+        const="all",
+        metavar="NAMES",
+        help=f"also measure others: all, or some of {', '.join(CONTENDERS)}",
+    )
     options, rest = parser.parse_known_args(arguments)
     try:
         config, _ = parse(rest)
-        require(min(options.steps, options.warmup, options.processes) > 0, "--steps, --warmup and --processes must be positive")
-        wanted = {None: ["pilesmith"], "all": list(CONTENDERS)}.get(options.compare) or ["pilesmith", *options.compare.split(",")]
+        require(
+            min(options.steps, options.warmup, options.processes) > 0,
+            "--steps, --warmup and --processes must be positive",
+        )
+        wanted = {None: ["pilesmith"], "all": list(CONTENDERS)}.get(options.compare) or [
+            "pilesmith",
+            *options.compare.split(","),
+        ]
         require(set(wanted) <= set(CONTENDERS), f"--compare knows {', '.join(CONTENDERS)}; got {options.compare}")
         require(options.processes == 1 or len(wanted) == 1, "--compare runs in one process: leave --processes out")
         gpu_memory = cards.parse_memory(options.gpu_memory) if options.gpu_memory else None
@@ -244,7 +266,10 @@ def main(arguments: list[str] | None = None) -> int:
     flops = flops_per_token(config.model, n_parameters)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak = cards.peak_flops(name, dtype)
-    print(f"{config.preset}: {n_parameters:,} parameters; {device} ({reason}), {str(dtype).removeprefix('torch.')}", flush=True)
+    print(
+        f"{config.preset}: {n_parameters:,} parameters; {device} ({reason}), {str(dtype).removeprefix('torch.')}",
+        flush=True,
+    )
     jobs = {name: Job(name, config, gpu_memory, options.processes) for name in dict.fromkeys(wanted)}
     payload = {
         "benchmark": "throughput",
@@ -274,9 +299,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def show(payload: dict[str, Any]) -> None:
-    optimizer, results = payload["config"]["optimizer"], payload["results"]
-    block = payload["config"]["model"]["block_size"]
-    print(f"a step is {optimizer['batch_tokens']} tokens, a micro-batch {optimizer['micro_batch_size']} sequences of {block}")
+    config, results = payload["config"], payload["results"]
+    tokens, sequences = (config["optimizer"][key] for key in ("batch_tokens", "micro_batch_size"))
+    print(f"a step is {tokens} tokens, a micro-batch {sequences} sequences of {config['model']['block_size']}")
     ours = results["pilesmith"]
     print(f"{'':20}{'tokens/s':>10}{'step':>10}{'MFU':>8}{'peak':>11}{'of a step':>11}{'ours is':>10}")
     for name, row in results.items():
@@ -284,7 +309,11 @@ def show(payload: dict[str, Any]) -> None:
             print(f"{name:20}{row}")
             continue
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else "unknown"
-        ratio = f"{ours['tokens_per_s'] / row['tokens_per_s']:.2f}x" if not isinstance(ours, str) and name != "pilesmith" else ""
+        ratio = (
+            f"{ours['tokens_per_s'] / row['tokens_per_s']:.2f}x"
+            if not isinstance(ours, str) and name != "pilesmith"
+            else ""
+        )
         print(
             f"{name:20}{human(row['tokens_per_s']):>10}{row['step_s'] * 1e3:>8.0f}ms{mfu:>8}"
             f"{row['peak_bytes'] / 2**20:>8.0f}MiB{row['step_bytes'] / 2**20:>8.0f}MiB{ratio:>10}"

@@ -1,4 +1,5 @@
 """The memory of a profiled step over time, by the part of the model that asked for it."""
+
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ MOST_POINTS = 200  # of a timeline that is kept: what a picture can show
 
 @dataclass(frozen=True)
 class Timeline:
-    """seconds since the step began, and the bytes that each part holds from then on; `backward_s`: where that begins."""
+    """seconds since the step began, the bytes that each part holds from then on, and when the backward pass begins."""
 
     seconds: list[float]
     held: dict[str, list[int]]
@@ -32,12 +33,13 @@ class Timeline:
         most = max(totals)
         return self.seconds[totals.index(most)], most
 
-
     def to_dict(self) -> dict[str, Any]:
         """Return the timeline as JSON, thinned: of neighbouring moments the one that holds the most."""
         totals = self.totals
         width = -(-len(totals) // MOST_POINTS)
-        kept = [max(range(i, min(i + width, len(totals))), key=totals.__getitem__) for i in range(0, len(totals), width)]
+        kept = [
+            max(range(i, min(i + width, len(totals))), key=totals.__getitem__) for i in range(0, len(totals), width)
+        ]
         held = {part: [values[i] for i in kept] for part, values in self.held.items()}
         return {"seconds": [self.seconds[i] for i in kept], "held": held, "backward_s": self.backward_s}
 
@@ -49,7 +51,9 @@ def timeline(profiler: torch.profiler.profile, device_type: str, held_bytes: int
     now: dict[str, int] = defaultdict(int, {HELD: held_bytes})
     owners: dict[int, tuple[str, int]] = {}
     began, backward = None, None
-    for event in sorted(_walk(profiler.profiler.kineto_results.experimental_event_tree()), key=lambda e: e.start_time_ns):
+    for event in sorted(
+        _walk(profiler.profiler.kineto_results.experimental_event_tree()), key=lambda e: e.start_time_ns
+    ):
         began = event.start_time_ns if began is None else began
         if backward is None and event.name.startswith("autograd::engine::evaluate_function"):
             backward = event.start_time_ns
@@ -76,7 +80,7 @@ def _walk(events: list[Any]) -> Iterator[Any]:
 
 
 def _owner(event: Any) -> str:
-    """The innermost scope around an allocation; in the backward pass all are gradients, recomputed activations apart."""
+    """The innermost scope around an allocation; without one, "gradients" in the backward pass, else "other"."""
     while event is not None:
         if event.name.startswith(SCOPE):
             return event.name.removeprefix(SCOPE)

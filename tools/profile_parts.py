@@ -1,8 +1,9 @@
 """Where the time of a profiled step goes: operations attributed to parts of the model, forward and backward.
 
-Modules are scoped by `scope`; what an operation's backward pass does belongs to the scope that the operation itself had,
-found by autograd's sequence number. On a GPU the time is that of kernels, on a CPU that of operations.
+Modules are scoped by `scope`; what an operation's backward pass does belongs to the scope that the operation itself
+had, found by autograd's sequence number. On a GPU the time is that of kernels, on a CPU that of operations.
 """
+
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,7 +16,19 @@ from torch.profiler import record_function
 
 from engine.model import GPT, MLP, ActivatedLinear, Attention, Block, Head, LayerNorm, Linear
 
-PARTS = ("embedding", "norm", "attention", "matmul", "activation", "loss", "gradient sums", "optimizer", "communication", "other", "idle")
+PARTS = (
+    "embedding",
+    "norm",
+    "attention",
+    "matmul",
+    "activation",
+    "loss",
+    "gradient sums",
+    "optimizer",
+    "communication",
+    "other",
+    "idle",
+)
 SCOPE = "part:"
 _BACKWARD = "autograd::engine::evaluate_function: "
 _MODULES: dict[type[nn.Module], str] = {
@@ -95,7 +108,7 @@ def attribute(events: Iterable[FunctionEvent], on_gpu: bool, itemsize: int) -> A
 
 
 def _note_forward(event: FunctionEvent, part: str, found: dict[tuple[int, int], str]) -> None:
-    """Note the part of every (thread, sequence number); the last operation with a number is the one that it belongs to."""
+    """Note the part of every (thread, sequence number): a number belongs to the last operation that has it."""
     if event.name.startswith(_BACKWARD):
         return
     part = _part(event, part)
@@ -106,8 +119,8 @@ def _note_forward(event: FunctionEvent, part: str, found: dict[tuple[int, int], 
 
 
 def _share(
-    event: FunctionEvent, part: str, direction: str, counted: bool, forward_part: dict[tuple[int, int], str], on_gpu: bool, itemsize: int,
-    result: Attributed,
+    event: FunctionEvent, part: str, direction: str, counted: bool, forward_part: dict[tuple[int, int], str],
+    on_gpu: bool, itemsize: int, result: Attributed,
 ) -> None:  # fmt: skip
     """Add an event and what it started to `result`. `counted`: an operation around it already stands for its work."""
     if event.name.startswith(_BACKWARD):

@@ -9,6 +9,7 @@ tables). Tokens are random; the step is one of the run's own strategy, after a f
 a step; the time without it is told beside. An operation's roofline is the time that its FLOPs at the peak, or its bytes
 at full bandwidth, would take: of the card where engine/cards.py has it, else as a large product and a copy reach here.
 """
+
 import argparse
 import os
 import statistics
@@ -39,8 +40,12 @@ from tools.profile_parts import PARTS, Attributed, Operation, attribute, busy_se
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--warmup", type=int, default=3, help="steps before the profiled one, of which the last ones are timed [3]")
-    parser.add_argument("--out", type=Path, help="folder for the trace, the picture and the tables [runs/profile-PRESET]")
+    parser.add_argument(
+        "--warmup", type=int, default=3, help="steps before the profiled one, of which the last ones are timed [3]"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for the trace, the picture and the tables [runs/profile-PRESET]"
+    )
     parser.add_argument("--json", type=Path, help="write the tables here as well, for benchmarks/results/")
     options, rest = parser.parse_known_args(arguments)
     try:
@@ -140,7 +145,11 @@ def find_peaks(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return FLOP/s and bytes/s of the device: the card's published ones, or what is reached here and now."""
     card = cards.find(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if card:
-        return {"flops_s": card.peak_flops(dtype), "bytes_s": card.bandwidth_bytes_s, "source": f"published for {card.name}"}
+        return {
+            "flops_s": card.peak_flops(dtype),
+            "bytes_s": card.bandwidth_bytes_s,
+            "source": f"published for {card.name}",
+        }
     size, length = (4096, 2**28) if device.type == "cuda" else (1024, 2**26)
     a = torch.randn(size, size, device=device, dtype=dtype)
     source = torch.zeros(length, dtype=torch.uint8, device=device)
@@ -170,28 +179,31 @@ def operation_rows(attributed: Attributed, peaks: dict[str, Any]) -> list[dict[s
     operations = sorted(attributed.operations.values(), key=lambda o: -o.seconds)
     return [
         {
-            "operation": o.name, "part": o.part, "calls": o.calls, "seconds": o.seconds, "flops": o.flops, "bytes": o.bytes,
-            "roofline": roofline(o),
+            "operation": o.name, "part": o.part, "calls": o.calls, "seconds": o.seconds,
+            "flops": o.flops, "bytes": o.bytes, "roofline": roofline(o),
         }
         for o in operations
     ]  # fmt: skip
 
 
 def show(payload: dict[str, Any]) -> None:
-    print(f"{payload['config']['preset']}, {payload['dtype']}: {payload['step_s'] * 1e3:.1f} ms a step; profiled {payload['profiled_step_s'] * 1e3:.1f} ms")
+    name, times = payload["config"]["preset"], [1e3 * payload[key] for key in ("step_s", "profiled_step_s")]
+    print(f"{name}, {payload['dtype']}: {times[0]:.1f} ms a step; profiled {times[1]:.1f} ms")
     print(f"\n{'part':16}{'share':>8}{'forward':>12}{'backward':>12}{'in all':>12}")
     for row in payload["parts"]:
-        print(f"{row['part']:16}{row['share']:>8.1%}" + "".join(f"{1e3 * row[key]:>9.2f} ms" for key in ("forward_s", "backward_s", "seconds")))
+        passes = "".join(f"{1e3 * row[key]:>9.2f} ms" for key in ("forward_s", "backward_s", "seconds"))
+        print(f"{row['part']:16}{row['share']:>8.1%}{passes}")
     peaks = payload["peaks"]
     print(f"\n{'operation':60}{'part':12}{'calls':>6}{'time':>12}{'rate':>14}{'of roofline':>13}")
     for row in payload["operations"][:20]:
         compute_bound = row["flops"] / peaks["flops_s"] > row["bytes"] / peaks["bytes_s"]
         amount, unit = (row["flops"], "FLOP/s") if compute_bound else (row["bytes"], "B/s")
         rate = human(amount / row["seconds"]) + unit if row["seconds"] else ""
-        print(f"{row['operation'][:58]:60}{row['part']:12}{row['calls']:>6}{1e3 * row['seconds']:>9.2f} ms{rate:>14}{row['roofline']:>12.0%}")
+        where = f"{row['operation'][:58]:60}{row['part']:12}{row['calls']:>6}"
+        print(f"{where}{1e3 * row['seconds']:>9.2f} ms{rate:>14}{row['roofline']:>12.0%}")
     print(f"roofline: {human(peaks['flops_s'])}FLOP/s, {human(peaks['bytes_s'])}B/s, {peaks['source']}")
-    memory = payload["memory"]
-    print(f"memory of tensors: {memory['held_bytes'] / 2**20:,.0f} MiB between steps, {memory['peak_bytes'] / 2**20:,.0f} MiB at the peak")
+    held, peak = (payload["memory"][key] / 2**20 for key in ("held_bytes", "peak_bytes"))
+    print(f"memory of tensors: {held:,.0f} MiB between steps, {peak:,.0f} MiB at the peak")
 
 
 if __name__ == "__main__":

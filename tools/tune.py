@@ -9,8 +9,8 @@ all, is not run; one whose results are wrong is refused. The winner replaces the
 where it is faster over all lengths together, with the figures that earned it under "measured"; dispatch reads that
 file, and a chip without one takes the nearest.
 """
+
 import argparse
-import datetime
 import json
 import math
 import multiprocessing
@@ -55,18 +55,33 @@ def prune(tunable: Tunable, candidates: Iterable[Config], width: int, chip: Chip
     for config in candidates:
         needs = tunable.shared_bytes(config, width)
         over = needs > chip.shared_bytes
-        trials.append(Trial(config, f"needs {needs >> 10} KiB of shared memory or more, the chip has {chip.shared_bytes >> 10}" if over else ""))
+        trials.append(
+            Trial(
+                config,
+                f"needs {needs >> 10} KiB of shared memory or more, the chip has {chip.shared_bytes >> 10}"
+                if over
+                else "",
+            )
+        )
     return trials
 
 
-def compile_trials(tunable: Tunable, trials: list[Trial], width: int, target: str, pool: ProcessPoolExecutor) -> list[Trial]:
+def compile_trials(
+    tunable: Tunable, trials: list[Trial], width: int, target: str, pool: ProcessPoolExecutor
+) -> list[Trial]:
     """Compile what is not refused yet; refuse what spills or does not fit."""
-    rows = {i: pool.submit(compile_candidate, tunable.kernel, t.config, width, target) for i, t in enumerate(trials) if not t.refused}
+    rows = {
+        i: pool.submit(compile_candidate, tunable.kernel, t.config, width, target)
+        for i, t in enumerate(trials)
+        if not t.refused
+    }
     done = {i: future.result() for i, future in rows.items()}
     return [Trial(t.config, done[i].fault, done[i]) if i in done else t for i, t in enumerate(trials)]
 
 
-def measure(trials: list[Trial], verify: Callable[[Config], str], time: Callable[[Config], tuple[float, ...]]) -> list[Trial]:
+def measure(
+    trials: list[Trial], verify: Callable[[Config], str], time: Callable[[Config], tuple[float, ...]]
+) -> list[Trial]:
     """Verify, then time, what is not refused; a wrong configuration is refused and never timed."""
     measured = []
     for trial in trials:
@@ -104,25 +119,36 @@ def report(tunable: Tunable, width: int, trials: list[Trial]) -> None:
     false = sum(bool(t.refused) for t in trials) - too_large - faulty
     left = len(trials) - too_large - faulty - false
     print(
-        f"{tunable.kernel}, width {width}: of {len(trials)} candidates {too_large} too large to compile, {faulty} spilling, too large "
-        f"after all or not compiling, {false} wrong, {left} left"
+        f"{tunable.kernel}, width {width}: of {len(trials)} candidates {too_large} are too large to compile, {faulty}",
+        end=" ",
     )
+    print(f"spill or do not fit or compile, {false} are wrong, {left} are left")
     for trial in sorted(trials, key=lambda t: (bool(t.refused), t.score)):
-        row = trial.row
-        cost = f"{row.registers:>4} registers {row.shared_bytes / 1024:>6.1f} KiB" if row and not row.error else " " * 25
+        row, cost = trial.row, ""
+        if row and not row.error:
+            cost = f"{row.registers:>4} registers {row.shared_bytes / 1024:>6.1f} KiB"
         times = " ".join(f"{1e3 * s:.3f} ms" for s in trial.seconds)
-        print(f"  {' '.join(f'{k}={v}' for k, v in trial.config.items()):62} {cost}  {trial.refused or times or 'compiles'}")
+        config = " ".join(f"{k}={v}" for k, v in trial.config.items())
+        print(f"  {config:62} {cost:25}  {trial.refused or times or 'compiles'}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", default=",".join(TUNABLE), help=f"which of {', '.join(TUNABLE)} [all]")
     parser.add_argument("--widths", default="64,128", help=f"head widths, of {', '.join(map(str, WIDTHS))} [64,128]")
-    parser.add_argument("--lengths", default="2048,8192", help="sequence lengths that a winner is measured at [2048,8192]")
-    parser.add_argument("--limit", type=int, help="try no more candidates than this for a kernel and width, taken evenly")
+    parser.add_argument(
+        "--lengths", default="2048,8192", help="sequence lengths that a winner is measured at [2048,8192]"
+    )
+    parser.add_argument(
+        "--limit", type=int, help="try no more candidates than this for a kernel and width, taken evenly"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile [one a core]")
-    parser.add_argument("--dry_run", action="store_true", help="compile and prune only; needs no GPU and writes nothing")
-    parser.add_argument("--chip", help=f"with --dry_run, the chip to compile for: {', '.join(t for t in CHIPS if t != 'cpu')}")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="compile and prune only; needs no GPU and writes nothing"
+    )
+    parser.add_argument(
+        "--chip", help=f"with --dry_run, the chip to compile for: {', '.join(t for t in CHIPS if t != 'cpu')}"
+    )
     options = parser.parse_args(arguments)
     kernels, widths = options.kernels.split(","), [int(w) for w in options.widths.split(",")]
     lengths = [int(n) for n in options.lengths.split(",")]
@@ -158,7 +184,8 @@ def _fault(options: argparse.Namespace, kernels: list[str], widths: list[int]) -
     if not options.dry_run and not torch.cuda.is_available():
         return "no GPU here; --dry_run --chip cuda:86 compiles and prunes without one"
     if not options.dry_run and dispatch.chip(torch.device("cuda", 0)).target != _target_here():
-        return f"{_target_here()} has no row in kernels/dispatch.py, or another chip is pretended: its figures would go to the wrong file"
+        why = "has no row in kernels/dispatch.py, or another chip is pretended"
+        return f"{_target_here()} {why}: its figures would go to the wrong file"
     if options.dry_run and not (options.chip or torch.cuda.is_available()):
         return "--dry_run needs --chip where there is no GPU"
     return ""
@@ -166,7 +193,11 @@ def _fault(options: argparse.Namespace, kernels: list[str], widths: list[int]) -
 
 def _target_here() -> str:
     properties = torch.cuda.get_device_properties(0)
-    return f"hip:{properties.gcnArchName.split(':')[0]}" if torch.version.hip else f"cuda:{10 * properties.major + properties.minor}"
+    return (
+        f"hip:{properties.gcnArchName.split(':')[0]}"
+        if torch.version.hip
+        else f"cuda:{10 * properties.major + properties.minor}"
+    )
 
 
 def _own_cache(scratch: str) -> None:
@@ -175,7 +206,13 @@ def _own_cache(scratch: str) -> None:
 
 
 def tune(
-    tunable: Tunable, width: int, chip: Chip, device: torch.device, lengths: list[int], options: argparse.Namespace, pool: ProcessPoolExecutor
+    tunable: Tunable,
+    width: int,
+    chip: Chip,
+    device: torch.device,
+    lengths: list[int],
+    options: argparse.Namespace,
+    pool: ProcessPoolExecutor,
 ) -> None:
     """Search one kernel at one width, and keep the winner unless it is a dry run."""
     from triton.testing import do_bench
@@ -210,10 +247,18 @@ def tune(
         print(f"  {gain:.2f} times the speed of the table's own" if gain else "  the table's own does not run here")
     where = environment()
     figures = {
-        "seconds": list(best.seconds), "before_s": list(before.seconds) if before else None, "gain": gain, "dtype": chip.dtype,
-        "shapes": [shape for _, shape in timed], "device": where["gpu"]["name"], "versions": {k: where["versions"][k] for k in ("torch", "triton")},
-        "commit": where["commit"], "date": datetime.date.today().isoformat(), "tried": len(trials), "refused": sum(bool(t.refused) for t in trials),
-    }  # fmt: skip
+        "seconds": list(best.seconds),
+        "before_s": list(before.seconds) if before else None,
+        "gain": gain,
+        "dtype": chip.dtype,
+        "shapes": [shape for _, shape in timed],
+        "tried": len(trials),
+        "refused": sum(bool(t.refused) for t in trials),
+        "device": where["gpu"]["name"],
+        "versions": {k: where["versions"][k] for k in ("torch", "triton")},
+        "commit": where["commit"],
+        "date": where["date"],
+    }
     base = json.loads(dispatch._config_file(dispatch._config_target(chip)).read_text())
     keep(dispatch._config_file(chip.target), base, tunable.kernel, width, best.config, figures)
 

@@ -1,4 +1,5 @@
-"""The schemas of benchmarks/schemas/, and `validate(payload, kind)`, which raises where a result is not what they say."""
+"""The schemas of benchmarks/schemas/, and `validate(payload, kind)`, which raises where a result breaks them."""
+
 import json
 from pathlib import Path
 
@@ -16,5 +17,7 @@ def schemas():
 
 @pytest.fixture(scope="session")
 def validate(schemas):
-    registry = Registry().with_resources((f"{name}.json", Resource.from_contents(schema)) for name, schema in schemas.items())
+    registry = Registry().with_resources(
+        (f"{name}.json", Resource.from_contents(schema)) for name, schema in schemas.items()
+    )
     return lambda payload, kind: Draft202012Validator(schemas[kind], registry=registry).validate(payload)

@@ -1,4 +1,5 @@
 """Tables and charts follow their files: a figure that changes, a file that goes, a place that is unknown."""
+
 import copy
 
 import pytest
@@ -11,8 +12,9 @@ ENVIRONMENT = {
 }  # fmt: skip
 GPU = {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 80 << 30, "cuda": "13.0", "hip": None}
 ROW = {
-    "tokens_per_s": 3000.0, "step_s": 1.0, "step_s_quartiles": [0.9, 1.0, 1.2], "steps": 9, "mfu": None, "tokens_per_j": None,
-    "peak_bytes": 700 << 20, "reserved_bytes": 700 << 20, "step_bytes": 130 << 20, "first_loss": 10.8, "last_loss": 10.0,
+    "tokens_per_s": 3000.0, "step_s": 1.0, "step_s_quartiles": [0.9, 1.0, 1.2], "steps": 9, "mfu": None,
+    "tokens_per_j": None, "peak_bytes": 700 << 20, "reserved_bytes": 700 << 20, "step_bytes": 130 << 20,
+    "first_loss": 10.8, "last_loss": 10.0,
 }  # fmt: skip
 
 
@@ -21,17 +23,29 @@ def results():
     """A comparison on a CPU, a run on a card with a plan, attention on that card, and a copy."""
     config = {"preset": "13m", "model": {}, "optimizer": {"batch_tokens": 2048}, "strategy": {}}
     common = {
-        "benchmark": "throughput", "environment": ENVIRONMENT, "config": config, "dtype": "float32", "n_parameters": 13_142_656,
-        "processes": 1, "threads": 2, "gpu_memory_bytes": None, "flops_per_token": 1, "peak_flops": None, "plan": None,
+        "benchmark": "throughput", "environment": ENVIRONMENT, "config": config, "dtype": "float32",
+        "n_parameters": 13_142_656, "processes": 1, "threads": 2, "gpu_memory_bytes": None, "flops_per_token": 1, "peak_flops": None, "plan": None,
     }  # fmt: skip
     slow = ROW | {"tokens_per_s": 1500.0, "step_bytes": 2400 << 20}
     cpu = common | {"results": {"pilesmith": ROW, "classic": slow, "liger": "not run: needs a GPU"}}
-    plan = {"name": "residual", "parts": {"weights": 4 << 30, "gradients": 4 << 30}, "allocated_bytes": 8 << 30, "host_bytes": 0}
+    plan = {
+        "name": "residual",
+        "parts": {"weights": 4 << 30, "gradients": 4 << 30},
+        "allocated_bytes": 8 << 30,
+        "host_bytes": 0,
+    }
     card = {"environment": ENVIRONMENT | {"gpu": GPU}, "gpu_memory_bytes": 24 << 30, "plan": plan}
     gpu = common | card | {"results": {"pilesmith": ROW | {"mfu": 0.55, "peak_bytes": int(8.4 * 2**30)}}}
 
     def case(op, implementation, seconds, **about):
-        about = {"op": op, "implementation": implementation, "step": "forward", "dtype": "bfloat16", "flops": None, "bytes": None} | about
+        about = {
+            "op": op,
+            "implementation": implementation,
+            "step": "forward",
+            "dtype": "bfloat16",
+            "flops": None,
+            "bytes": None,
+        } | about
         return {"name": f"test_{op}", "extra_info": about, "stats": {"min": seconds, "median": 2 * seconds}}
 
     lines = [
@@ -39,7 +53,10 @@ def results():
         for name, seconds in (("pilesmith", 0.002), ("sdpa-flash", 0.003))
         for T in (1024, 2048)
     ]
-    lines += [case("copy", "pytorch", 0.001, bytes=2 * 10**9, shape={}), case("layer_norm", "pilesmith", 0.002, bytes=10**9, shape={"rows": 4})]
+    lines += [
+        case("copy", "pytorch", 0.001, bytes=2 * 10**9, shape={}),
+        case("layer_norm", "pilesmith", 0.002, bytes=10**9, shape={"rows": 4}),
+    ]
     kernels = {"benchmark": "pytest-benchmark", "environment": ENVIRONMENT | {"gpu": GPU}, "benchmarks": lines}
     return {"throughput-13m-cpu": cpu, "throughput-13m-h100-24gb": gpu, "kernels-h100": kernels}
 
@@ -47,7 +64,11 @@ def results():
 def test_a_table_holds_the_files_figures(results):
     text = tables.throughput(results, "", "throughput-13m-cpu")
     assert "| classic | 1,500 |" in text and "| 2.00 |" in text and "not run: needs a GPU" in text
-    assert "EPYC, 2 cores; PyTorch 2.13.0; 2026-11-23; commit aaaaaaaaa; [throughput-13m-cpu.json](results/throughput-13m-cpu.json)" in text
+    assert (
+        "EPYC, 2 cores; PyTorch 2.13.0; 2026-11-23; commit aaaaaaaaa; "
+        "[throughput-13m-cpu.json](results/throughput-13m-cpu.json)"
+        in text
+    )
 
 
 def test_prediction_stands_beside_measurement(results):
@@ -62,7 +83,8 @@ def test_kernels_show_their_rate_and_the_best_other(results):
 
 
 def test_places_are_filled_in_line_and_in_blocks(results):
-    page = "x <!-- results:ratio throughput-13m-cpu results.pilesmith.tokens_per_s results.classic.tokens_per_s .1f -->?<!-- /results:ratio --> y"
+    figures = "results.pilesmith.tokens_per_s results.classic.tokens_per_s"
+    page = f"x <!-- results:ratio throughput-13m-cpu {figures} .1f -->?<!-- /results:ratio --> y"
     assert ">2.0<" in render.fill(page, results, "")
     block = "<!-- results:throughput throughput-13m-cpu -->old<!-- /results:throughput -->"
     filled = render.fill(block, results, "benchmarks/")
@@ -85,7 +107,20 @@ def test_unknown_places_and_missing_files_are_errors(results):
 
 
 def test_without_results_the_command_is_named():
-    for place in ("throughput", "memory", "kernels", "files", "scaling", "paper", "profile", "correctness", "tokenizer", "prepare", "quality", "compiled"):
+    for place in (
+        "throughput",
+        "memory",
+        "kernels",
+        "files",
+        "scaling",
+        "paper",
+        "profile",
+        "correctness",
+        "tokenizer",
+        "prepare",
+        "quality",
+        "compiled",
+    ):
         assert tables.PLACES[place]({}, "").startswith("Not measured yet: `")
     assert render.page({}).startswith("# Results")
 

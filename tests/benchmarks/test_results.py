@@ -1,4 +1,5 @@
 """What is kept is valid, what is shown is what is kept, and the READMEs claim nothing that no file holds."""
+
 import json
 import re
 from pathlib import Path
@@ -7,7 +8,8 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from benchmarks import render
-from benchmarks.tables import RESULTS, kind_of, load
+from benchmarks.environment import RESULTS
+from benchmarks.reading import kind_of, load
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(RESULTS.glob("*.json"))

@@ -1,4 +1,5 @@
 """Each axis changes its one thing; the paper part says what the planner says; the file is valid as it grows."""
+
 import json
 
 import pytest
@@ -21,7 +22,10 @@ def test_an_axis_changes_one_thing(kind, axis):
     assert len({j.config.optimizer.batch_tokens for j in made.values()}) == 1
     assert {j.config.model.head_dim for j in made.values()} == {scaling.HEAD_DIM[kind]}
     for job in made.values():  # accumulation comes out even
-        assert job.config.optimizer.batch_tokens % (job.config.optimizer.micro_batch_size * job.config.model.block_size) == 0
+        assert (
+            job.config.optimizer.batch_tokens % (job.config.optimizer.micro_batch_size * job.config.model.block_size)
+            == 0
+        )
 
 
 def test_processes_have_a_core_each():
@@ -32,14 +36,23 @@ def test_paper_is_the_planners():
     rows = scaling.on_paper("2b", ("H100",), 1 << 21)
     assert [row["gpus"] for row in rows] == [2**i for i in range(11)]
     assert all(later["tokens_per_s"] > sooner["tokens_per_s"] for sooner, later in zip(rows, rows[1:]))
-    four = choose(plan(from_dict(preset("2b")).model, cards.get("H100"), 4 * scaling.PAPER_HOST_BYTES, gpus=4, batch_tokens=1 << 21))
+    four = choose(
+        plan(
+            from_dict(preset("2b")).model, cards.get("H100"), 4 * scaling.PAPER_HOST_BYTES, gpus=4, batch_tokens=1 << 21
+        )
+    )
     assert rows[2]["tokens_per_s"] == four.tokens_per_s and rows[2]["plan"] == four.name
 
 
 def test_a_run_from_the_command_line(tmp_path, monkeypatch, validate):
     monkeypatch.setitem(scaling.AXES["cpu"], "depth", [1, 2])
     file = tmp_path / "scaling.json"
-    assert scaling.main(["--axes", "depth,paper", "--steps", "2", "--warmup", "1", "--batch_tokens", "1024", "--out", str(file)]) == 0
+    assert (
+        scaling.main(
+            ["--axes", "depth,paper", "--steps", "2", "--warmup", "1", "--batch_tokens", "1024", "--out", str(file)]
+        )
+        == 0
+    )
     payload = json.loads(file.read_text())
     validate(payload, "scaling")
     one, two = payload["axes"]["depth"]

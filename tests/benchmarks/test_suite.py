@@ -1,4 +1,5 @@
 """The suite does its parts in order, keeps what is there, survives what hangs or fails, and stops when time is up."""
+
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from benchmarks import environment as where
 from benchmarks import suite
 from benchmarks.suite import Part
+
 
 @pytest.fixture
 def writes():
@@ -40,14 +42,22 @@ def test_a_part_that_fails_leaves_the_older_result(tmp_path, writes):
 
 def test_a_result_of_another_commit_or_device_does_not_count(tmp_path):
     part, here = Part("one", "", 1), {"commit": "a" * 40, "gpu": None}
-    for environment, done in ((here, True), (here | {"commit": "b" * 40}, False), (here | {"gpu": {"name": "H100"}}, False)):
+    for environment, done in (
+        (here, True),
+        (here | {"commit": "b" * 40}, False),
+        (here | {"gpu": {"name": "H100"}}, False),
+    ):
         (tmp_path / "one.json").write_text(json.dumps({"environment": environment}))
         assert suite.is_done(part, tmp_path, here) is done
 
 
 def test_a_part_that_hangs_or_fails_does_not_stop_the_others(tmp_path, writes):
     child = "-c \"import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])\""
-    parts = [Part("hangs", child, 1), Part("fails", "-c \"raise SystemExit('no such card')\"", 60), Part("works", writes, 60)]
+    parts = [
+        Part("hangs", child, 1),
+        Part("fails", "-c \"raise SystemExit('no such card')\"", 60),
+        Part("works", writes, 60),
+    ]
     parts.append(Part("late", writes.replace('" {file}', '; import time; time.sleep(60)" {file}'), 10))
     began = time.perf_counter()
     assert suite.suite(parts, tmp_path, "all", again=False, seconds=120) == 1
@@ -92,10 +102,11 @@ def test_without_a_gpu_it_says_what_to_do(capsys):
 @pytest.mark.slow
 def test_the_rehearsal_runs_every_part(tmp_path, validate):
     command = [sys.executable, "benchmarks/suite.py", "--cpu", "--minutes", "30", "--out", str(tmp_path)]
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
+        "OMP_NUM_THREADS": "1"
+    }
     subprocess.run(command, cwd=suite.ROOT, check=True, env=environment)
     assert set(statuses(tmp_path, "suite-cpu").values()) == {"done"}
     for file in tmp_path.glob("*.json"):
         payload = json.loads(file.read_text())
         validate(payload, payload["benchmark"])
-

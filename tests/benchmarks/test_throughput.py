@@ -1,4 +1,5 @@
-"""The benchmark measures what it says: the contenders are one model, the meters see what is there, the file is valid."""
+"""The benchmark measures what it says: contenders are one model, meters see what is there, the file is valid."""
+
 import json
 
 import pytest
@@ -13,8 +14,24 @@ from engine.model import GPT
 from engine.placement import settle
 
 CPU = torch.device("cpu")
-TINY = {"model": {"n_layer": 2, "n_embd": 32, "n_head": 2, "block_size": 16, "vocab_size": 96}, "optimizer": {"batch_tokens": 64}}
-FLAGS = ["--preset", "13m", "--n_embd", "32", "--n_head", "2", "--block_size", "16", "--vocab_size", "96", "--batch_tokens", "64"]
+TINY = {
+    "model": {"n_layer": 2, "n_embd": 32, "n_head": 2, "block_size": 16, "vocab_size": 96},
+    "optimizer": {"batch_tokens": 64},
+}
+FLAGS = [
+    "--preset",
+    "13m",
+    "--n_embd",
+    "32",
+    "--n_head",
+    "2",
+    "--block_size",
+    "16",
+    "--vocab_size",
+    "96",
+    "--batch_tokens",
+    "64",
+]
 
 
 def tiny(name="gpt2", **model):
@@ -85,7 +102,18 @@ def test_a_steps_memory_is_what_it_adds():
 
 def test_a_comparison_from_the_command_line(tmp_path, capsys, validate):
     file = tmp_path / "out.json"
-    options = ["--compare", "classic,transformers-liger", "--steps", "3", "--warmup", "1", "--gpu_memory", "rtx3090", "--out", str(file)]
+    options = [
+        "--compare",
+        "classic,transformers-liger",
+        "--steps",
+        "3",
+        "--warmup",
+        "1",
+        "--gpu_memory",
+        "rtx3090",
+        "--out",
+        str(file),
+    ]
     assert throughput.main([*FLAGS, *options]) == 0
     payload = json.loads(file.read_text())
     validate(payload, "throughput")

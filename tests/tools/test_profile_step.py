@@ -1,4 +1,5 @@
 """Time and memory go to the part of the model that spent them, forward and backward, and add up."""
+
 import gzip
 import json
 from types import SimpleNamespace
@@ -11,8 +12,8 @@ from tools.profile_memory import HELD, MOST_POINTS, Timeline, timeline
 from tools.profile_parts import attribute, busy_seconds, scope, scoped, work_of
 
 FLAGS = [
-    "--preset", "gpt2", "--n_layer", "2", "--n_embd", "64", "--n_head", "2", "--block_size", "64", "--vocab_size", "256",
-    "--batch_tokens", "512", "--micro_batch_size", "4", "--device", "cpu",
+    "--preset", "gpt2", "--n_layer", "2", "--n_embd", "64", "--n_head", "2", "--block_size", "64",
+    "--vocab_size", "256", "--batch_tokens", "512", "--micro_batch_size", "4", "--device", "cpu",
 ]  # fmt: skip
 
 
@@ -80,14 +81,16 @@ def test_compile_is_refused(capsys):
 
 
 def test_recomputation_belongs_to_the_backward_pass(tmp_path):
-    assert profile_step.main([*FLAGS, "--activation_checkpointing", "true", "--warmup", "1", "--out", str(tmp_path)]) == 0
+    assert (
+        profile_step.main([*FLAGS, "--activation_checkpointing", "true", "--warmup", "1", "--out", str(tmp_path)]) == 0
+    )
     payload = json.loads((tmp_path / "profile.json").read_text())
     products = sum(row["flops"] for row in payload["operations"] if row["part"] == "matmul")
     assert products == 2 * 2 * 8 * 256 * 12 * 64 * 64  # a fourth pass
 
 
 def test_backward_finds_its_forward():
-    """Operations without a gradient of their own, such as a cast to the same type, see the number of the one after them."""
+    """Operations without a gradient of their own, such as a cast to the same type, see the next one's number."""
 
     class Pair(torch.nn.Module):
         def __init__(self):
@@ -95,7 +98,10 @@ def test_backward_finds_its_forward():
             self.first, self.second = torch.nn.Embedding(8, 64), torch.nn.LayerNorm(64)
 
     model = Pair()
-    model.first.forward, model.second.forward = scoped(model.first.forward, "embedding"), scoped(model.second.forward, "norm")
+    model.first.forward, model.second.forward = (
+        scoped(model.first.forward, "embedding"),
+        scoped(model.second.forward, "norm"),
+    )
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
         model.second((torch.sin(model.first(torch.arange(8))) * 2).float()).sum().backward()
     parts = attribute(profiler.events(), False, 4).parts
@@ -116,7 +122,9 @@ def test_busy_time_is_a_union():
     cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
 
     def event(start, end, device=cuda, annotation=False):
-        return SimpleNamespace(time_range=SimpleNamespace(start=start, end=end), device_type=device, is_user_annotation=annotation)
+        return SimpleNamespace(
+            time_range=SimpleNamespace(start=start, end=end), device_type=device, is_user_annotation=annotation
+        )
 
     events = [event(0, 10), event(5, 12), event(20, 30), event(0, 100, cpu), event(0, 100, annotation=True)]
     assert busy_seconds(events) == pytest.approx(22e-6)
@@ -128,8 +136,9 @@ def test_kernel_time_counts_on_a_gpu():
 
     def event(name, kernels=(), children=(), sequence=-1):
         made = SimpleNamespace(
-            name=name, kernels=[SimpleNamespace(duration=d) for d in kernels], cpu_children=list(children), sequence_nr=sequence, thread=1,
-            fwd_thread=1, device_type=device, cpu_parent=None, input_shapes=[[4, 8], [8, 2]], self_cpu_time_total=1e6, cpu_time_total=1e6,
+            name=name, kernels=[SimpleNamespace(duration=d) for d in kernels], cpu_children=list(children),
+            sequence_nr=sequence, thread=1, fwd_thread=1, device_type=device, cpu_parent=None,
+            input_shapes=[[4, 8], [8, 2]], self_cpu_time_total=1e6, cpu_time_total=1e6,
             time_range=SimpleNamespace(start=0, end=1),
         )  # fmt: skip
         for child in children:
@@ -138,10 +147,14 @@ def test_kernel_time_counts_on_a_gpu():
 
     mm = event("aten::mm", kernels=[30.0, 10.0], sequence=7)
     forward = event(profile_parts.SCOPE + "activation", children=[event("aten::linear", children=[mm])])
-    backward = event("autograd::engine::evaluate_function: MmBackward0", children=[event("aten::mm", kernels=[60.0])], sequence=7)
+    backward = event(
+        "autograd::engine::evaluate_function: MmBackward0", children=[event("aten::mm", kernels=[60.0])], sequence=7
+    )
     every = [forward, *forward.cpu_children, mm, backward, *backward.cpu_children]
     found = attribute(every, True, 2)
-    assert found.parts["matmul"].forward == pytest.approx(40e-6) and found.parts["matmul"].backward == pytest.approx(60e-6)
+    assert found.parts["matmul"].forward == pytest.approx(40e-6) and found.parts["matmul"].backward == pytest.approx(
+        60e-6
+    )
     assert found.operations["aten::mm", "matmul"].calls == 2
     assert found.operations["aten::mm", "matmul"].seconds == pytest.approx(100e-6)
 
@@ -151,7 +164,9 @@ def test_work_by_hand():
     assert work_of("aten::bmm", [[7, 3, 4], [7, 4, 5]], 4) == (7 * 2 * 60, 4 * 7 * 47)
     assert work_of("pilesmith::attention", [[2, 8, 3, 16]] * 3, 2)[0] == 2 * 2 * 3 * 8 * 8 * 16
     assert work_of("pilesmith::attention_backward", [[2, 8, 3, 16]] * 4, 2)[0] == 5 * 2 * 3 * 8 * 8 * 16
-    assert work_of("aten::_scaled_dot_product_flash_attention", [[2, 3, 8, 16]] * 3, 2) == work_of("pilesmith::attention", [[2, 8, 3, 16]] * 3, 2)
+    assert work_of("aten::_scaled_dot_product_flash_attention", [[2, 3, 8, 16]] * 3, 2) == work_of(
+        "pilesmith::attention", [[2, 8, 3, 16]] * 3, 2
+    )
     assert work_of("aten::native_layer_norm", [[6, 10]], 2) == (0, 2 * 60 * 2)
     assert work_of("aten::view", [[6, 10]], 2) is None
 

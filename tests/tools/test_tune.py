@@ -1,4 +1,5 @@
 """The search keeps only what is right, fits and is faster; what it keeps is what dispatch then reads."""
+
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -36,18 +37,31 @@ def test_nothing_that_ships_would_be_pruned(kernel, target):
 
 
 def test_tiles_that_cannot_fit_are_not_compiled():
-    small, large = ({"ROWS": 64, "KEYS": keys, "num_warps": 4, "num_stages": 4, "EDGE_STAGES": None} for keys in (32, 128))
+    small, large = (
+        {"ROWS": 64, "KEYS": keys, "num_warps": 4, "num_stages": 4, "EDGE_STAGES": None} for keys in (32, 128)
+    )
     kept, refused = prune(FORWARD, [small, large], 128, CHIPS["cuda:86"])  # three pairs of tiles in flight, 99 KiB
     assert kept.refused == "" and refused.refused == "needs 192 KiB of shared memory or more, the chip has 99"
     assert prune(FORWARD, [large], 128, CHIPS["cuda:90"])[0].refused == ""  # 227 KiB
 
 
 def test_what_spills_is_refused():
-    row = Row(op="attention", label="", target="cuda:86", num_warps=4, num_stages=1, registers=255, stack_bytes=64, shared_limit_bytes=1 << 20)
+    row = Row(
+        op="attention",
+        label="",
+        target="cuda:86",
+        num_warps=4,
+        num_stages=1,
+        registers=255,
+        stack_bytes=64,
+        shared_limit_bytes=1 << 20,
+    )
     rows = iter([row, replace(row, stack_bytes=0)])
     pool = SimpleNamespace(submit=lambda *a: SimpleNamespace(result=lambda row=next(rows): row))
     configs = [{"ROWS": 64}, {"ROWS": 32}, {"ROWS": 128}]
-    trials = tune.compile_trials(FORWARD, [Trial(configs[0]), Trial(configs[1]), Trial(configs[2], "too large")], 64, "cuda:86", pool)
+    trials = tune.compile_trials(
+        FORWARD, [Trial(configs[0]), Trial(configs[1]), Trial(configs[2], "too large")], 64, "cuda:86", pool
+    )
     assert [t.refused.partition(":")[0] for t in trials] == ["spills", "", "too large"]
     assert trials[2].row is None
 
@@ -73,7 +87,9 @@ def test_what_is_right_passes(kernel, triton_here):
     assert wrong(TUNABLE[kernel], 16, CPU, torch.float16, lengths=(33,)) == ""
 
 
-@pytest.mark.parametrize("kernel, name", [("attention_forward", "out"), ("attention_backward_q", "dq"), ("attention_backward_kv", "dk")])
+@pytest.mark.parametrize(
+    "kernel, name", [("attention_forward", "out"), ("attention_backward_q", "dq"), ("attention_backward_kv", "dk")]
+)
 def test_what_is_wrong_is_refused(kernel, name, triton_here, monkeypatch):
     exact = tune_cases.Inputs.run
 
@@ -90,7 +106,9 @@ def test_what_is_wrong_is_refused(kernel, name, triton_here, monkeypatch):
 
 def test_not_a_number_is_wrong(triton_here, monkeypatch):
     exact = tune_cases.Inputs.run
-    spoil = lambda inputs, attend: {k: v * float("nan") if attend == inputs.ours else v for k, v in exact(inputs, attend).items()}  # noqa: E731
+    spoil = lambda inputs, attend: {
+        k: v * float("nan") if attend == inputs.ours else v for k, v in exact(inputs, attend).items()
+    }  # noqa: E731
     monkeypatch.setattr(tune_cases.Inputs, "run", spoil)
     assert "nan" in wrong(FORWARD, 16, CPU, torch.float16, lengths=(33,))
 
@@ -105,17 +123,24 @@ def test_a_candidate_is_what_the_kernel_is_launched_with_and_only_then():
 
 def test_the_winner_is_kept_and_read_by_dispatch(tmp_path, monkeypatch):
     monkeypatch.setattr(dispatch, "_config_file", lambda target: tmp_path / (target.replace(":", "_") + ".json"))
-    base = {"attention_forward": {"64": {"ROWS": 64}, "128": {"ROWS": 32}}, "measured": {"attention_forward": {"64": {"gain": 9}}}}
+    base = {
+        "attention_forward": {"64": {"ROWS": 64}, "128": {"ROWS": 32}},
+        "measured": {"attention_forward": {"64": {"gain": 9}}},
+    }
     (tmp_path / "cuda_86.json").write_text(json.dumps(base))
     dispatch._config_table.cache_clear()
     dispatch.launch_config.cache_clear()
     try:
-        keep(tmp_path / "cuda_89.json", base, "attention_forward", 64, {"ROWS": 128}, {"gain": 1.2, "device": "RTX 4090"})
+        keep(
+            tmp_path / "cuda_89.json", base, "attention_forward", 64, {"ROWS": 128}, {"gain": 1.2, "device": "RTX 4090"}
+        )
         assert dispatch.launch_config(CHIPS["cuda:89"], "attention_forward", 64) == {"ROWS": 128}
         assert dispatch.launch_config(CHIPS["cuda:89"], "attention_forward", 128) == {"ROWS": 32}  # from the nearest
         assert dispatch.launch_config(CHIPS["cuda:86"], "attention_forward", 64) == {"ROWS": 64}
         written = json.loads((tmp_path / "cuda_89.json").read_text())
-        assert written["measured"] == {"attention_forward": {"64": {"gain": 1.2, "device": "RTX 4090"}}}  # not another chip's
+        assert written["measured"] == {
+            "attention_forward": {"64": {"gain": 1.2, "device": "RTX 4090"}}
+        }  # not another chip's
     finally:
         dispatch._config_table.cache_clear()
         dispatch.launch_config.cache_clear()
@@ -127,7 +152,19 @@ def test_candidates_are_thinned_evenly():
 
 
 def test_a_dry_run_compiles_for_a_chip_that_is_not_here(start, triton_here):
-    flags = ["--dry_run", "--chip", "cuda:86", "--kernels", "attention_forward", "--widths", "128", "--limit", "4", "--workers", "1"]
+    flags = [
+        "--dry_run",
+        "--chip",
+        "cuda:86",
+        "--kernels",
+        "attention_forward",
+        "--widths",
+        "128",
+        "--limit",
+        "4",
+        "--workers",
+        "1",
+    ]
     process = start("tools/tune.py", *flags)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output

@@ -1,0 +1,89 @@
+"""Read benchmarks/results/, and say what is there in words and Markdown."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import RESULTS
+from engine.report import human
+
+Results = dict[str, dict[str, Any]]  # file name without .json -> content
+
+
+def load(folder: Path = RESULTS) -> Results:
+    """Return every result file's content under its name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def of_kind(results: Results, kind: str) -> dict[str, dict[str, Any]]:
+    return {name: result for name, result in results.items() if kind_of(name, result) == kind}
+
+
+def kind_of(name: str, result: dict[str, Any]) -> str:
+    """Return what a file says it is, which is its own name where it says nothing."""
+    return result.get("benchmark", name)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; columns after the first that begin with a digit lie to the right."""
+    numeric = [
+        i > 0 and all(not row[i] or row[i][0].isdigit() or row[i] == "-" for row in rows) for i in range(len(header))
+    ]
+    lines = [header, ["---:" if right else "---" for right in numeric], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def device_name(result: dict[str, Any]) -> str:
+    """Return what people call the device, such as "H100" or "AMD EPYC, 2 cores"."""
+    environment = result["environment"]
+    gpu = environment["gpu"]
+    return gpu["name"].removeprefix("NVIDIA ") if gpu else f"{environment['cpu']}, {environment['cores']} cores"
+
+
+def source(name: str, result: dict[str, Any], base: str) -> str:
+    """Return a line that says where a table's numbers come from."""
+    environment = result["environment"]
+    commit = (environment["commit"] or "no commit")[:9] + (" with changes" if environment["changed"] else "")
+    versions = environment["versions"]
+    triton = f", Triton {versions['triton']}" if environment["gpu"] and versions.get("triton") else ""
+    file = f"[{name}.json]({base}results/{name}.json)"
+    return f"{device_name(result)}; PyTorch {versions['torch']}{triton}; {environment['date']}; commit {commit}; {file}"
+
+
+def clocked(result: dict[str, Any]) -> str:
+    """Return how a pytest-benchmark file's times were taken, where that is not the plain wall clock."""
+    clocks = {(case["extra_info"].get("clock"), case["extra_info"].get("threads")) for case in result["benchmarks"]}
+    return "; CPU seconds of one thread" if clocks == {("cpu", 1)} else ""
+
+
+def nothing(command: str) -> str:
+    return f"Not measured yet: `{command}`."
+
+
+def mib(size: float) -> str:
+    return f"{size / 2**20:,.0f} MiB" if size < 10 * 2**30 else f"{size / 2**30:.2f} GiB"
+
+
+def si(value: float, unit: str) -> str:
+    """Return "3.88 GB/s"."""
+    number = human(value)
+    return f"{number[:-1]} {number[-1]}{unit}" if number[-1].isalpha() else f"{number} {unit}"
+
+
+def seconds(value: float) -> str:
+    for limit, factor, unit in ((1, 1, "s"), (1e-3, 1e3, "ms"), (0, 1e6, "µs")):
+        if value >= limit:
+            return f"{value * factor:.3g} {unit}"
+    raise ValueError(value)
+
+
+def cases(result: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield what each case of a pytest-benchmark file says of itself, and its statistics."""
+    for case in result["benchmarks"]:
+        about = {"op": case["name"].partition("[")[0], "implementation": case.get("param") or ""}
+        yield about | case["extra_info"], case["stats"]
+
+
+def shape_of(about: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value:,}" for key, value in about.get("shape", {}).items())
