@@ -28,6 +28,7 @@ from benchmarks.environment import RESULTS, environment, write_result
 from benchmarks.reading import load
 
 ROOT = Path(__file__).parents[1]
+LOGS = ROOT / "build" / "logs"
 CARDS = {
     10: "rtx3080",
     11: "gtx1080ti",
@@ -103,10 +104,14 @@ def is_done(part: Part, folder: Path, here: dict[str, Any]) -> bool:
 
 
 def run(part: Part, folder: Path, limit_s: float) -> tuple[str, str]:
-    """Run a part; return its status and the last line that it wrote. Past the limit it and its children are killed."""
+    """Run a part; return its status and, if it went wrong, the last line of its log in build/logs/.
+
+    Past the limit it and its children are killed.
+    """
     file = folder / f"{part.name}.json"
     before = file.stat().st_mtime_ns if file.exists() else None
-    log = folder / f".{part.name}.log"
+    LOGS.mkdir(parents=True, exist_ok=True)
+    log = LOGS / f"{part.name}.log"
     with open(log, "w+") as output:
         process = subprocess.Popen(
             part.command(folder), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -122,7 +127,6 @@ def run(part: Part, folder: Path, limit_s: float) -> tuple[str, str]:
     if process.returncode == -signal.SIGKILL:
         return "out of time", f"after {limit_s:.0f} s" + ("; what it had by then is kept" if written else "")
     if written:
-        log.unlink()
         return "done", "" if process.returncode == 0 else lines[-1]
     return "failed", lines[-1]
 

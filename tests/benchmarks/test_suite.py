@@ -13,6 +13,11 @@ from benchmarks import suite
 from benchmarks.suite import Part
 
 
+@pytest.fixture(autouse=True)
+def logs(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "LOGS", tmp_path / "logs")
+
+
 @pytest.fixture
 def writes():
     """Arguments of a Python that writes a result of this commit."""
