@@ -45,7 +45,7 @@ def peak_bytes(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         reserved = torch.cuda.max_memory_reserved(device)
         return {"peak_bytes": torch.cuda.max_memory_allocated(device), "reserved_bytes": reserved}
-    resident = _status_bytes("VmHWM") if _STATUS.exists() else peak_memory(device)
+    resident = peak_memory(device)
     return {"peak_bytes": resident, "reserved_bytes": resident}
 
 

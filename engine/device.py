@@ -1,5 +1,6 @@
 """Which device and number format a run uses, each with its reason."""
 import os
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from engine.config import require
 from kernels import dispatch
 
+_STATUS = Path("/proc/self/status")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -47,6 +49,10 @@ def peak_memory(device: torch.device) -> int:
     """Return the most bytes held so far: PyTorch's allocator on a GPU, the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if _STATUS.exists():
+        # Linux's ru_maxrss begins, even after exec, at what the parent held; VmHWM is this program's own.
+        peak = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) * 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)

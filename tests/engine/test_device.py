@@ -1,4 +1,7 @@
 """The number format follows from what the chip can really do."""
+import sys
+
+import numpy as np
 import pytest
 import torch
 
@@ -33,3 +36,11 @@ def test_a_cpu_computes_in_fp32_unless_asked():
 def test_a_device_that_is_not_there_is_refused(wanted):
     with pytest.raises(ConfigError, match="--device"):
         choose_device(wanted)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the system's own counter is right")
+def test_the_peak_is_the_programs_own_and_not_its_parents(start):
+    held = np.ones(1 << 27)  # 1 GiB, held while the child starts
+    child = "import torch\nfrom engine.device import peak_memory\nprint(peak_memory(torch.device('cpu')))"
+    output, _ = start("-c", child).communicate(timeout=60)
+    assert held.nbytes > int(output.splitlines()[-1]) > 50 << 20

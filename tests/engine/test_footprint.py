@@ -173,8 +173,9 @@ def test_deepspeed_holds_what_is_planned(launcher, start, tmp_path):
 
 
 PROCESS = """
-import json, resource
+import json
 import psutil, torch
+from engine.device import peak_memory
 from engine.config import ModelConfig
 from engine.model import GPT
 from engine.optimizer import AdamW, parameter_groups
@@ -195,7 +196,7 @@ for _ in range(2):
         model(tokens, tokens).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before))
+print(json.dumps(peak_memory(torch.device("cpu")) - before))
 """
 
 
