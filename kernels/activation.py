@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels.aot import Case
-from kernels.dispatch import backend, custom_op, tl, triton, wrap_triton
-from kernels.rows import column_sums, contiguous_rows, persistent_programs, shipped_dtypes
+from kernels.aot import Case, as_launched
+from kernels.dispatch import LaunchConfig, backend, chip, custom_op, launch_config, tl, triton, wrap_triton
+from kernels.rows import GPT_WIDTHS, column_sums, contiguous_rows, persistent_programs, shipped_dtypes, tile_case
 
 KINDS = ("gelu", "gelu_tanh", "relu")
 
@@ -140,12 +140,17 @@ FORWARD_LAUNCH = {"ROWS": 4, "BLOCK": 1024, "num_warps": 4}
 BACKWARD_LAUNCH = {"ROWS": 2, "BLOCK": 1024, "STAGES": 3, "num_warps": 4}
 
 
+def _launch(kernel: str, x: Tensor, default: LaunchConfig) -> LaunchConfig:
+    return launch_config(chip(x.device), kernel, tile_case(x.shape[1], x.element_size()), default)
+
+
 @custom_op("bias_activation")
 def _bias_activation_op(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     n_rows, n_cols = x.shape
     y = x.new_empty(x.shape)
-    grid = triton.cdiv(n_rows, FORWARD_LAUNCH["ROWS"]), triton.cdiv(n_cols, FORWARD_LAUNCH["BLOCK"])
-    wrap_triton(_forward_kernel)[grid](x, bias, y, x.stride(0), n_rows, n_cols, KIND=kind, **FORWARD_LAUNCH)
+    launch = _launch("bias_activation_forward", x, FORWARD_LAUNCH)
+    grid = triton.cdiv(n_rows, launch["ROWS"]), triton.cdiv(n_cols, launch["BLOCK"])
+    wrap_triton(_forward_kernel)[grid](x, bias, y, x.stride(0), n_rows, n_cols, KIND=kind, **launch)
     return y
 
 
@@ -158,9 +163,10 @@ def _(x, bias, kind):
 def _bias_activation_backward_op(grad_y: Tensor, x: Tensor, bias: Tensor | None, kind: int) -> tuple[Tensor, Tensor]:
     n_rows, n_cols = x.shape
     grad_x, grad_bias = _gradients(x, bias)
-    blocks = triton.cdiv(n_cols, BACKWARD_LAUNCH["BLOCK"])
-    programs = max(1, persistent_programs(x.device, BACKWARD_LAUNCH["num_warps"]) // blocks)
-    programs = min(programs, triton.cdiv(n_rows, BACKWARD_LAUNCH["ROWS"]))
+    launch = _launch("bias_activation_backward", x, BACKWARD_LAUNCH)
+    blocks = triton.cdiv(n_cols, launch["BLOCK"])
+    programs = max(1, persistent_programs(x.device, launch["num_warps"]) // blocks)
+    programs = min(programs, triton.cdiv(n_rows, launch["ROWS"]))
     partial = None if bias is None else x.new_empty((programs, 1, n_cols), dtype=torch.float32)
     wrap_triton(_backward_kernel)[(blocks, programs)](
         grad_y,
@@ -173,7 +179,7 @@ def _bias_activation_backward_op(grad_y: Tensor, x: Tensor, bias: Tensor | None,
         n_rows,
         n_cols,
         KIND=kind,
-        **BACKWARD_LAUNCH,
+        **launch,
     )
     if bias is not None:
         column_sums(partial, grad_bias)
@@ -209,23 +215,14 @@ def compile_cases() -> list[Case]:
     for dtype, targets in shipped_dtypes("bias_activation"):
         signature = dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr", "grad_y_ptr", "grad_x_ptr"), f"*{dtype}")
         signature |= dict.fromkeys(("n_rows", "n_cols", "x_stride", "grad_y_stride"), "i32") | {"partial_ptr": "*fp32"}
-        divisible = ("n_cols", "x_stride", "grad_y_stride")
+        common = {"signature": signature, "divisible_by_16": ("n_cols", "x_stride", "grad_y_stride"), "targets": targets}
+        keys = sorted({tile_case(4 * width, 4 if dtype == "fp32" else 2) for width in GPT_WIDTHS})
         for kind, name in enumerate(KINDS):
             for step, kernel, launch in (
                 ("forward", _forward_kernel, FORWARD_LAUNCH),
                 ("backward", _backward_kernel, BACKWARD_LAUNCH),
             ):
-                constants = {k: v for k, v in launch.items() if k != "num_warps"} | {"KIND": kind}
-                cases.append(
-                    Case(
-                        op="bias_activation",
-                        label=f"{step}_{name}_{dtype}",
-                        kernel=kernel,
-                        signature=signature,
-                        constants=constants,
-                        divisible_by_16=divisible,
-                        num_warps=launch["num_warps"],
-                        targets=targets,
-                    )
-                )
+                label = f"{step}_{name}_{dtype}"
+                case = Case(op="bias_activation", label=label, kernel=kernel, constants={"KIND": kind}, **common)
+                cases += as_launched(case, f"bias_activation_{step}", keys, launch)
     return cases

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.aot import Case, triton_targets
-from kernels.dispatch import CHIPS, backend, tl, triton
+from kernels.aot import Case, as_launched, triton_targets
+from kernels.dispatch import CHIPS, backend, chip, launch_config, tl, triton
 from kernels.number_formats import (
     BLOCK,
     decode_moments,
@@ -306,7 +306,10 @@ def _adamw_triton(
         if not some:
             continue
         of_all, device = some[0], some[0].weight.device
-        programs = tuple(triton.cdiv(p.weight.numel(), TILE["ROWS"] * BLOCK) for p in some)
+        weight, moments = FORMATS[of_all.weight.dtype], FORMATS[of_all.exp_avg.dtype]
+        case = launch_case(weight, of_all.residual is not None, moments)
+        launch = launch_config(chip(device), "adamw", case, TILE)
+        programs = tuple(triton.cdiv(p.weight.numel(), launch["ROWS"] * BLOCK) for p in some)
         _adamw_kernel[(sum(programs),)](
             _tensor_of_program(programs, device),
             _table(some, programs, device),
@@ -321,14 +324,19 @@ def _adamw_triton(
             math.log(betas[1]) if betas[1] else -1e9,
             eps,
             bound,
-            WEIGHT=FORMATS[of_all.weight.dtype],
+            WEIGHT=weight,
             RESIDUAL=of_all.residual is not None,
             GRAD=FORMATS[of_all.grad.dtype],
-            MOMENTS=FORMATS[of_all.exp_avg.dtype],
+            MOMENTS=moments,
             ALIGNED=alignment,
             BLOCK=BLOCK,
-            **TILE,
+            **launch,
         )
+
+
+def launch_case(weight: str, residual: bool, moments: str) -> str:
+    """What the launch configurations are told apart by, such as "bf16_residual_moments_int8"."""
+    return f"{weight}{'_residual' if residual else ''}_moments_{moments}"
 
 
 def _table(parameters: list[Parameter], programs: tuple[int, ...], device: torch.device) -> Tensor:
@@ -361,15 +369,10 @@ def compile_cases() -> list[Case]:
     for weight, residual in (("bf16", True), ("fp16", True), ("bf16", False), ("fp16", False), ("fp32", False)):
         for moments in ("int8", "bf16", "fp32"):
             form = {"WEIGHT": weight, "RESIDUAL": residual, "GRAD": weight, "MOMENTS": moments}
-            cases.append(
-                Case(
-                    op="adamw",
-                    label=f"{weight}{'_residual' if residual else ''}_moments_{moments}",
-                    kernel=_adamw_kernel,
-                    signature=pointers | dict.fromkeys(numbers, "fp32"),
-                    constants=form | {"ALIGNED": 16, "ROWS": TILE["ROWS"], "BLOCK": BLOCK},
-                    num_warps=TILE["num_warps"],
-                    targets=of_format[weight],
-                )
-            )
+            label = launch_case(weight, residual, moments)
+            case = Case(
+                op="adamw", label=label, kernel=_adamw_kernel, signature=pointers | dict.fromkeys(numbers, "fp32"),
+                constants=form | {"ALIGNED": 16, "BLOCK": BLOCK}, targets=of_format[weight],
+            )  # fmt: skip
+            cases += as_launched(case, "adamw", [label], TILE)
     return cases

@@ -14,12 +14,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
 
-from kernels.dispatch import CHIPS, OPS, triton
+from kernels.dispatch import CHIPS, OPS, LaunchConfig, launch_config, triton
 
 MODULES = (
     "attention_triton", "attention_decode", "rotary", "layer_norm", "softmax", "cross_entropy", "activation", "adamw",
@@ -50,6 +50,27 @@ class Case:
     def chips(self) -> list[str]:
         """The targets to compile for."""
         return list(self.targets) if self.targets is not None else triton_targets(self.op)
+
+
+def as_launched(case: Case, kernel: str, keys: Iterable[str], default: LaunchConfig) -> list[Case]:
+    """`case` once for all chips that launch `kernel` with `default`, and once for each that kernels/configs/ knows better.
+
+    keys: what the table tells the configurations of this case apart by.
+    """
+    usual, tuned = [], []
+    for target in case.chips():
+        configs = {key: launch_config(CHIPS[target], kernel, key, default) for key in keys}
+        usual += [target] * (default in configs.values())
+        for key in (key for key, config in configs.items() if config != default):
+            other = replace(case, label=f"{case.label} {key} {target}", targets=(target,))
+            tuned.append(_with_launch(other, configs[key]))
+    return [_with_launch(replace(case, targets=tuple(usual)), default)] * bool(usual) + tuned
+
+
+def _with_launch(case: Case, config: LaunchConfig) -> Case:
+    options = {k: config[k] for k in ("num_warps", "num_stages") if k in config}
+    constants = {k: v for k, v in config.items() if k not in options}
+    return replace(case, constants=case.constants | constants, **options)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ matrix product makes its gradient. With 112 MiB of logits that is 0.25 GB beyond
 import torch
 from torch import Tensor
 
-from kernels.aot import Case
-from kernels.dispatch import backend, tl, triton
-from kernels.rows import shipped_dtypes
+from kernels.aot import Case, as_launched
+from kernels.dispatch import backend, chip, launch_config, tl, triton
+from kernels.rows import shipped_dtypes, tile_case
 
 LOGITS_BYTES = 112 << 20
 WORKSPACE_BYTES = 128 << 20
@@ -258,7 +258,8 @@ def _turn_kernel(
         tl.store(logits_ptr + words, grad.to(logits_ptr.dtype.element_ty), mask=tail)
 
 
-TURN_TILE = {"BLOCK": 4096, "STAGES": 3}
+GPT2_WORDS = 50257
+TURN_LAUNCH = {"BLOCK": 4096, "STAGES": 3, "num_warps": 8}
 
 
 def _turn_in_triton(
@@ -275,6 +276,8 @@ def _turn_in_triton(
     first_word: int | None = None,
 ) -> None:
     """`_turn_in_torch` in one launch."""
+    case = tile_case(logits.shape[1], logits.element_size())
+    launch = launch_config(chip(logits.device), "cross_entropy", case, TURN_LAUNCH)
     _turn_kernel[(len(logits),)](
         logits,
         targets,
@@ -290,8 +293,7 @@ def _turn_in_triton(
         SCALED_ROWS=row_scale.ndim == 1,
         LSE_KNOWN=first_word is not None,
         GRADIENT=gradient,
-        **TURN_TILE,
-        num_warps=8,
+        **launch,
     )
 
 
@@ -309,16 +311,10 @@ def compile_cases() -> list[Case]:
             ("both_50257", False, True, ("row_stride",)),
         ):
             flags = {"SCALED_ROWS": False, "LSE_KNOWN": lse_known, "GRADIENT": gradient}
-            cases.append(
-                Case(
-                    op="cross_entropy",
-                    label=f"{label}_{dtype}",
-                    kernel=_turn_kernel,
-                    signature=signature,
-                    constants=flags | TURN_TILE,
-                    divisible_by_16=divisible,
-                    num_warps=8,
-                    targets=targets,
-                )
-            )
+            case = Case(
+                op="cross_entropy", label=f"{label}_{dtype}", kernel=_turn_kernel, signature=signature,
+                constants=flags, divisible_by_16=divisible, targets=targets,
+            )  # fmt: skip
+            keys = [tile_case(GPT2_WORDS, 4 if dtype == "fp32" else 2)]
+            cases += as_launched(case, "cross_entropy", keys, TURN_LAUNCH)
     return cases

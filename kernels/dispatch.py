@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -107,10 +108,14 @@ OPS: dict[str, bool] = {
     "adamw": False,
 }
 
+LaunchConfig = dict[str, int | None]  # a kernel's constants, num_warps, num_stages
+CONFIGS = Path(__file__).parent / "configs"
+
 _preference = "auto"
 _forced_target: str | None = None
 _chips: dict[torch.device, Chip] = {}
 _decisions: dict[tuple[str, torch.device], tuple[str, str]] = {}
+_trials: dict[tuple[str, str], LaunchConfig] = {}
 
 
 def interpreting() -> bool:
@@ -178,20 +183,32 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-@functools.cache
-def launch_config(here: Chip, kernel: str, width: int) -> dict[str, int]:
-    """Tile sizes, num_warps and num_stages of a kernel, from kernels/configs/.
+def launch_config(here: Chip, kernel: str, case: int | str, default: LaunchConfig | None = None) -> LaunchConfig:
+    """Tile sizes, num_warps and num_stages of a kernel: what kernels/configs/ says, else `default`.
 
-    width: of the tile, a power of two. A chip without a file of its own takes that of the newest
-    older chip of its family whose shared memory is no larger. Raises KeyError if the file lacks the case.
+    case: what a kernel's configurations are told apart by, such as the width of its tile. A chip without a file of its
+    own takes that of the newest older chip of its family whose shared memory is no larger. KeyError without either.
     """
-    table = _config_table(_config_target(here))
-    return table[kernel][str(width)]
+    trial = _trials.get((kernel, str(case)))
+    found = trial or config_table(config_target(here)).get(kernel, {}).get(str(case), default)
+    if found is None:
+        raise KeyError(f"kernels/configs/ has no {kernel} for {case} on {here.name} ({here.target})")
+    return found
+
+
+@contextmanager
+def use_launch_config(kernel: str, case: int | str, config: LaunchConfig) -> Iterator[None]:
+    """Launch `kernel` with `config`, whatever the table says, for the length of a with block."""
+    _trials[kernel, str(case)] = config
+    try:
+        yield
+    finally:
+        del _trials[kernel, str(case)]
 
 
 def config_targets() -> list[str]:
     """The chips that have a file of launch configurations."""
-    return [target for target in CHIPS if _config_file(target).exists()]
+    return [target for target in CHIPS if config_file(target).exists()]
 
 
 def decisions(device: torch.device) -> list[tuple[str, str, str]]:
@@ -199,16 +216,29 @@ def decisions(device: torch.device) -> list[tuple[str, str, str]]:
     return [(op, backend(op, device), _decisions[op, device][1]) for op in OPS]
 
 
-def _config_file(target: str) -> Path:
-    return Path(__file__).parent / "configs" / (target.replace(":", "_") + ".json")
+def config_file(target: str) -> Path:
+    """Where the launch configurations of a chip are kept; most chips have no file."""
+    return CONFIGS / (target.replace(":", "_") + ".json")
 
 
 @functools.cache
-def _config_table(target: str) -> dict:
-    return json.loads(_config_file(target).read_text())
+def config_table(target: str) -> dict[str, dict[str, Any]]:
+    """What a chip's file says: kernel -> case -> launch configuration; "measured" holds the figures behind them."""
+    return json.loads(config_file(target).read_text())
 
 
-def _config_target(here: Chip) -> str:
+def write_config_table(target: str, table: dict[str, dict[str, Any]]) -> None:
+    """Write a chip's file, whole or not at all; kernels are launched by it from now on."""
+    partial = CONFIGS / f".{config_file(target).name}.partial"
+    partial.write_text(json.dumps(table, indent=1) + "\n")
+    os.replace(partial, config_file(target))
+    config_table.cache_clear()
+    config_target.cache_clear()
+
+
+@functools.cache
+def config_target(here: Chip) -> str:
+    """The chip whose file serves `here`: its own, or the nearest's."""
     family = here.target.split(":")[0]
     older = [t for t in config_targets() if t.split(":")[0] == family and t <= here.target]
     fitting = [t for t in older if CHIPS[t].shared_bytes <= here.shared_bytes]

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.aot import Case
-from kernels.dispatch import CHIPS, backend, chip, custom_op, tl, triton, wrap_triton
+from kernels.aot import Case, as_launched
+from kernels.dispatch import CHIPS, backend, chip, custom_op, launch_config, tl, triton, wrap_triton
 from kernels.rows import (
     COLUMN_SUMS_TILE,
     WIDEST_TILE,
@@ -16,6 +16,7 @@ from kernels.rows import (
     pipeline_stages,
     row_tile,
     shipped_dtypes,
+    tile_case,
     tiles_of_gpt_widths,
 )
 
@@ -290,11 +291,15 @@ def _layer_norm_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n_rows, n_cols = x.shape
     y, s, mean, rstd = _outputs(x, residual)
-    rows, block, num_warps = row_tile(n_cols)
-    kernel, tile = _forward_kernel, {"ROWS": rows, "BLOCK": block}
     if n_cols > WIDEST_TILE:
-        kernel, tile, num_warps = _forward_wide_kernel, WIDE_TILE, 8
-    wrap_triton(kernel)[(triton.cdiv(n_rows, tile["ROWS"]),)](
+        kernel, launch = _forward_wide_kernel, WIDE_TILE | {"num_warps": 8}
+    else:
+        rows, block, num_warps = row_tile(n_cols)
+        default = {"ROWS": rows, "num_warps": num_warps}
+        case = tile_case(block, y.element_size())
+        tuned = launch_config(chip(x.device), "layer_norm_forward", case, default)
+        kernel, launch = _forward_kernel, {"BLOCK": block} | tuned
+    wrap_triton(kernel)[(triton.cdiv(n_rows, launch["ROWS"]),)](
         x,
         residual,
         weight,
@@ -308,8 +313,7 @@ def _layer_norm_op(
         n_rows,
         n_cols,
         eps,
-        **tile,
-        num_warps=num_warps,
+        **launch,
     )
     return y, s, mean, rstd
 
@@ -337,11 +341,14 @@ def _layer_norm_backward_op(
     sums = 2 if has_bias else 1
     if n_cols <= WIDEST_TILE:
         rows, block, num_warps = row_tile(n_cols)
-        programs = min(persistent_programs(x.device, num_warps), triton.cdiv(n_rows, rows))
-        partial = x.new_empty((programs, sums, n_cols), dtype=torch.float32)
         streams = 2 if grad_sum is None else 3
         bytes_per_stage = streams * rows * block * x.element_size()
         stages = pipeline_stages(chip(x.device).shared_bytes, bytes_per_stage, num_warps)
+        default = {"ROWS": rows, "STAGES": stages, "num_warps": num_warps}
+        case = tile_case(block, x.element_size())
+        launch = launch_config(chip(x.device), "layer_norm_backward", case, default)
+        programs = min(persistent_programs(x.device, launch["num_warps"]), triton.cdiv(n_rows, launch["ROWS"]))
+        partial = x.new_empty((programs, sums, n_cols), dtype=torch.float32)
         wrap_triton(_backward_kernel)[(programs,)](
             grad_y,
             grad_sum,
@@ -357,10 +364,8 @@ def _layer_norm_backward_op(
             n_rows,
             n_cols,
             SUMS=sums,
-            ROWS=rows,
             BLOCK=block,
-            STAGES=stages,
-            num_warps=num_warps,
+            **launch,
         )
     else:
         wrap_triton(_backward_wide_kernel)[(n_rows,)](
@@ -452,34 +457,23 @@ def compile_cases() -> list[Case]:
         signature = tensors | strides | sizes | {"eps": "fp32"}
         common = {"op": "layer_norm", "signature": signature, "divisible_by_16": ("n_cols", *strides)}
         for (rows, block, num_warps), widths in tiles_of_gpt_widths().items():
-            name = "_".join(map(str, widths))
-            tile = {"ROWS": rows, "BLOCK": block}
-            cases.append(
-                Case(
-                    label=f"forward_{name}_{dtype}",
-                    kernel=_forward_kernel,
-                    constants=tile,
-                    num_warps=num_warps,
-                    targets=targets,
-                    **common,
-                )
+            name, itemsize = "_".join(map(str, widths)), 4 if dtype == "fp32" else 2
+            keys, tile = [tile_case(block, itemsize)], {"BLOCK": block}
+            launch = {"ROWS": rows, "num_warps": num_warps}
+            forward = Case(
+                label=f"forward_{name}_{dtype}", kernel=_forward_kernel, constants=tile, targets=targets, **common
             )
+            cases += as_launched(forward, "layer_norm_forward", keys, launch)
             by_stages: dict[int, list[str]] = {}
             for target in targets:
-                bytes_per_stage = 3 * rows * block * (4 if dtype == "fp32" else 2)
-                stages = pipeline_stages(CHIPS[target].shared_bytes, bytes_per_stage, num_warps)
+                stages = pipeline_stages(CHIPS[target].shared_bytes, 3 * rows * block * itemsize, num_warps)
                 by_stages.setdefault(stages, []).append(target)
             for stages, some in by_stages.items():
-                cases.append(
-                    Case(
-                        label=f"backward_{name}_{dtype}_{stages}_stages",
-                        kernel=_backward_kernel,
-                        constants=tile | {"SUMS": 2, "STAGES": stages},
-                        num_warps=num_warps,
-                        targets=tuple(some),
-                        **common,
-                    )
-                )
+                backward = Case(
+                    label=f"backward_{name}_{dtype}_{stages}_stages", kernel=_backward_kernel,
+                    constants=tile | {"SUMS": 2}, targets=tuple(some), **common,
+                )  # fmt: skip
+                cases += as_launched(backward, "layer_norm_backward", keys, launch | {"STAGES": stages})
         for kernel, constants, num_warps in (
             (_forward_wide_kernel, WIDE_TILE, 8),
             (_backward_wide_kernel, {"BLOCK": WIDE_TILE["BLOCK"]}, 8),

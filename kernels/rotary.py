@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels.aot import Case
-from kernels.dispatch import backend, tl, triton
+from kernels.aot import Case, as_launched
+from kernels.dispatch import backend, chip, launch_config, tl, triton
+from kernels.rows import tile_case
 
 
 def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, *, n_head: int, head_dim: int) -> Tensor:
@@ -80,9 +81,10 @@ def _rotate_triton(
     heads = width // head_dim
     written = n_head if out is x else heads
     half = triton.next_power_of_2(head_dim // 2)
-    tile = min(triton.next_power_of_2(written), max(1, 1024 // half))
-    rotary_kernel[(B * T, triton.cdiv(written, tile))](
-        x, out, cos, sin, T, heads, written, n_head, sign, D=head_dim, HEADS=tile, BLOCK_D=half
+    default = {"HEADS": min(triton.next_power_of_2(written), max(1, 1024 // half)), "num_warps": 4}
+    launch = launch_config(chip(x.device), "rotary", tile_case(head_dim, x.element_size()), default)
+    rotary_kernel[(B * T, triton.cdiv(written, launch["HEADS"]))](
+        x, out, cos, sin, T, heads, written, n_head, sign, D=head_dim, BLOCK_D=half, **launch
     )
 
 
@@ -118,18 +120,20 @@ def _rotate(
 
 def compile_cases() -> list[Case]:
     """Head widths of the presets, in both formats to train in."""
-    return [
-        Case(
-            op="rotary",
-            label=f"rotary {dtype} d{D}",
-            kernel=rotary_kernel,
-            signature={
-                "x": f"*{dtype}", "out": f"*{dtype}", "cos": "*fp32", "sin": "*fp32",
-                "T": "i32", "heads": "i32", "written": "i32", "n_head": "i32", "sign": "fp32",
-            },
-            constants={"D": D, "HEADS": max(1, min(32, 1024 // max(1, half))), "BLOCK_D": half},
-            divisible_by_16=("T",),
-        )
-        for dtype in ("fp16", "fp32")
-        for D, half in ((16, 8), (64, 32), (80, 64), (128, 64), (256, 128))
-    ]  # fmt: skip
+    cases = []
+    for dtype, itemsize in (("fp16", 2), ("fp32", 4)):
+        for D, half in ((16, 8), (64, 32), (80, 64), (128, 64), (256, 128)):
+            case = Case(
+                op="rotary",
+                label=f"rotary {dtype} d{D}",
+                kernel=rotary_kernel,
+                signature={
+                    "x": f"*{dtype}", "out": f"*{dtype}", "cos": "*fp32", "sin": "*fp32",
+                    "T": "i32", "heads": "i32", "written": "i32", "n_head": "i32", "sign": "fp32",
+                },
+                constants={"D": D, "BLOCK_D": half},
+                divisible_by_16=("T",),
+            )  # fmt: skip
+            launch = {"HEADS": max(1, min(32, 1024 // half)), "num_warps": 4}
+            cases += as_launched(case, "rotary", [tile_case(D, itemsize)], launch)
+    return cases

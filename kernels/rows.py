@@ -22,6 +22,11 @@ def row_tile(width: int) -> tuple[int, int, int]:
     return rows, columns, rows * columns // 512
 
 
+def tile_case(columns: int, itemsize: int) -> str:
+    """What the launch configurations of kernels on rows are told apart by: "2048x2" is 2048 columns of 2 bytes each."""
+    return f"{max(16, triton.next_power_of_2(columns))}x{itemsize}"
+
+
 def contiguous_rows(x: Tensor) -> Tensor:
     """x (..., C) as (rows, C) with columns side by side, copied only where no view can be that."""
     rows = x.reshape(-1, x.shape[-1])

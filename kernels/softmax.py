@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels.aot import Case
-from kernels.dispatch import backend, custom_op, tl, triton, wrap_triton
-from kernels.rows import WIDEST_TILE, contiguous_rows, row_tile, shipped_dtypes, tiles_of_gpt_widths
+from kernels.aot import Case, as_launched
+from kernels.dispatch import backend, chip, custom_op, launch_config, tl, triton, wrap_triton
+from kernels.rows import WIDEST_TILE, contiguous_rows, row_tile, shipped_dtypes, tile_case, tiles_of_gpt_widths
 
 LOG2_E = 1.4426950408889634
 
@@ -167,19 +167,21 @@ def _backward_wide_kernel(
 WIDE_TILE = {"ROWS": 1, "BLOCK": 4096}
 
 
-def _launch(n_cols: int) -> tuple[bool, dict[str, int]]:
-    """Whether a row is too wide for one tile, and the launch's constants."""
-    if n_cols > WIDEST_TILE:
+def _launch(kernel: str, p: Tensor) -> tuple[bool, dict[str, int]]:
+    """Whether a row of p is too wide for one tile, and the launch's constants."""
+    if p.shape[1] > WIDEST_TILE:
         return True, WIDE_TILE | {"num_warps": 8}
-    rows, block, num_warps = row_tile(n_cols)
-    return False, {"ROWS": rows, "BLOCK": block, "num_warps": num_warps}
+    rows, block, num_warps = row_tile(p.shape[1])
+    default = {"ROWS": rows, "num_warps": num_warps}
+    tuned = launch_config(chip(p.device), kernel, tile_case(block, p.element_size()), default)
+    return False, {"BLOCK": block} | tuned
 
 
 @custom_op("softmax")
 def _softmax_op(x: Tensor, n_queries: int, scale: float) -> Tensor:
     n_rows, n_cols = x.shape
     p = x.new_empty(x.shape)
-    wide, launch = _launch(n_cols)
+    wide, launch = _launch("softmax_forward", p)
     kernel = _forward_wide_kernel if wide else _forward_kernel
     grid = (triton.cdiv(n_rows, launch["ROWS"]),)
     wrap_triton(kernel)[grid](x, p, x.stride(0), n_rows, n_cols, n_queries, scale * LOG2_E, **launch)
@@ -195,7 +197,7 @@ def _(x, n_queries, scale):
 def _softmax_backward_op(grad_p: Tensor, p: Tensor, n_queries: int, scale: float) -> Tensor:
     n_rows, n_cols = p.shape
     grad_x = p.new_empty(p.shape)
-    wide, launch = _launch(n_cols)
+    wide, launch = _launch("softmax_backward", p)
     kernel = _backward_wide_kernel if wide else _backward_kernel
     grid = (triton.cdiv(n_rows, launch["ROWS"]),)
     wrap_triton(kernel)[grid](grad_p, p, grad_x, grad_p.stride(0), n_rows, n_cols, n_queries, scale, **launch)
@@ -234,9 +236,10 @@ def compile_cases() -> list[Case]:
         }
         shapes = [("_".join(map(str, w)), r, b, n) for (r, b, n), w in tiles_of_gpt_widths().items()]
         for name, rows, block, num_warps in shapes:
+            keys, launch = [tile_case(block, 4 if dtype == "fp32" else 2)], {"ROWS": rows, "num_warps": num_warps}
             for step, kernel in (("forward", _forward_kernel), ("backward", _backward_kernel)):
-                label, constants = f"{step}_{name}_{dtype}", {"ROWS": rows, "BLOCK": block}
-                cases.append(Case(label=label, kernel=kernel, constants=constants, num_warps=num_warps, **common))
+                case = Case(label=f"{step}_{name}_{dtype}", kernel=kernel, constants={"BLOCK": block}, **common)
+                cases += as_launched(case, f"softmax_{step}", keys, launch)
         for step, kernel in (("forward", _forward_wide_kernel), ("backward", _backward_wide_kernel)):
             label = f"{step}_wide_{dtype}"
             cases.append(Case(label=label, kernel=kernel, constants=WIDE_TILE, num_warps=8, **common))

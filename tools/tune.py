@@ -11,7 +11,7 @@ file, and a chip without one takes the nearest.
 """
 
 import argparse
-import json
+import copy
 import math
 import multiprocessing
 import os
@@ -29,7 +29,7 @@ from benchmarks.environment import environment
 from kernels import dispatch
 from kernels.aot import Row
 from kernels.dispatch import CHIPS, Chip
-from tools.tune_cases import TUNABLE, WIDTHS, Config, Tunable, compile_candidate, speed, using, wrong
+from tools.tune_cases import TUNABLE, WIDTHS, Config, Tunable, compile_candidate, speed, wrong
 
 WORTH = 0.99  # a winner must need at most this share of the old one's time
 
@@ -96,14 +96,15 @@ def choose(trials: list[Trial], current: Config) -> tuple[Trial | None, Trial | 
     return min(timed, key=lambda t: t.score, default=None), next((t for t in timed if t.config == current), None)
 
 
-def keep(path: Path, base: dict[str, Any], kernel: str, width: int, config: Config, figures: dict[str, Any]) -> None:
-    """Write the winner into a chip's file, which begins as `base` where it is not there yet."""
-    table = json.loads(path.read_text()) if path.exists() else {k: v for k, v in base.items() if k != "measured"}
-    table[kernel][str(width)] = config
-    table.setdefault("measured", {}).setdefault(kernel, {})[str(width)] = figures
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(table, indent=1) + "\n")
-    os.replace(partial, path)
+def keep(chip: Chip, kernel: str, case: str, config: Config, figures: dict[str, Any]) -> None:
+    """Write the winner into the chip's file, which begins as the nearest's where it is not there yet."""
+    base = dispatch.config_target(chip)
+    table = copy.deepcopy(dispatch.config_table(base))
+    if base != chip.target:
+        table.pop("measured", None)
+    table.setdefault(kernel, {})[case] = config
+    table.setdefault("measured", {}).setdefault(kernel, {})[case] = figures
+    dispatch.write_config_table(chip.target, table)
 
 
 def spread(candidates: list[Config], limit: int | None) -> list[Config]:
@@ -226,11 +227,11 @@ def tune(
     timed = [speed(tunable, width, device, dtype, length) for length in lengths]
 
     def verify(config: Config) -> str:
-        with using(chip, tunable.kernel, width, config):
+        with dispatch.use_launch_config(tunable.kernel, width, config):
             return wrong(tunable, width, device, dtype)
 
     def time(config: Config) -> tuple[float, ...]:
-        with using(chip, tunable.kernel, width, config):
+        with dispatch.use_launch_config(tunable.kernel, width, config):
             return tuple(1e-3 * do_bench(run, warmup=10, rep=50, return_mode="median") for run, _ in timed)
 
     trials = measure(trials, verify, time)
@@ -259,8 +260,7 @@ def tune(
         "commit": where["commit"],
         "date": where["date"],
     }
-    base = json.loads(dispatch._config_file(dispatch._config_target(chip)).read_text())
-    keep(dispatch._config_file(chip.target), base, tunable.kernel, width, best.config, figures)
+    keep(chip, tunable.kernel, str(width), best.config, figures)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,7 +48,7 @@ class Tunable:
         """Return what to compile for `config`: with documents, the harder variant."""
         chip = CHIPS[target]
         function, docs = (decode_kernel, False) if self.cached else (KERNELS[self.kernel], True)
-        with using(chip, self.kernel, width, config):
+        with dispatch.use_launch_config(self.kernel, width, config):
             dtype, shared = "bf16" if chip.bf16 else "fp16", 4 if self.cached else 1
             case = element_case(self.kernel, function, target, dtype, width, docs=docs, shared=shared, D=width)
         return replace(case, label=" ".join(f"{k}={v}" for k, v in config.items()))
@@ -73,20 +72,6 @@ TUNABLE: dict[str, Tunable] = {
         Tunable("attention_decode_many", {"ROWS": (32, 64)} | _DECODE, "KEYS", ("out",), cached=8192, new_tokens=32),
     )
 }
-
-
-@contextmanager
-def using(chip: Chip, kernel: str, width: int, config: Config) -> Iterator[None]:
-    """Launch `kernel` on `chip` with `config` instead of what its table says, for the length of a with block."""
-    table = dispatch._config_table(dispatch._config_target(chip))[kernel]
-    before = table[str(width)]
-    table[str(width)] = config
-    dispatch.launch_config.cache_clear()
-    try:
-        yield
-    finally:
-        table[str(width)] = before
-        dispatch.launch_config.cache_clear()
 
 
 def compile_candidate(kernel: str, config: Config, width: int, target: str) -> Row:

@@ -12,7 +12,7 @@ from kernels.aot import Row
 from kernels.dispatch import CHIPS
 from tools import tune, tune_cases
 from tools.tune import Trial, choose, keep, measure, prune, spread
-from tools.tune_cases import TUNABLE, using, wrong
+from tools.tune_cases import TUNABLE, wrong
 
 CPU = torch.device("cpu")
 FORWARD = TUNABLE["attention_forward"]
@@ -116,34 +116,37 @@ def test_not_a_number_is_wrong(triton_here, monkeypatch):
 def test_a_candidate_is_what_the_kernel_is_launched_with_and_only_then():
     chip, config = CHIPS["cuda:86"], {"ROWS": 1, "KEYS": 2, "num_warps": 3, "num_stages": 4, "EDGE_STAGES": None}
     before = dispatch.launch_config(chip, "attention_forward", 64)
-    with using(chip, "attention_forward", 64, config):
+    with dispatch.use_launch_config("attention_forward", 64, config):
         assert dispatch.launch_config(chip, "attention_forward", 64) == config
     assert dispatch.launch_config(chip, "attention_forward", 64) == before != config
 
 
-def test_the_winner_is_kept_and_read_by_dispatch(tmp_path, monkeypatch):
-    monkeypatch.setattr(dispatch, "_config_file", lambda target: tmp_path / (target.replace(":", "_") + ".json"))
+@pytest.fixture
+def own_configs(tmp_path, monkeypatch):
+    """An empty folder in place of kernels/configs/."""
+
+    def forget():
+        dispatch.config_table.cache_clear()
+        dispatch.config_target.cache_clear()
+
+    monkeypatch.setattr(dispatch, "CONFIGS", tmp_path)
+    forget()
+    yield tmp_path
+    forget()
+
+
+def test_the_winner_is_kept_and_read_by_dispatch(own_configs):
     base = {
         "attention_forward": {"64": {"ROWS": 64}, "128": {"ROWS": 32}},
         "measured": {"attention_forward": {"64": {"gain": 9}}},
     }
-    (tmp_path / "cuda_86.json").write_text(json.dumps(base))
-    dispatch._config_table.cache_clear()
-    dispatch.launch_config.cache_clear()
-    try:
-        keep(
-            tmp_path / "cuda_89.json", base, "attention_forward", 64, {"ROWS": 128}, {"gain": 1.2, "device": "RTX 4090"}
-        )
-        assert dispatch.launch_config(CHIPS["cuda:89"], "attention_forward", 64) == {"ROWS": 128}
-        assert dispatch.launch_config(CHIPS["cuda:89"], "attention_forward", 128) == {"ROWS": 32}  # from the nearest
-        assert dispatch.launch_config(CHIPS["cuda:86"], "attention_forward", 64) == {"ROWS": 64}
-        written = json.loads((tmp_path / "cuda_89.json").read_text())
-        assert written["measured"] == {
-            "attention_forward": {"64": {"gain": 1.2, "device": "RTX 4090"}}
-        }  # not another chip's
-    finally:
-        dispatch._config_table.cache_clear()
-        dispatch.launch_config.cache_clear()
+    (own_configs / "cuda_86.json").write_text(json.dumps(base))
+    keep(CHIPS["cuda:89"], "attention_forward", "64", {"ROWS": 128}, {"gain": 1.2, "device": "RTX 4090"})
+    assert dispatch.launch_config(CHIPS["cuda:89"], "attention_forward", 64) == {"ROWS": 128}
+    assert dispatch.launch_config(CHIPS["cuda:89"], "attention_forward", 128) == {"ROWS": 32}  # from the nearest
+    assert dispatch.launch_config(CHIPS["cuda:86"], "attention_forward", 64) == {"ROWS": 64}
+    written = json.loads((own_configs / "cuda_89.json").read_text())
+    assert written["measured"] == {"attention_forward": {"64": {"gain": 1.2, "device": "RTX 4090"}}}  # not another's
 
 
 def test_candidates_are_thinned_evenly():
