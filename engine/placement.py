@@ -10,6 +10,7 @@ from engine.memory import Plan, card_of, choose, nearest, plan
 
 CPU_MICRO_BATCH_TOKENS = 8192  # beyond this a CPU gains nothing and the activations leave its caches
 _OPEN = (None, "auto")
+_EXACT = ("auto", "fp32")
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -56,7 +57,11 @@ def explain(chosen: Plan) -> list[str]:
 
 
 def _asks_for_zero(config: Config, world_size: int) -> bool:
-    return world_size > 1 or config.strategy.zero_stage is not None or config.strategy.offload in ("optimizer", "params")
+    strategy = config.strategy
+    if strategy.zero_stage is not None or strategy.offload in ("optimizer", "params"):
+        return True
+    only_resident = strategy.weights not in _EXACT or strategy.moments not in _EXACT or strategy.optimizer_in_backward
+    return world_size > 1 and not only_resident
 
 
 def _plan(config: Config, device: torch.device, dtype: torch.dtype, world_size: int) -> Plan:

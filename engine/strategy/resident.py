@@ -1,17 +1,19 @@
 """Everything on one device: weights in fp32, or in 16 bits with or without a residual; moments in 32, 16 or 8 bits."""
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.config import Config, ConfigError, require
+from engine.config import Config, require
 from engine.data import Batch
 from engine.distributed import Processes
 from engine.model import GPT
 from engine.optimizer import AdamW, InBackwardAdamW, clip_coefficient, parameter_groups
 from engine.strategy import StepResult
 from engine.strategy.activations import checkpoint_blocks
+from engine.strategy.data_parallel import average_in_backward, data_parallel
 from engine.strategy.loss_scaling import LossScale
 
 
@@ -19,9 +21,7 @@ class Resident:
     def __init__(
         self, config: Config, model: GPT, processes: Processes, device: torch.device, dtype: torch.dtype, grad_accum: int
     ) -> None:
-        if processes.world_size > 1:
-            raise ConfigError(f"--strategy resident runs in one process, not {processes.world_size}: use --strategy zero")
-        self.device = device
+        self.device, self.processes = device, processes.world_size
         self.options, choices = config.optimizer, config.strategy
         self.model = model.to(device)
         self.model.dtype = dtype
@@ -32,6 +32,8 @@ class Resident:
         if choices.optimizer_in_backward:
             require(grad_accum == 1, f"--optimizer_in_backward cannot accumulate over {grad_accum} micro-batches: a smaller --batch_tokens")
             adamw, settings = InBackwardAdamW, {"grad_accum": grad_accum}
+            if self.processes > 1:
+                average_in_backward(self.model.parameters())
         self.optimizer = adamw(
             parameter_groups(self.model, self.options.weight_decay),
             lr=self.options.lr,
@@ -45,7 +47,10 @@ class Resident:
         self.in_backward = choices.optimizer_in_backward
         self.recomputed = choices.recomputed_blocks if choices.activation_checkpointing else 0
         checkpoint_blocks(self.model, self.recomputed)
-        self.module = torch.compile(self.model) if choices.compile else self.model
+        self.distributed = data_parallel(self.model) if self.processes > 1 and not self.in_backward else None
+        self.module, self.trained = self.model, self.distributed or self.model
+        if choices.compile:
+            self.module, self.trained = torch.compile(self.module), torch.compile(self.trained)
         self.parameters = dict(self.model.named_parameters())
         self.loss_scale = LossScale() if dtype == torch.float16 else None
         self.updates = 0
@@ -53,6 +58,7 @@ class Resident:
     def describe(self) -> str:
         weights = {"fp32": "fp32 weights", "residual": "16-bit weights and residuals (exact fp32)", "stochastic": "16-bit weights, rounded stochastically"}
         parts = [f"resident: {weights[self.formats['weights']]}, {self.formats['moments']} moments, on the device"]
+        parts += [f"the same in {self.processes} processes, gradients averaged"] if self.processes > 1 else []
         parts += ["updated inside the backward pass"] if self.in_backward else []
         return "; ".join(parts + ([f"{self.recomputed} blocks recomputed in the backward pass"] if self.recomputed else []))
 
@@ -65,10 +71,11 @@ class Resident:
         scale = self._scale()
         if self.in_backward:
             self.optimizer.grad_scale = torch.tensor(1 / scale, device=self.device)
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
             batch = batch.to(self.device)
-            loss = self.module(batch.tokens, batch.targets, doc_start=batch.doc_start)
-            (loss * (scale / len(batches))).backward()
+            with self.distributed.no_sync() if self.distributed and number < len(batches) else nullcontext():
+                loss = self.trained(batch.tokens, batch.targets, doc_start=batch.doc_start)
+                (loss * (scale / len(batches))).backward()
             total += loss.detach()
         return total / len(batches)
 
