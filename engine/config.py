@@ -103,7 +103,7 @@ class StrategyConfig:
     """
 
     strategy: Literal["auto", "resident", "zero"] = field(
-        default="auto", metadata={"help": "auto: resident in one process, DeepSpeed ZeRO in several"}
+        default="auto", metadata={"help": "resident: whole states in each process; zero: DeepSpeed's, shared"}
     )
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = field(default="auto", metadata={"help": "of the computation"})

@@ -33,6 +33,7 @@ PARTS = {
 CONTEXT_BYTES = GiB // 2
 # Assumed: what comes and goes within a step is cut to whole 2 and 20 MiB blocks that do not all fit together again.
 FRAGMENTATION, FRAGMENTATION_BYTES = 0.08, 192 * MiB
+NCCL_BYTES = 256 * MiB  # assumed: NCCL's channels and their buffers, outside of the allocator, where cards talk
 HOST_PROCESS_BYTES = 3 * GiB  # assumed: Python, torch, the CUDA libraries, the file's pages of one process
 DEEPSPEED_BUCKET = 50_000_000  # elements, engine/strategy/zero.py
 DEEPSPEED_REDUCE = 500_000_000  # elements that its bf16 stage 1 reduces at once
@@ -43,8 +44,8 @@ DEEPSPEED_LIVE = 1_000_000_000  # elements of gathered parameters that stage 3 k
 class Method:
     """A way of keeping weights and optimizer states. Everything here is data: what runs, and what is preferred.
 
-    rank: order of preference among methods of about equal speed, exactness first. available: the engine runs it today
-    in one process, and in several where `several` says so. weights and moments as in engine/optimizer.py. streamed:
+    rank: order of preference among methods of about equal speed, exactness first. available: the engine runs it today,
+    in one process or several. weights and moments as in engine/optimizer.py. streamed:
     residuals and moments lie in pinned host memory and pass through the optimizer kernel a layer at a time.
     in_backward: each gradient is used and freed in the backward pass, so there is no accumulation and no global
     clipping. stage: DeepSpeed's, 0 for ours; offload as in the config.
@@ -54,7 +55,6 @@ class Method:
     title: str
     rank: int
     available: bool = False
-    several: bool = False
     weights: Literal["fp32", "residual", "stochastic"] = "fp32"
     moments: Literal["fp32", "bf16", "int8"] = "fp32"
     streamed: bool = False
@@ -71,7 +71,7 @@ def _zero(stage: int, offload: str, rank: int) -> Method:
     moved = {"none": "", "optimizer": ", optimizer", "params": ", optimizer and parameters"}[offload]
     name = f"zero-{stage}" + (f"-offload-{offload}" if moved else "")
     title = f"DeepSpeed ZeRO stage {stage}{moved}" + (" in host memory" if moved else "")
-    return Method(name=name, title=title, rank=rank, available=True, several=True, stage=stage, offload=offload)
+    return Method(name=name, title=title, rank=rank, available=True, stage=stage, offload=offload)
 
 
 METHODS: tuple[Method, ...] = (
@@ -178,12 +178,14 @@ def predict(
     """
     sizes = Elements.of(model)
     states, host, extra = (_deepspeed if method.stage else _ours)(model, method, sizes, dtype, gpus)
+    # With several processes the gradients lie in the buckets that are averaged, for good (strategy/data_parallel.py).
+    accumulates = accumulates or gpus > 1
     moments = _moments(model, method, sizes, dtype, micro_batch_size, recompute, accumulates, chip, traced) | extra
     name, fullest = max(moments.items(), key=lambda item: sum(item[1].values()))
     card = {part: int(states.get(part, 0) + fullest.get(part, 0)) for part in PARTS}
     if chip is not None:
         passing = sum(fullest.values()) - fullest.get("gradients", 0)
-        card["context"] = int(CONTEXT_BYTES + FRAGMENTATION_BYTES + FRAGMENTATION * passing)
+        card["context"] = int(CONTEXT_BYTES + FRAGMENTATION_BYTES + FRAGMENTATION * passing + NCCL_BYTES * (gpus > 1))
     if recompute.kind == "offloaded":
         inputs = micro_batch_size * model.block_size * model.n_embd * ITEMSIZE[dtype]
         host = host | {"saved_activations": recompute.layers * _pinned(inputs)}
@@ -198,7 +200,7 @@ def _ours(model: ModelConfig, method: Method, sizes: Elements, dtype: str, gpus:
     n, stored = sizes.total, itemsizes(method, dtype)[0]
     master = 2 * (method.weights == "residual")
     moments = {"fp32": 8, "bf16": 4, "int8": 2 + 1 / BLOCK}[method.moments]
-    card = {"weights": stored * n, "communication": 2 * DEEPSPEED_BUCKET * stored * (gpus > 1)}
+    card = {"weights": stored * n}
     parts = {"master_weights": master, "optimizer_states": moments}
     if not method.streamed:
         return card | {part: size * n for part, size in parts.items()}, {}, {}

@@ -180,7 +180,7 @@ def plan(
             card=card, model=model, method=method, recompute=recompute, processes=processes, grad_accum=grad_accum,
             batch_tokens=tokens, keeps_batch=tokens == batch_tokens, footprint=footprint, time=time,
             card_limit=int(card.memory_bytes * (1 - CARD_RESERVE)), host_limit=host_memory - HOST_RESERVE_BYTES,
-            available=known and method.available and (gpus == 1 or method.several), **common,
+            available=known and method.available, **common,
         )  # fmt: skip
 
     plans = []

@@ -13,7 +13,7 @@ def data_parallel(model: nn.Module) -> DistributedDataParallel:
     The gradients live in the buckets, in the parameters' dtypes: for as long as the model trains, and only once.
     Within `no_sync()` they only accumulate.
     """
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def average_in_backward(parameters: Iterable[nn.Parameter]) -> None:

@@ -121,10 +121,12 @@ def test_settings_are_those_of_a_configuration(classic):
                 assert config.optimizer.batch_tokens == p.batch_tokens
 
 
-def test_several_cards_take_what_runs_in_several_processes():
+def test_several_cards_share_the_states_where_that_is_as_fast_and_copy_them_where_it_is_not():
+    assert choose(plan(TWO_B, get("RTX 3090"), 8 * HOST, gpus=2)).method.name == "residual"
+    assert choose(plan(TWO_B, get("H100"), 8 * HOST, gpus=8)).method.name == "resident"
     for gpus in (2, 8, 64):
         chosen = choose(plan(TWO_B, get("RTX 3090"), 8 * HOST, gpus=gpus))
-        assert chosen.method.several and chosen.gpus == gpus and chosen.processes == min(gpus, 8)
+        assert chosen.gpus == gpus and chosen.processes == min(gpus, 8)
         assert chosen.communication_bytes > 0
         assert chosen.batch_tokens == gpus * chosen.grad_accum * chosen.micro_batch_size * TWO_B.block_size
 
