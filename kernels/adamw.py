@@ -18,9 +18,12 @@ from kernels.number_formats import (
     momentum_bound,
     more_bits,
     random_bits,
+    random_keys,
+    random_table,
     round_stochastic,
     split,
     tile_decode_first,
+    tile_decode_root,
     tile_decode_second,
     tile_encode_first,
     tile_encode_second,
@@ -33,7 +36,7 @@ from kernels.number_formats import (
 )
 
 
-CHUNK = 1 << 16  # elements that the PyTorch path unpacks at a time on a CPU
+CHUNK = 1 << 18  # elements that the PyTorch path unpacks at a time on a CPU
 
 
 class Parameter(NamedTuple):
@@ -108,8 +111,13 @@ def _adamw_torch(parameters: list[Parameter], *, grad_scale, found_inf, **number
     if {weights[0].dtype, grads[0].dtype, exp_avgs[0].dtype} == {torch.float32}:
         _fused(weights, grads, exp_avgs, exp_avg_sqs, steps, **scaling, **numbers)
     else:
-        for parameter in parameters:
-            _adamw_chunks(parameter, **scaling, **numbers)
+        rounds = exp_avgs[0].dtype != torch.float32 or (weights[0].dtype != torch.float32 and parameters[0].residual is None)
+        table = None
+        for parameter, before in zip(parameters, (None, *parameters)):
+            # A table does for all tensors at the same step; a GPU's steps are not read.
+            if rounds and (before is None or not parameter.step.is_cpu or parameter.step != before.step):
+                table = random_table(parameter.step)
+            _adamw_chunks(parameter, table, **scaling, **numbers)
 
 
 def _fused(weights, grads, exp_avgs, exp_avg_sqs, steps, *, lr, betas, eps, weight_decay, bound, grad_scale, found_inf):
@@ -132,7 +140,7 @@ def _fused(weights, grads, exp_avgs, exp_avg_sqs, steps, *, lr, betas, eps, weig
     )
 
 
-def _adamw_chunks(parameter: Parameter, *, bound, found_inf, **numbers) -> None:
+def _adamw_chunks(parameter: Parameter, table: Tensor | None, *, bound, found_inf, **numbers) -> None:
     """One parameter, a chunk at a time, so that what is unpacked stays small, and on a CPU in its caches."""
     weight, grad, exp_avg, exp_avg_sq = (t.view(-1) for t in parameter[:4])
     step, exponents, key = parameter.step, parameter.exponents, parameter.key
@@ -140,6 +148,7 @@ def _adamw_chunks(parameter: Parameter, *, bound, found_inf, **numbers) -> None:
     keep = None if found_inf is None else found_inf != 0
     chunk = CHUNK if weight.is_cpu else 1 << 22
     rounds_weight, rounds_moments = weight.dtype != torch.float32 and residual is None, exp_avg.dtype != torch.float32
+    keys = None if table is None else random_keys(key, step, -(-weight.numel() // BLOCK))
     for start in range(0, weight.numel(), chunk):
         part = slice(start, min(start + chunk, weight.numel()))
         blocks = slice(start // BLOCK, -(-part.stop // BLOCK))
@@ -151,7 +160,7 @@ def _adamw_chunks(parameter: Parameter, *, bound, found_inf, **numbers) -> None:
             m, v = decode_moments(exp_avg[part], exp_avg_sq[part], exponents[blocks], bound)
         _fused([w], [grad[part].float()], [m], [v], [step], bound=bound, found_inf=found_inf, **numbers)
         if rounds_weight or rounds_moments:
-            random = random_bits(key, step, blocks.start, blocks.stop - blocks.start)
+            random = random_bits(table, keys, blocks.start, blocks.stop - blocks.start)
         if exponents is not None:
             codes = encode_moments(m, v, bound, random)
             for place, values in zip((exp_avg[part], exp_avg_sq[part], exponents[blocks]), codes):
@@ -162,7 +171,7 @@ def _adamw_chunks(parameter: Parameter, *, bound, found_inf, **numbers) -> None:
             _put(exp_avg_sq[part], round_stochastic(v, exp_avg.dtype, (bits >> 16) & 0xFFFF), keep)
         if rounds_weight:
             bits = more_bits(random).view(-1)[: w.numel()]
-            _put(weight[part], round_stochastic(w, weight.dtype, bits & 0xFFFF), keep)
+            _put(weight[part], round_stochastic(w, weight.dtype, bits), keep)
         elif residual is not None:
             high, low = split(w, weight.dtype)
             _put(weight[part], high, keep)
@@ -227,8 +236,9 @@ def _adamw_kernel(
         v_ptr = _address(row + 3, start, "uint8", ALIGNED) + offsets
         exponent_ptr = _address(row + 6, first_block, "uint8", 1) + blocks
         block_mask = blocks * BLOCK < size
-        v = tile_decode_second(tl.load(v_ptr, mask=mask, other=0), tl.load(exponent_ptr, mask=block_mask, other=0))
-        m = tile_decode_first(tl.load(m_ptr, mask=mask, other=0), tl.sqrt(v), bound)
+        code, exponent = tl.load(v_ptr, mask=mask, other=0), tl.load(exponent_ptr, mask=block_mask, other=0)
+        v = tile_decode_second(code, exponent)
+        m = tile_decode_first(tl.load(m_ptr, mask=mask, other=0), tile_decode_root(code, exponent), bound)
     else:
         m_ptr = _address(row + 2, start, MOMENTS, ALIGNED) + offsets
         v_ptr = _address(row + 3, start, MOMENTS, ALIGNED) + offsets
@@ -245,11 +255,10 @@ def _adamw_kernel(
     if MOMENTS != "fp32" or (WEIGHT != "fp32" and not RESIDUAL):
         random = tile_random_bits(tl.load(row + 9), step, first_block, ROWS, BLOCK)
     if MOMENTS == "int8":
-        code, exponent = tile_encode_second(v, random >> 16)
+        code, exponent = tile_encode_second(v, random)
         tl.store(v_ptr, code, mask=mask)
         tl.store(exponent_ptr, exponent, mask=block_mask)
-        v = tile_decode_second(code, exponent)
-        tl.store(m_ptr, tile_encode_first(m, v, bound, random & 0xFFFF), mask=mask)
+        tl.store(m_ptr, tile_encode_first(m, tile_decode_root(code, exponent), bound, random), mask=mask)
     elif MOMENTS == "bf16":
         tl.store(m_ptr, tile_round_stochastic(m, random & 0xFFFF, "bf16"), mask=mask)
         tl.store(v_ptr, tile_round_stochastic(v, random >> 16, "bf16"), mask=mask)
@@ -263,7 +272,7 @@ def _adamw_kernel(
     elif WEIGHT == "fp32":
         tl.store(w_ptr, w, mask=mask)
     else:
-        tl.store(w_ptr, tile_round_stochastic(w, tile_more_bits(random) & 0xFFFF, WEIGHT), mask=mask)
+        tl.store(w_ptr, tile_round_stochastic(w, tile_more_bits(random), WEIGHT), mask=mask)
 
 
 @triton.jit

@@ -107,7 +107,8 @@ def test_kernel_and_pytorch_agree(weights, moments, kernel_path):
     last_place = {"fp32": 1e-7, "bf16": 2**-7, "fp16": 2**-9}
     tolerance = last_place["fp32" if a.residuals else weights]
     for x, y in zip(a.masters(), b.masters()):
-        assert torch.allclose(x, y, rtol=tolerance, atol=6e-8)
+        # A weight that was rounded differently may have been larger then, by the length of the step that followed.
+        assert torch.allclose(x, y, rtol=tolerance, atol=6e-8 + tolerance * SETTINGS["lr"])
         assert tolerance < 1e-6 or (x != y).float().mean() < 2e-3
     for (m, v), (n, w) in zip(a.moments(), b.moments()):
         if moments == "fp32":

@@ -7,9 +7,11 @@ import torch
 
 from kernels.number_formats import (
     BLOCK,
+    GROUP,
     NEAREST,
     decode_first,
     decode_moments,
+    decode_root,
     decode_second,
     encode_first,
     encode_moments,
@@ -18,6 +20,8 @@ from kernels.number_formats import (
     momentum_bound,
     more_bits,
     random_bits,
+    random_keys,
+    random_table,
     round_stochastic,
     split,
 )
@@ -36,9 +40,10 @@ def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
     return torch.equal(x.view(torch.int32), y.view(torch.int32))
 
 
-def draws(key: int, shape: tuple[int, int]) -> torch.Tensor:
-    """16 random bits, (times, BLOCK) of them as a tile."""
-    return random_bits(key, torch.tensor(3.0), 0, shape[0]) & 0xFFFF
+def draws(key: int, blocks: int, step: float = 3.0, first_block: int = 0) -> torch.Tensor:
+    """32 random bits for each element of these blocks."""
+    step = torch.tensor(step)
+    return random_bits(random_table(step), random_keys(key, step, first_block + blocks), first_block, blocks)
 
 
 def test_bf16_and_residual_are_the_master_bit_for_bit():
@@ -87,31 +92,58 @@ def test_join_of_split_does_not_move():
 
 
 def test_random_bits_depend_on_key_step_and_element_alone():
-    step = torch.tensor(7.0)
-    whole = random_bits(11, step, 0, 40)
-    assert torch.equal(whole[8:24], random_bits(11, step, 8, 16))
-    for other in (random_bits(12, step, 0, 40), random_bits(11, step + 1, 0, 40), random_bits(11, step, 40, 40)):
-        assert (whole == other).float().mean() < 1e-3
-    assert torch.equal(random_bits(2**32 - 1, step, 0, 1), random_bits(2**32 - 1, step, 0, 1))
+    whole = draws(11, 2 * GROUP + 40, 7.0)
+    assert torch.equal(whole[GROUP : GROUP + 16], draws(11, 16, 7.0, GROUP))
+    for other in (draws(12, len(whole), 7.0), draws(11, len(whole), 8.0), draws(11, 3 * GROUP, 7.0, GROUP)):
+        assert (whole == other[: len(whole)]).float().mean() < 1e-3
+    assert torch.equal(draws(2**32 - 1, 1), draws(2**32 - 1, 1))
 
 
 def test_random_bits_are_uniform_and_independent():
-    bits = random_bits(5, torch.tensor(1.0), 0, 4096)
-    n = bits.numel()
-    columns = [(bits >> i & 1).float() for i in range(32)] + [(more_bits(bits) >> i & 1).float() for i in range(32)]
-    coins = torch.stack(columns).view(64, -1) * 2 - 1
+    """Each bit, each pair of an element's bits, and the same bit of neighbours, near and far, of tensors and of steps."""
+    bits = draws(5, GROUP, 1.0)
+    coins = torch.stack(
+        [(bits >> i & 1).float() for i in range(32)] + [(more_bits(bits) >> i & 1).float() for i in range(16)]
+    )
+    coins = coins.view(48, -1) * 2 - 1
+    n = coins.shape[1]
     assert (coins.mean(1).abs() < 5 / math.sqrt(n)).all()
-    correlations = coins @ coins.T / n - torch.eye(64)
+    correlations = coins @ coins.T / n - torch.eye(48)
     assert correlations.abs().max() < 6 / math.sqrt(n)
-    for distance in (1, BLOCK):  # neighbours in a block, and the same place of two blocks
+    for distance in (1, 32, BLOCK):  # neighbours, and the same place of two blocks
         assert ((coins[:, distance:] * coins[:, :-distance]).mean(1).abs() < 6 / math.sqrt(n)).all()
+
+
+def test_groups_tensors_and_steps_are_independent():
+    """The same places of two groups and of two tensors share a table, so it is keys and steps that must differ."""
+    draw = [torch.stack([draws(key, 2 * GROUP, step)[::GROUP, :2] for key in range(16)]) for step in range(256)]
+    coins = torch.stack([torch.stack(draw) >> i & 1 for i in range(32)]).float() * 2 - 1  # bit, step, key, group, place
+    n = coins[0, :, :, 0].numel()
+    for a, b in (
+        (coins[:, :, :, 0], coins[:, :, :, 1]),
+        (coins[:, :, 1:], coins[:, :, :-1]),
+        (coins[:, 1:], coins[:, :-1]),
+    ):
+        assert ((a * b).flatten(1).mean(1).abs() < 5 / math.sqrt(n)).all()
+
+
+def test_a_rounding_says_nothing_of_another():
+    """The three roundings of an element's update: 10 upper bits of the first moment's, of the second's, the weight's."""
+    bits = draws(9, 8 * GROUP)
+    parts = [bits >> 22 & 0x3FF, bits >> 10 & 0x3FF, more_bits(bits) >> 6]
+    parts = [(p.view(-1).double() - 511.5) / 295.6 for p in parts]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        for f in (lambda x: x, torch.square):
+            x, y = f(parts[a]), f(parts[b])
+            correlation = ((x - x.mean()) * (y - y.mean())).mean() / (x.std() * y.std())
+            assert correlation.abs() < 5 / math.sqrt(bits.numel())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_stochastic_rounding_is_unbiased(dtype):
     x = torch.tensor([1.001, -0.3, 3e-6, -1.7e-5, 6e-8, 7.7e3, 0.0, -2.0, 1 - 1e-4])
     times = 1 << 18
-    rounded = round_stochastic(x.repeat_interleave(times), dtype, draws(1, (len(x) * times // BLOCK, BLOCK)).view(-1))
+    rounded = round_stochastic(x.repeat_interleave(times), dtype, draws(1, len(x) * times // BLOCK).view(-1) & 0xFFFF)
     rounded = rounded.float().view(len(x), times)
     assert (rounded.amax(1) - rounded.amin(1) <= x.abs() * 2**-6 + 2**-24).all()  # neighbours only
     standard_error = rounded.double().std(1) / math.sqrt(times)
@@ -149,21 +181,38 @@ def test_second_moments_round_trip():
             assert (values[0, 1:] > values[0, :-1]).all()
 
 
-@pytest.mark.parametrize("random", [0, NEAREST, 0xFFFF])
+@pytest.mark.parametrize("random", [0, NEAREST, 0xFFFFF])
 def test_a_divisor_never_underflows(random):
     v = second_moments()
     v[:, ::3] = v[:, ::3] ** 3  # far below their block's largest
     v[0, :5] = 1e-45
     v[:, 7] = 0
+    v[3] = 0
     decoded = decode_second(*encode_second(v, random))
-    assert torch.equal(decoded == 0, v == 0)
-    assert (decoded >= v * (1 - 1 / 8)).all()
+    assert (decoded > 0).all() and (decoded >= v * (1 - 1 / 8)).all()
+    smallest = (decoded.amax(1, keepdim=True) * 2.0**-30).clamp(min=torch.finfo(torch.float32).tiny)
+    assert (decoded[v == 0] <= smallest.expand_as(v)[v == 0]).all()
+
+
+def test_what_was_never_encoded_is_zero():
+    first, second = decode_moments(
+        torch.zeros(100, dtype=torch.int8), torch.zeros(100, dtype=torch.uint8), torch.zeros(2, dtype=torch.uint8), 1.3
+    )
+    assert (first == 0).all() and (second == 0).all()
+
+
+def test_the_root_is_at_most_six_percent_too_large():
+    code = torch.arange(256, dtype=torch.uint8).repeat(224, 1)
+    lowest = torch.arange(1, 225, dtype=torch.uint8)
+    exact, root = decode_second(code, lowest).double().sqrt(), decode_root(code, lowest).double()
+    finite = exact.isfinite()
+    assert ((root / exact)[finite] >= 1).all() and ((root / exact)[finite] < 1.0607).all()
 
 
 def test_second_moments_are_unbiased():
     v = torch.tensor([1.0, 0.999, 0.9990001, 0.3, 1e-3, 1.9, 1.95, 1.2345e-7]).repeat(BLOCK // 8)[None]
     times = 1 << 13
-    decoded = decode_second(*encode_second(v.expand(times, BLOCK).contiguous(), draws(2, (times, BLOCK))))
+    decoded = decode_second(*encode_second(v.expand(times, BLOCK).contiguous(), draws(2, times)))
     decoded = decoded.double().view(times * BLOCK // 8, 8)
     standard_error = decoded.std(0) / math.sqrt(len(decoded))
     assert ((decoded.mean(0) - v[0, :8].double()).abs() <= 4 * standard_error + v[0, :8] * 2e-6).all()
@@ -186,7 +235,7 @@ def test_first_moments_are_unbiased(betas):
     times = 1 << 13
     root = torch.full((times, BLOCK), 3e-5)
     m = (fractions * 3e-5).repeat(BLOCK // 8).expand(times, BLOCK)
-    decoded = decode_first(encode_first(m, root, bound, draws(3, (times, BLOCK))), root, bound)
+    decoded = decode_first(encode_first(m, root, bound, draws(3, times)), root, bound)
     decoded = (decoded / 3e-5).double().view(-1, 8)
     standard_error = decoded.std(0) / math.sqrt(len(decoded))
     assert ((decoded.mean(0) - fractions.double()).abs() <= 4 * standard_error + 1e-6).all()
