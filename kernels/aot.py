@@ -63,11 +63,12 @@ def as_launched(case: Case, kernel: str, keys: Iterable[str], default: LaunchCon
         usual += [target] * (default in configs.values())
         for key in (key for key, config in configs.items() if config != default):
             other = replace(case, label=f"{case.label} {key} {target}", targets=(target,))
-            tuned.append(_with_launch(other, configs[key]))
-    return [_with_launch(replace(case, targets=tuple(usual)), default)] * bool(usual) + tuned
+            tuned.append(with_launch(other, configs[key]))
+    return [with_launch(replace(case, targets=tuple(usual)), default)] * bool(usual) + tuned
 
 
-def _with_launch(case: Case, config: LaunchConfig) -> Case:
+def with_launch(case: Case, config: LaunchConfig) -> Case:
+    """Return `case` launched with another configuration."""
     options = {k: config[k] for k in ("num_warps", "num_stages") if k in config}
     constants = {k: v for k, v in config.items() if k not in options}
     return replace(case, constants=case.constants | constants, **options)

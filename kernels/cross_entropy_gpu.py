@@ -44,7 +44,7 @@ def losses_and_gradients(
     sums = _WeightSums(weight, WORKSPACE_BYTES) if need_weight else None
     grad_bias = x.new_zeros(vocab if need_bias else 0, dtype=wide)
     in_triton = backend("cross_entropy", x.device) == "triton"
-    turn = _turn_in_triton if in_triton else _turn_in_torch
+    turn = turn_in_triton if in_triton else _turn_in_torch
     bias = None if bias is None else bias.to(x.dtype)
     # PyTorch's own operations need a copy of the chunk in fp32.
     bytes_per_logit = x.element_size() + (0 if in_triton or x.dtype == wide else 4)
@@ -262,7 +262,7 @@ GPT2_WORDS = 50257
 TURN_LAUNCH = {"BLOCK": 4096, "STAGES": 3, "num_warps": 8}
 
 
-def _turn_in_triton(
+def turn_in_triton(
     logits: Tensor,
     targets: Tensor,
     losses: Tensor,

@@ -1,13 +1,13 @@
 """Search the launch configurations of kernels on this GPU; keep what is right and fastest in kernels/configs/.
 
-    python tools/tune.py                                               # every kernel, at the head widths 64 and 128
-    python tools/tune.py --kernels attention_forward --widths 128 --lengths 2048,16384
+    python tools/tune.py                                               # every kernel, at the shapes of the presets
+    python tools/tune.py --kernels attention_forward --cases 128 --sizes 2048,16384
     python tools/tune.py --dry_run --chip cuda:86 --limit 8            # compile and prune for a chip that is not here
 
 A configuration whose tiles cannot fit the chip's shared memory is not compiled; one that spills, or does not fit after
 all, is not run; one whose results are wrong is refused. The winner replaces the old one in kernels/configs/<chip>.json
-where it is faster over all lengths together, with the figures that earned it under "measured"; dispatch reads that
-file, and a chip without one takes the nearest.
+where it is faster over all sizes together, with the figures that earned it under "measured"; dispatch reads that file,
+and a chip without one takes the nearest.
 """
 
 import argparse
@@ -25,53 +25,63 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, write_result
 from kernels import dispatch
-from kernels.aot import Row
-from kernels.dispatch import CHIPS, Chip
-from tools.tune_cases import TUNABLE, WIDTHS, Config, Tunable, compile_candidate, speed, wrong
+from kernels.aot import Row, compile_case
+from kernels.dispatch import CHIPS, Chip, LaunchConfig
+from tools import tune_attention, tune_rows
+from tools.tune_cases import Tunable
 
+TUNABLE: dict[str, Tunable] = {t.kernel: t for t in (*tune_attention.TUNABLE, *tune_rows.TUNABLE)}
+FATES = ("too large", "faulty", "wrong", "left")  # to compile; once compiled; its results
 WORTH = 0.99  # a winner must need at most this share of the old one's time
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate and what came of it: `refused` says why it is out; seconds: of each length, where it was timed."""
+    """A candidate and what came of it: `refused` says why it is out; seconds: at each size, where it was timed."""
 
-    config: Config
+    config: LaunchConfig
     refused: str = ""
     row: Row | None = None
     seconds: tuple[float, ...] = ()
 
     @property
     def score(self) -> float:
-        """The geometric mean of the seconds: every length counts alike."""
+        """The geometric mean of the seconds: every size counts alike."""
         return math.exp(sum(map(math.log, self.seconds)) / len(self.seconds)) if self.seconds else math.inf
 
+    @property
+    def fate(self) -> str:
+        """One of FATES."""
+        if not self.refused:
+            return "left"
+        if self.row is None:
+            return "too large"
+        return "faulty" if self.row.fault else "wrong"
 
-def prune(tunable: Tunable, candidates: Iterable[Config], width: int, chip: Chip) -> list[Trial]:
+
+def prune(tunable: Tunable, candidates: Iterable[LaunchConfig], case: str, chip: Chip) -> list[Trial]:
     """Return a trial of each candidate, those refused that no compiler can fit into the chip's shared memory."""
     trials = []
     for config in candidates:
-        needs = tunable.shared_bytes(config, width)
-        over = needs > chip.shared_bytes
-        trials.append(
-            Trial(
-                config,
-                f"needs {needs >> 10} KiB of shared memory or more, the chip has {chip.shared_bytes >> 10}"
-                if over
-                else "",
-            )
-        )
+        needs = tunable.shared_bytes(config, case)
+        words = f"needs {needs >> 10} KiB of shared memory or more, the chip has {chip.shared_bytes >> 10}"
+        trials.append(Trial(config, words if needs > chip.shared_bytes else ""))
     return trials
 
 
+def compile_candidate(kernel: str, config: LaunchConfig, case: str, target: str) -> Row:
+    """Compile one configuration for a chip that need not be there; runs in worker processes."""
+    return compile_case(TUNABLE[kernel].to_compile(config, case, target), target)
+
+
 def compile_trials(
-    tunable: Tunable, trials: list[Trial], width: int, target: str, pool: ProcessPoolExecutor
+    tunable: Tunable, trials: list[Trial], case: str, target: str, pool: ProcessPoolExecutor
 ) -> list[Trial]:
     """Compile what is not refused yet; refuse what spills or does not fit."""
     rows = {
-        i: pool.submit(compile_candidate, tunable.kernel, t.config, width, target)
+        i: pool.submit(compile_candidate, tunable.kernel, t.config, case, target)
         for i, t in enumerate(trials)
         if not t.refused
     }
@@ -80,7 +90,7 @@ def compile_trials(
 
 
 def measure(
-    trials: list[Trial], verify: Callable[[Config], str], time: Callable[[Config], tuple[float, ...]]
+    trials: list[Trial], verify: Callable[[LaunchConfig], str], time: Callable[[LaunchConfig], tuple[float, ...]]
 ) -> list[Trial]:
     """Verify, then time, what is not refused; a wrong configuration is refused and never timed."""
     measured = []
@@ -90,13 +100,13 @@ def measure(
     return measured
 
 
-def choose(trials: list[Trial], current: Config) -> tuple[Trial | None, Trial | None]:
+def choose(trials: list[Trial], current: LaunchConfig) -> tuple[Trial | None, Trial | None]:
     """Return the fastest trial, and the one of the current configuration, each None where it was not timed."""
     timed = [t for t in trials if t.seconds]
     return min(timed, key=lambda t: t.score, default=None), next((t for t in timed if t.config == current), None)
 
 
-def keep(chip: Chip, kernel: str, case: str, config: Config, figures: dict[str, Any]) -> None:
+def keep(chip: Chip, kernel: str, case: str, config: LaunchConfig, figures: dict[str, Any]) -> None:
     """Write the winner into the chip's file, which begins as the nearest's where it is not there yet."""
     base = dispatch.config_target(chip)
     table = copy.deepcopy(dispatch.config_table(base))
@@ -107,22 +117,31 @@ def keep(chip: Chip, kernel: str, case: str, config: Config, figures: dict[str, 
     dispatch.write_config_table(chip.target, table)
 
 
-def spread(candidates: list[Config], limit: int | None) -> list[Config]:
+def spread(candidates: list[LaunchConfig], limit: int | None) -> list[LaunchConfig]:
     """Return at most `limit` candidates, taken evenly from all."""
     if not limit or limit >= len(candidates):
         return candidates
     return [candidates[i * len(candidates) // limit] for i in range(limit)]
 
 
-def report(tunable: Tunable, width: int, trials: list[Trial]) -> None:
-    too_large = sum(t.row is None and bool(t.refused) for t in trials)
-    faulty = sum(bool(t.row and t.row.fault) for t in trials)
-    false = sum(bool(t.refused) for t in trials) - too_large - faulty
-    left = len(trials) - too_large - faulty - false
-    print(
-        f"{tunable.kernel}, width {width}: of {len(trials)} candidates {too_large} are too large to compile, {faulty}",
-        end=" ",
-    )
+def summary(kernel: str, case: str, trials: list[Trial], current: LaunchConfig) -> dict[str, Any]:
+    """Return what the result file says of one search; `gain`: how many times the speed of the table's own."""
+    best, before = choose(trials, current)
+    rows = [
+        {
+            "config": t.config, "fate": t.fate, "refused": t.refused or None, "seconds": list(t.seconds),
+            "registers": t.row.registers if t.row else None, "shared_bytes": t.row.shared_bytes if t.row else None,
+        }
+        for t in trials
+    ]  # fmt: skip
+    gain = before.score / best.score if best and before else None
+    return {"kernel": kernel, "case": case, "current": current, "gain": gain, "trials": rows}
+
+
+def report(kernel: str, case: str, trials: list[Trial]) -> None:
+    fates = [t.fate for t in trials]
+    too_large, faulty, false, left = (fates.count(fate) for fate in FATES)
+    print(f"{kernel}, {case}: of {len(trials)} candidates {too_large} are too large to compile, {faulty}", end=" ")
     print(f"spill or do not fit or compile, {false} are wrong, {left} are left")
     for trial in sorted(trials, key=lambda t: (bool(t.refused), t.score)):
         row, cost = trial.row, ""
@@ -130,54 +149,69 @@ def report(tunable: Tunable, width: int, trials: list[Trial]) -> None:
             cost = f"{row.registers:>4} registers {row.shared_bytes / 1024:>6.1f} KiB"
         times = " ".join(f"{1e3 * s:.3f} ms" for s in trial.seconds)
         config = " ".join(f"{k}={v}" for k, v in trial.config.items())
-        print(f"  {config:62} {cost:25}  {trial.refused or times or 'compiles'}")
+        print(f"  {config:62} {cost:25}  {trial.refused or times or 'compiles'}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", default=",".join(TUNABLE), help=f"which of {', '.join(TUNABLE)} [all]")
-    parser.add_argument("--widths", default="64,128", help=f"head widths, of {', '.join(map(str, WIDTHS))} [64,128]")
     parser.add_argument(
-        "--lengths", default="2048,8192", help="sequence lengths that a winner is measured at [2048,8192]"
-    )
+        "--cases", help="only these, named as in kernels/configs/: 128 (a head's width), 2048x2 (columns x bytes of "
+        "one), bf16_residual_moments_int8 [those of the presets]",
+    )  # fmt: skip
     parser.add_argument(
-        "--limit", type=int, help="try no more candidates than this for a kernel and width, taken evenly"
+        "--sizes", help="what a winner is measured at: sequence lengths, rows or parameters [each kernel's own]"
     )
+    parser.add_argument("--limit", type=int, help="try no more candidates than this for a kernel and case, taken evenly")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile [one a core]")
     parser.add_argument(
-        "--dry_run", action="store_true", help="compile and prune only; needs no GPU and writes nothing"
+        "--dry_run", action="store_true", help="compile and prune only; needs no GPU and changes no table"
     )
     parser.add_argument(
         "--chip", help=f"with --dry_run, the chip to compile for: {', '.join(t for t in CHIPS if t != 'cpu')}"
     )
+    parser.add_argument("--out", type=Path, help="the JSON file to write every candidate and its fate into")
     options = parser.parse_args(arguments)
-    kernels, widths = options.kernels.split(","), [int(w) for w in options.widths.split(",")]
-    lengths = [int(n) for n in options.lengths.split(",")]
-    fault = _fault(options, kernels, widths)
+    fault = _fault(options)
     if fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     chip = CHIPS[options.chip] if options.chip else dispatch.chip(device)
     print(f"{chip.name} ({chip.target}), {chip.shared_bytes >> 10} KiB of shared memory a block")
+    payload = {
+        "benchmark": "tune", "environment": environment(), "chip": chip.name, "target": chip.target,
+        "dry_run": options.dry_run, "limit": options.limit, "searches": [],
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(options.workers, context, _own_cache, (scratch,)) as pool:
-            for kernel in kernels:
-                for width in widths:
-                    tune(TUNABLE[kernel], width, chip, device, lengths, options, pool)
+            for kernel, case in todo(options, chip):
+                search = tune(TUNABLE[kernel], case, chip, device, options, pool)
+                payload["searches"].append(search)
+                if options.out:
+                    write_result(options.out, payload)
     return 0
 
 
-def _fault(options: argparse.Namespace, kernels: list[str], widths: list[int]) -> str:
+def todo(options: argparse.Namespace, chip: Chip) -> list[tuple[str, str]]:
+    """Return the (kernel, case) pairs that are asked for."""
+    asked = options.cases.split(",") if options.cases else None
+    chosen = [TUNABLE[kernel] for kernel in options.kernels.split(",")]
+    return [
+        (t.kernel, case)
+        for t in chosen
+        for case in ([c for c in t.cases(chip) if c in asked] if asked else t.usual(chip))
+    ]
+
+
+def _fault(options: argparse.Namespace) -> str:
     if not dispatch.TRITON_PRESENT:
         return "Triton is not installed; there is nothing to tune"
     if dispatch.interpreting():
         return "TRITON_INTERPRET=1 is set: nothing compiles under the interpreter; unset it"
-    if not set(kernels) <= set(TUNABLE):
+    if not set(options.kernels.split(",")) <= set(TUNABLE):
         return f"--kernels knows {', '.join(TUNABLE)}; got {options.kernels}"
-    if not set(widths) <= set(WIDTHS):
-        return f"--widths knows {', '.join(map(str, WIDTHS))}; got {options.widths}"
     if options.chip and options.chip not in CHIPS:
         return f"--chip {options.chip}: no such chip; known: {', '.join(CHIPS)}"
     if options.chip and not options.dry_run:
@@ -189,6 +223,10 @@ def _fault(options: argparse.Namespace, kernels: list[str], widths: list[int]) -
         return f"{_target_here()} {why}: its figures would go to the wrong file"
     if options.dry_run and not (options.chip or torch.cuda.is_available()):
         return "--dry_run needs --chip where there is no GPU"
+    chip = CHIPS[options.chip] if options.chip else dispatch.chip(torch.device("cuda", 0))
+    if not todo(options, chip):
+        known = {case for kernel in options.kernels.split(",") for case in TUNABLE[kernel].cases(chip)}
+        return f"nothing to tune on {chip.target}; cases of these kernels there: {', '.join(sorted(known)) or 'none'}"
     return ""
 
 
@@ -207,40 +245,41 @@ def _own_cache(scratch: str) -> None:
 
 
 def tune(
-    tunable: Tunable,
-    width: int,
-    chip: Chip,
-    device: torch.device,
-    lengths: list[int],
-    options: argparse.Namespace,
-    pool: ProcessPoolExecutor,
-) -> None:
-    """Search one kernel at one width, and keep the winner unless it is a dry run."""
+    tunable: Tunable, case: str, chip: Chip, device: torch.device, options: argparse.Namespace, pool: ProcessPoolExecutor
+) -> dict[str, Any]:
+    """Search one kernel in one case and keep the winner unless it is a dry run; return what came of it."""
+    current = tunable.current(case, chip)
+    candidates = spread([c for c in tunable.candidates(case) if c != current], options.limit)
+    trials = compile_trials(tunable, prune(tunable, [current, *candidates], case, chip), case, chip.target, pool)
+    if options.dry_run:
+        report(tunable.kernel, case, trials)
+        return summary(tunable.kernel, case, trials, current)
     from triton.testing import do_bench
 
-    current = dict(dispatch.launch_config(chip, tunable.kernel, width))
-    candidates = spread([c for c in tunable.candidates() if c != current], options.limit)
-    trials = compile_trials(tunable, prune(tunable, [current, *candidates], width, chip), width, chip.target, pool)
-    if options.dry_run:
-        return report(tunable, width, trials)
+    dispatch.set_backend("triton")
     dtype = getattr(torch, chip.dtype)
-    timed = [speed(tunable, width, device, dtype, length) for length in lengths]
+    sizes = [int(n) for n in options.sizes.split(",")] if options.sizes else tunable.sizes
+    timed = [tunable.speed(case, device, dtype, size) for size in sizes]
 
-    def verify(config: Config) -> str:
-        with dispatch.use_launch_config(tunable.kernel, width, config):
-            return wrong(tunable, width, device, dtype)
+    def verify(config: LaunchConfig) -> str:
+        with dispatch.use_launch_config(tunable.kernel, case, config):
+            try:
+                return tunable.wrong(case, device, dtype)
+            except RuntimeError as error:  # Triton's OutOfResources is one: the launch itself is refused
+                return f"does not run: {str(error).splitlines()[0]}"
 
-    def time(config: Config) -> tuple[float, ...]:
-        with dispatch.use_launch_config(tunable.kernel, width, config):
+    def time(config: LaunchConfig) -> tuple[float, ...]:
+        with dispatch.use_launch_config(tunable.kernel, case, config):
             return tuple(1e-3 * do_bench(run, warmup=10, rep=50, return_mode="median") for run, _ in timed)
 
     trials = measure(trials, verify, time)
-    report(tunable, width, trials)
+    report(tunable.kernel, case, trials)
+    found = summary(tunable.kernel, case, trials, current)
     best, before = choose(trials, current)
     if best is None:
         print("  nothing is right here: the table stays as it is")
-        return
-    gain = before.score / best.score if before else None
+        return found
+    gain = found["gain"]
     if before and best.score > WORTH * before.score:
         print("  the table's own is as fast as any")
         best, gain = before, 1.0
@@ -260,7 +299,8 @@ def tune(
         "commit": where["commit"],
         "date": where["date"],
     }
-    keep(chip, tunable.kernel, str(width), best.config, figures)
+    keep(chip, tunable.kernel, case, best.config, figures)
+    return found
 
 
 if __name__ == "__main__":

@@ -10,39 +10,84 @@ import torch
 from kernels import dispatch
 from kernels.aot import Row
 from kernels.dispatch import CHIPS
-from tools import tune, tune_cases
-from tools.tune import Trial, choose, keep, measure, prune, spread
-from tools.tune_cases import TUNABLE, wrong
+from tools import tune
+from tools.tune import TUNABLE, Trial, choose, keep, measure, prune, spread
+from tools.tune_cases import Problem
+from tools.tune_rows import State
 
 CPU = torch.device("cpu")
 FORWARD = TUNABLE["attention_forward"]
 
 
 @pytest.mark.parametrize("kernel", TUNABLE)
-@pytest.mark.parametrize("target", ["cuda:90", "cuda:86", "hip:gfx942"])
+@pytest.mark.parametrize("target", ["cuda:90", "cuda:86", "cuda:75", "hip:gfx942"])
 def test_candidates_have_the_tables_fields(kernel, target):
-    shipped = dispatch.launch_config(CHIPS[target], kernel, 64)
-    candidates = TUNABLE[kernel].candidates()
-    assert all(c.keys() == shipped.keys() for c in candidates)
-    assert len({json.dumps(c) for c in candidates}) == len(candidates) > 30
+    tunable, chip = TUNABLE[kernel], CHIPS[target]
+    assert set(tunable.usual(chip)) <= set(tunable.cases(chip))
+    assert bool(tunable.cases(chip)) == (chip.tensor_cores or not kernel.startswith("attention"))
+    for case in tunable.cases(chip):
+        current, candidates = tunable.current(case, chip), tunable.candidates(case)
+        assert all(c.keys() == current.keys() for c in candidates)
+        assert len({json.dumps(c) for c in candidates}) == len(candidates) >= 10
 
 
-@pytest.mark.parametrize("target", dispatch.config_targets())
+@pytest.mark.parametrize("target", ["cuda:90", "cuda:86", "cuda:75", "hip:gfx942"])
 @pytest.mark.parametrize("kernel", TUNABLE)
 def test_nothing_that_ships_would_be_pruned(kernel, target):
-    if target != "cpu":
-        for width in tune_cases.WIDTHS:
-            shipped = dispatch.launch_config(CHIPS[target], kernel, width)
-            assert TUNABLE[kernel].shared_bytes(shipped, width) <= CHIPS[target].shared_bytes, width
+    tunable, chip = TUNABLE[kernel], CHIPS[target]
+    for case in tunable.cases(chip):
+        assert tunable.shared_bytes(tunable.current(case, chip), case) <= chip.shared_bytes, case
+
+
+def test_every_op_can_be_tuned():
+    ops = {"attention": "attention_forward", "rotary": "rotary", "cross_entropy": "cross_entropy", "adamw": "adamw"}
+    assert {ops.get(op, op if op in TUNABLE else f"{op}_forward") for op in dispatch.OPS} <= set(TUNABLE)
+
+
+SMALL: dict[str, tuple[str, dict]] = {
+    name: ("16", {"lengths": (33,)}) if name.startswith("attention") else ("1024x2", {"rows": 5}) for name in TUNABLE
+} | {
+    "bias_activation_forward": ("4096x2", {"rows": 5}),
+    "bias_activation_backward": ("4096x2", {"rows": 5}),
+    "cross_entropy": ("65536x2", {"rows": 3}),
+    "rotary": ("64x2", {"rows": 5}),
+    "adamw": ("bf16_residual_moments_int8", {"sizes": (4096, 300)}),
+}  # fmt: skip
+
+
+class Asked(dict):
+    """Trials that note which (kernel, case) a launch asked for."""
+
+    def __init__(self):
+        self.keys_asked = set()
+
+    def get(self, key):
+        self.keys_asked.add(key)
+        return super().get(key)
+
+
+@pytest.mark.parametrize("kernel", TUNABLE)
+def test_every_kernel_is_launched_with_the_candidate_and_is_right(kernel, triton_here, monkeypatch):
+    """That the case's name is the one that the kernel itself looks up, and its configuration what it is launched with."""
+    case, sizes = SMALL[kernel]
+    asked = Asked()
+    monkeypatch.setattr(dispatch, "_trials", asked)
+    config = TUNABLE[kernel].candidates(case)[0]
+    with dispatch.use_launch_config(kernel, case, config):
+        assert TUNABLE[kernel].wrong(case, CPU, torch.float16, **sizes) == ""
+    assert (kernel, case) in asked.keys_asked
+    broken = {key: value for key, value in config.items() if key not in ("ROWS", "HEADS", "BLOCK")}
+    with dispatch.use_launch_config(kernel, case, broken), pytest.raises((KeyError, TypeError)):
+        TUNABLE[kernel].wrong(case, CPU, torch.float16, **sizes)
 
 
 def test_tiles_that_cannot_fit_are_not_compiled():
     small, large = (
         {"ROWS": 64, "KEYS": keys, "num_warps": 4, "num_stages": 4, "EDGE_STAGES": None} for keys in (32, 128)
     )
-    kept, refused = prune(FORWARD, [small, large], 128, CHIPS["cuda:86"])  # three pairs of tiles in flight, 99 KiB
+    kept, refused = prune(FORWARD, [small, large], "128", CHIPS["cuda:86"])  # three pairs of tiles in flight, 99 KiB
     assert kept.refused == "" and refused.refused == "needs 192 KiB of shared memory or more, the chip has 99"
-    assert prune(FORWARD, [large], 128, CHIPS["cuda:90"])[0].refused == ""  # 227 KiB
+    assert prune(FORWARD, [large], "128", CHIPS["cuda:90"])[0].refused == ""  # 227 KiB
 
 
 def test_what_spills_is_refused():
@@ -60,7 +105,7 @@ def test_what_spills_is_refused():
     pool = SimpleNamespace(submit=lambda *a: SimpleNamespace(result=lambda row=next(rows): row))
     configs = [{"ROWS": 64}, {"ROWS": 32}, {"ROWS": 128}]
     trials = tune.compile_trials(
-        FORWARD, [Trial(configs[0]), Trial(configs[1]), Trial(configs[2], "too large")], 64, "cuda:86", pool
+        FORWARD, [Trial(configs[0]), Trial(configs[1]), Trial(configs[2], "too large")], "64", "cuda:86", pool
     )
     assert [t.refused.partition(":")[0] for t in trials] == ["spills", "", "too large"]
     assert trials[2].row is None
@@ -82,35 +127,51 @@ def test_the_wrong_are_never_timed_and_the_fastest_wins():
     assert choose([Trial({"ROWS": 1}, "spills")], {"ROWS": 1}) == (None, None)
 
 
-@pytest.mark.parametrize("kernel", TUNABLE)
-def test_what_is_right_passes(kernel, triton_here):
-    assert wrong(TUNABLE[kernel], 16, CPU, torch.float16, lengths=(33,)) == ""
+def spoil(monkeypatch, name, change):
+    """What our kernels give as `name` is changed."""
+    exact = Problem.by_ours
+
+    def by_ours(problem):
+        results = exact(problem)
+        results[name] = change(results[name].clone())
+        return results
+
+    monkeypatch.setattr(Problem, "by_ours", by_ours)
+
+
+def off_by(much):
+    def change(values):
+        values.view(-1)[-1] += much
+        return values
+
+    return change
 
 
 @pytest.mark.parametrize(
-    "kernel, name", [("attention_forward", "out"), ("attention_backward_q", "dq"), ("attention_backward_kv", "dk")]
-)
+    "kernel, name",
+    [
+        ("attention_forward", "out"), ("attention_backward_q", "dq"), ("attention_backward_kv", "dk"),
+        ("layer_norm_forward", "out"), ("layer_norm_backward", "dbias"), ("softmax_backward", "dx"),
+        ("bias_activation_forward", "out"), ("cross_entropy", "dweight"), ("rotary", "out"),
+    ],
+)  # fmt: skip
 def test_what_is_wrong_is_refused(kernel, name, triton_here, monkeypatch):
-    exact = tune_cases.Inputs.run
+    case, sizes = SMALL[kernel]
+    spoil(monkeypatch, name, off_by(0.5))
+    assert TUNABLE[kernel].wrong(case, CPU, torch.float16, **sizes).startswith(f"{name} is off by 0.")
 
-    def run(inputs, attend):
-        results = exact(inputs, attend)
-        if attend == inputs.ours:
-            results[name] = results[name].clone()
-            results[name][0, -1, 0, 0] += 0.05
-        return results
 
-    monkeypatch.setattr(tune_cases.Inputs, "run", run)
-    assert wrong(TUNABLE[kernel], 16, CPU, torch.float16, lengths=(33,)).startswith(f"{name} is off by 0.0")
+def test_an_optimizer_that_is_wrong_is_refused(triton_here, monkeypatch):
+    exact = State.masters
+    monkeypatch.setattr(State, "masters", lambda state: exact(state) + (0.01 if state.steps[0].item() else 0) * first())
+    first = iter([1.0, 0.0]).__next__
+    fault = TUNABLE["adamw"].wrong("fp32_moments_fp32", CPU, torch.float16, sizes=(4096,))
+    assert fault == "100.0% of the weights differ from PyTorch's"
 
 
 def test_not_a_number_is_wrong(triton_here, monkeypatch):
-    exact = tune_cases.Inputs.run
-    spoil = lambda inputs, attend: {
-        k: v * float("nan") if attend == inputs.ours else v for k, v in exact(inputs, attend).items()
-    }  # noqa: E731
-    monkeypatch.setattr(tune_cases.Inputs, "run", spoil)
-    assert "nan" in wrong(FORWARD, 16, CPU, torch.float16, lengths=(33,))
+    spoil(monkeypatch, "out", lambda values: values * float("nan"))
+    assert "nan" in FORWARD.wrong("16", CPU, torch.float16, lengths=(33,))
 
 
 def test_a_candidate_is_what_the_kernel_is_launched_with_and_only_then():
@@ -161,7 +222,7 @@ def test_a_dry_run_compiles_for_a_chip_that_is_not_here(start, triton_here):
         "cuda:86",
         "--kernels",
         "attention_forward",
-        "--widths",
+        "--cases",
         "128",
         "--limit",
         "4",
@@ -171,7 +232,7 @@ def test_a_dry_run_compiles_for_a_chip_that_is_not_here(start, triton_here):
     process = start("tools/tune.py", *flags)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert "attention_forward, width 128: of 5 candidates" in output
+    assert "attention_forward, 128: of 5 candidates" in output
     assert "registers" in output and "compiles" in output and "of shared memory or more, the chip has 99" in output
 
 
@@ -179,11 +240,12 @@ def test_a_dry_run_compiles_for_a_chip_that_is_not_here(start, triton_here):
     "flags, message",
     [
         ([], "no GPU here; --dry_run --chip cuda:86"),
-        (["--kernels", "softmax"], "--kernels knows attention_forward"),
+        (["--kernels", "gelu"], "--kernels knows attention_forward"),
         (["--dry_run"], "needs --chip"),
         (["--dry_run", "--chip", "cuda:12"], "no such chip"),
         (["--chip", "cuda:86"], "goes with --dry_run"),
-        (["--widths", "48"], "--widths knows 16"),
+        (["--dry_run", "--chip", "cuda:86", "--cases", "48"], "nothing to tune on cuda:86"),
+        (["--dry_run", "--chip", "cuda:75", "--kernels", "attention_forward"], "there: none"),
     ],
 )
 def test_mistakes_are_said(flags, message, capsys, monkeypatch, triton_here):
