@@ -215,7 +215,8 @@ def compile_cases() -> list[Case]:
     for dtype, targets in shipped_dtypes("bias_activation"):
         signature = dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr", "grad_y_ptr", "grad_x_ptr"), f"*{dtype}")
         signature |= dict.fromkeys(("n_rows", "n_cols", "x_stride", "grad_y_stride"), "i32") | {"partial_ptr": "*fp32"}
-        common = {"signature": signature, "divisible_by_16": ("n_cols", "x_stride", "grad_y_stride"), "targets": targets}
+        divisible = ("n_cols", "x_stride", "grad_y_stride")
+        common = {"signature": signature, "divisible_by_16": divisible, "targets": targets}
         keys = sorted({tile_case(4 * width, 4 if dtype == "fp32" else 2) for width in GPT_WIDTHS})
         for kind, name in enumerate(KINDS):
             for step, kernel, launch in (

@@ -53,7 +53,7 @@ class Case:
 
 
 def as_launched(case: Case, kernel: str, keys: Iterable[str], default: LaunchConfig) -> list[Case]:
-    """`case` once for all chips that launch `kernel` with `default`, and once for each that kernels/configs/ knows better.
+    """`case` once for all chips that launch `kernel` with `default`, and once for each that has a better one.
 
     keys: what the table tells the configurations of this case apart by.
     """

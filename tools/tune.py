@@ -162,7 +162,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--sizes", help="what a winner is measured at: sequence lengths, rows or parameters [each kernel's own]"
     )
-    parser.add_argument("--limit", type=int, help="try no more candidates than this for a kernel and case, taken evenly")
+    parser.add_argument(
+        "--limit", type=int, help="try no more candidates than this for a kernel and case, taken evenly"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile [one a core]")
     parser.add_argument(
         "--dry_run", action="store_true", help="compile and prune only; needs no GPU and changes no table"
@@ -245,7 +247,12 @@ def _own_cache(scratch: str) -> None:
 
 
 def tune(
-    tunable: Tunable, case: str, chip: Chip, device: torch.device, options: argparse.Namespace, pool: ProcessPoolExecutor
+    tunable: Tunable,
+    case: str,
+    chip: Chip,
+    device: torch.device,
+    options: argparse.Namespace,
+    pool: ProcessPoolExecutor,
 ) -> dict[str, Any]:
     """Search one kernel in one case and keep the winner unless it is a dry run; return what came of it."""
     current = tunable.current(case, chip)

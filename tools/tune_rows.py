@@ -187,7 +187,9 @@ class Optimizer(Tunable):
     def shipped(self, case: str, target: str) -> Case:
         return aot.cases_of("adamw")[case]
 
-    def wrong(self, case: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = (40_000, 3001)) -> str:
+    def wrong(
+        self, case: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = (40_000, 3001)
+    ) -> str:
         """Three steps of an aligned and an odd tensor, beside PyTorch's path: one number in a thousand may differ by
         more than rounding, where a random bit falls on its threshold.
         """
@@ -223,11 +225,13 @@ class State:
         if residual:
             self.weights, self.residuals = map(list, zip(*(split(w, dtype) for w in drawn)))
         first, second = (torch.int8, torch.uint8) if moments == "int8" else (formats[moments],) * 2
-        self.moments = [torch.zeros_like(w, dtype=first) for w in drawn], [torch.zeros_like(w, dtype=second) for w in drawn]
+        self.moments = [[torch.zeros_like(w, dtype=kind) for w in drawn] for kind in (first, second)]
         blocks = [w.new_zeros(-(-w.numel() // BLOCK), dtype=torch.uint8) for w in drawn]
         self.exponents = blocks if moments == "int8" else None
         self.steps = [w.new_zeros(()) for w in drawn]
-        self.grads = [[random(w.shape, device, dtype, seed=100 * step + i) for i, w in enumerate(drawn)] for step in range(3)]
+        self.grads = [
+            [random(w.shape, device, dtype, seed=100 * step + i) for i, w in enumerate(drawn)] for step in range(3)
+        ]
 
     def step(self, number: int) -> None:
         adamw(
@@ -256,7 +260,8 @@ _ACTIVATION = Rows(
 TUNABLE: tuple[Tunable, ...] = (
     _NORM,
     replace(
-        _NORM, kernel="layer_norm_backward", space=_LOOP, label="backward", outputs=("dx", "dweight", "dbias"), streams=3
+        _NORM, kernel="layer_norm_backward", space=_LOOP, label="backward", outputs=("dx", "dweight", "dbias"),
+        streams=3,
     ),
     _SOFTMAX,
     replace(_SOFTMAX, kernel="softmax_backward", label="backward", outputs=("dx",)),

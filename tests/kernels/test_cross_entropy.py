@@ -289,7 +289,7 @@ class PeakBytes(TorchDispatchMode):
 )
 def test_memory_on_a_gpu(path, n, width, path_of, monkeypatch):
     """Beyond the gradients, under 300 MB at V=50304 in bf16, counted on tensors without data."""
-    monkeypatch.setattr(gpu, "_turn_in_triton", lambda *_, **__: None)
+    monkeypatch.setattr(gpu, "turn_in_triton", lambda *_, **__: None)
     with path_of(path), FakeTensorMode(), PeakBytes() as memory:
         x, weight = (torch.empty(rows, width, dtype=torch.bfloat16) for rows in (n, 50304))
         targets, scale = torch.empty(n, dtype=torch.int64), torch.ones(())

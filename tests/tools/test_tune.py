@@ -68,7 +68,7 @@ class Asked(dict):
 
 @pytest.mark.parametrize("kernel", TUNABLE)
 def test_every_kernel_is_launched_with_the_candidate_and_is_right(kernel, triton_here, monkeypatch):
-    """That the case's name is the one that the kernel itself looks up, and its configuration what it is launched with."""
+    """The case's name is the one that the kernel itself looks up, and its configuration what it is launched with."""
     case, sizes = SMALL[kernel]
     asked = Asked()
     monkeypatch.setattr(dispatch, "_trials", asked)
