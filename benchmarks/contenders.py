@@ -172,7 +172,7 @@ def transformers(
     about.use_cache = False
     with device:
         model = hf.AutoModelForCausalLM.from_config(about, attn_implementation="sdpa")
-    if config.strategy.activation_checkpointing:
+    if config.strategy.activation_checkpointing not in ("auto", "none"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
 

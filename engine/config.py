@@ -109,8 +109,12 @@ class StrategyConfig:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = field(default="auto", metadata={"help": "of the computation"})
     kernels: Literal["auto", "triton", "torch"] = field(default="auto", metadata={"help": "kernel backend"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the model"})
-    activation_checkpointing: bool | None = field(
-        default=None, metadata={"help": "recompute blocks in the backward pass rather than keep their activations"}
+    activation_checkpointing: Literal["auto", "none", "blocks", "selective", "offloaded"] = field(
+        default="auto",
+        metadata={
+            "help": "what recomputed blocks keep: their input; attention too; their input, in host memory",
+            "also": {True: "blocks", False: "none", None: "auto"},
+        },
     )
     recomputed_blocks: int | None = field(
         default=None, metadata={"help": "how many blocks activation checkpointing recomputes, from the first on"}
@@ -142,6 +146,9 @@ class StrategyConfig:
         if self.nvme_path:
             require(self.offload in ("optimizer", "params"), "--nvme_path needs --offload optimizer or params")
             require(stage == 3, f"--nvme_path needs --zero_stage 3, got {stage}")
+        if self.compile:
+            why = "inputs come back from host memory by hooks that no graph holds"
+            require(self.activation_checkpointing != "offloaded", f"--activation_checkpointing offloaded cannot be compiled, {why}")
         if self.strategy == "zero":
             resident_only = self.weights not in ("auto", "fp32") or self.moments not in ("auto", "fp32") or self.optimizer_in_backward
             require(not resident_only, "--weights, --moments and --optimizer_in_backward are the resident strategy's")
@@ -250,9 +257,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+_TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
+
 @dataclass(frozen=True)
 class _Flag:
-    """A leaf of the tree: `section` is empty for the fields of Config itself; `optional` ones may be None, "auto"."""
+    """A leaf of the tree: `section` is empty for the fields of Config itself; `optional` ones may be None, "auto".
+
+    also: further values that a choice may be given by, True, False or None, and which each means.
+    """
 
     section: str
     name: str
@@ -260,6 +273,7 @@ class _Flag:
     optional: bool
     help: str
     default: Any
+    also: dict[bool | None, str]
 
 
 def _flags() -> dict[str, _Flag]:
@@ -275,7 +289,9 @@ def _flags() -> dict[str, _Flag]:
                 kinds = [kind for kind in typing.get_args(hints[f.name]) if kind is not type(None)]
                 optional = typing.get_origin(hints[f.name]) is types.UnionType
                 kind = kinds[0] if optional else hints[f.name]
-                flags[f.name] = _Flag(section, f.name, kind, optional, f.metadata.get("help", ""), f.default)
+                flags[f.name] = _Flag(
+                    section, f.name, kind, optional, f.metadata.get("help", ""), f.default, f.metadata.get("also", {})
+                )
 
     collect(Config, "")
     return flags
@@ -288,12 +304,12 @@ def _convert(flag: _Flag, value: Any) -> Any:
         return None
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
+        text = flag.also.get(None if value is None else _TRUTH.get(text.lower(), text), text)
         require(text in choices, f"{flag.name} must be one of {', '.join(choices)}; got {text!r}{_meant(text, choices)}")
         return text
     if kind is bool:
-        truth = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
-        require(text.lower() in truth, f"{flag.name} must be true or false, got {text!r}")
-        return truth[text.lower()]
+        require(text.lower() in _TRUTH, f"{flag.name} must be true or false, got {text!r}")
+        return _TRUTH[text.lower()]
     if kind is str:
         require(isinstance(value, str), f"{flag.name} must be a string, got {value!r}")
         return value
@@ -381,7 +397,7 @@ def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
     for flag in flags.values():
         choices = typing.get_args(flag.kind) if typing.get_origin(flag.kind) is Literal else PRESETS if flag.name == "preset" else ()
         shown = f" ({', '.join(choices)})" if choices else ""
-        options = {"nargs": "?", "const": "true"} if flag.kind is bool else {}
+        options = {"nargs": "?", "const": "true"} if flag.kind is bool or True in flag.also else {}
         metavar = {int: "N", float: "X", bool: "true|false"}.get(flag.kind, "NAME" if choices else "TEXT")
         parser.add_argument(f"--{flag.name}", help=f"{flag.help}{shown} [{'auto' if flag.default is None else flag.default}]".replace("%", "%%"), metavar=metavar, **options)
     dashed = [f"--{a[2:].partition('=')[0].replace('-', '_')}{a[a.index('='):] if '=' in a else ''}" if a.startswith("--") else a for a in arguments]

@@ -38,6 +38,7 @@ HOST_PROCESS_BYTES = 3 * GiB  # assumed: Python, torch, the CUDA libraries, the 
 DEEPSPEED_BUCKET = 50_000_000  # elements, engine/strategy/zero.py
 DEEPSPEED_REDUCE = 500_000_000  # elements that its bf16 stage 1 reduces at once
 DEEPSPEED_LIVE = 1_000_000_000  # elements of gathered parameters that stage 3 keeps
+INPUTS_ON_CARD = 2  # of offloaded blocks, engine/strategy/activations.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,8 @@ class Recompute:
     """What the backward pass computes again, in the first `layers` blocks.
 
     kind "blocks": all but the block's input (Chen et al., 2016); "selective": all but the input and attention's output
-    and log-sum-exp; "offloaded": as "blocks", the inputs lying in pinned host memory until they are needed.
+    and log-sum-exp; "offloaded": as "blocks", the inputs, but for the last two, lying in pinned host memory until they
+    are needed (engine/strategy/activations.py).
     """
 
     kind: Literal["none", "blocks", "selective", "offloaded"] = "none"
@@ -188,7 +190,7 @@ def predict(
         card["context"] = int(CONTEXT_BYTES + FRAGMENTATION_BYTES + FRAGMENTATION * passing + NCCL_BYTES * (gpus > 1))
     if recompute.kind == "offloaded":
         inputs = micro_batch_size * model.block_size * model.n_embd * ITEMSIZE[dtype]
-        host = host | {"saved_activations": recompute.layers * _pinned(inputs)}
+        host = host | {"saved_activations": _pinned(max(0, recompute.layers - INPUTS_ON_CARD) * inputs)}
     # A model is built in fp32 in host memory and then moved: whichever is more, the building or the states.
     held = {part: int(size) for part, size in host.items()}
     held["process"] = HOST_PROCESS_BYTES + max(0, 4 * sizes.total - sum(held.values()))
@@ -274,12 +276,12 @@ def _moments(
     # the MLP's hidden layer before and after the activation: 1 + 1 + 3 + 1 + 1 + 1 + 4 + 4; and statistics in fp32.
     whole = 16 * stream + (model.n_head + 4) * statistics + 12 * C * C * cast
     attended = stream + model.n_head * statistics
-    again = {"none": 0, "blocks": stream, "selective": stream + attended, "offloaded": 0}[recompute.kind]
-    queued = 2 * stream if recompute.kind == "offloaded" else 0
+    again = {"none": 0, "blocks": stream, "selective": stream + attended, "offloaded": stream}[recompute.kind]
 
     def saved(blocks: int) -> int:
         first = min(blocks, recompute.layers)
-        return first * again + (blocks - first) * whole + queued
+        here = min(first, INPUTS_ON_CARD) if recompute.kind == "offloaded" else first
+        return here * again + (blocks - first) * whole
 
     # Beyond what it saved, a block's backward pass holds at most: the gradients of its output and of the activation
     # with that of a weight; or after these the weight's gradient in both dtypes.

@@ -117,7 +117,7 @@ class Plan:
             "weights": method.weights,
             "moments": method.moments,
             "optimizer_in_backward": method.in_backward,
-            "activation_checkpointing": self.recompute.kind == "blocks",
+            "activation_checkpointing": self.recompute.kind,
             "recomputed_blocks": self.recompute.layers or self.model.n_layer,
             "dtype": self.dtype,
         }

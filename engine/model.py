@@ -73,6 +73,8 @@ class Head(nn.Linear):
 
 
 class Attention(nn.Module):
+    attend = staticmethod(attention)  # an instance may have its own, as the one that engine/strategy/activations.py gives
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.n_head, self.head_dim = layer, config.n_head, config.head_dim
@@ -86,7 +88,7 @@ class Attention(nn.Module):
             qkv = rotary(qkv, *rope, n_head=2 * self.n_head, head_dim=self.head_dim)
         q, k, v = qkv.view(B, T, 3, self.n_head, self.head_dim).unbind(2)  # (B, T, H, D), views
         if cache is None:
-            y = attention(q, k, v, doc_start=doc_start)
+            y = self.attend(q, k, v, doc_start=doc_start)
         else:
             y = self._cached(q, k, v, cache)
         return self.c_proj(y.reshape(B, T, C))

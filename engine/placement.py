@@ -39,7 +39,8 @@ def settle(config: Config, device: torch.device, dtype: torch.dtype, world_size:
     stage = 3 if strategy.offload == "params" else 1
     _fill(config, {"strategy": "zero" if zero else "resident", "zero_stage": stage if zero else None, "offload": "none"})
     _fill(config, {"weights": "fp32", "moments": "fp32", "optimizer_in_backward": False})
-    _fill(config, {"activation_checkpointing": False, "recomputed_blocks": config.model.n_layer})
+    kind = "blocks" if strategy.recomputed_blocks else "none"
+    _fill(config, {"activation_checkpointing": kind, "recomputed_blocks": config.model.n_layer})
     if not micro:
         fits = max(1, CPU_MICRO_BATCH_TOKENS // config.model.block_size)
         micro = max(size for size in range(1, min(mine, fits) + 1) if mine % size == 0)

@@ -1,6 +1,7 @@
 """Count the memory of a training step without running it, and compare it with the planner's formulas.
 
     python tools/track_memory.py --preset 2b --micro_batch_size 4 --recompute 24
+    python tools/track_memory.py --preset 2b --micro_batch_size 4 --recompute 24 --keep selective
     python tools/track_memory.py --preset gpt2 --micro_batch_size 8 --dtype fp32
 
 torch's memory tracker follows two micro-batches of the real model and loss on fake tensors, which have shapes and no
@@ -24,7 +25,7 @@ from engine.config import PRESETS, ModelConfig
 from engine.device import DTYPES
 from engine.footprint import METHODS, Footprint, Recompute, predict
 from engine.model import GPT
-from engine.strategy.activations import checkpoint_blocks
+from engine.strategy.activations import recompute_blocks
 
 MiB = 2**20
 # Activations, gradients and weights are what the tracker sees; which states belong to them does not matter to it.
@@ -37,13 +38,13 @@ def track(
     dtype: str,
     weights: str = "fp32",
     micro_batch_size: int,
-    recompute: int = 0,
+    recompute: Recompute = Recompute(),
     accumulates: bool = True,
 ) -> dict[str, int]:
     """Return the bytes at the fullest moment of a training step, in all and as torch's tracker classifies them.
 
-    dtype, weights: "fp32", "bf16" or "fp16", of the computation and of the stored weights. recompute: how many blocks,
-    from the first. accumulates: the gradients of a micro-batch before it exist.
+    dtype, weights: "fp32", "bf16" or "fp16", of the computation and of the stored weights. accumulates: the gradients of a
+    micro-batch before it exist. What lies in host memory is left out.
     """
     with FakeTensorMode(), mock.patch.object(kernels.cross_entropy, "_scaled", _scaled_in_place):
         default = torch.get_default_dtype()
@@ -52,7 +53,7 @@ def track(
             gpt = GPT(model, DTYPES[dtype])
         finally:
             torch.set_default_dtype(default)
-        checkpoint_blocks(gpt, recompute)
+        inputs = recompute_blocks(gpt, recompute.kind, recompute.layers)
         tokens = torch.zeros(micro_batch_size, model.block_size, dtype=torch.int64)
         tracker = MemTracker()
         tracker.track_external(gpt, tokens)
@@ -62,7 +63,8 @@ def track(
                 tracker.reset_mod_stats()
                 gpt(tokens, tokens).backward()
         peak = next(iter(tracker.get_tracker_snapshot("peak").values()))
-    return {str(kind).split(".")[-1].lower(): size for kind, size in peak.items()}
+    seen = {str(kind).split(".")[-1].lower(): size for kind, size in peak.items()}
+    return seen | {"total": seen["total"] - inputs.host_bytes} if inputs else seen
 
 
 def _scaled_in_place(t: Tensor, factor: Tensor) -> Tensor:
@@ -76,12 +78,11 @@ def _scaled_in_place(t: Tensor, factor: Tensor) -> Tensor:
 
 
 def predict_tracked(
-    model: ModelConfig, *, dtype: str, weights: str = "fp32", recompute: int = 0, **asked: int | bool
+    model: ModelConfig, *, dtype: str, weights: str = "fp32", recompute: Recompute = Recompute(), **asked: int | bool
 ) -> Footprint:
     """Return the planner's formulas for what `track` counts of the same arguments."""
     method = next(m for m in METHODS if m.name == METHOD_OF_WEIGHTS[weights])
-    layers = Recompute("blocks", recompute) if recompute else Recompute()
-    footprint = predict(model, method, dtype=dtype, recompute=layers, traced=True, **asked)
+    footprint = predict(model, method, dtype=dtype, recompute=recompute, traced=True, **asked)
     unseen = dict.fromkeys(("master_weights", "optimizer_states"), 0)
     return dataclasses.replace(footprint, card=footprint.card | unseen)
 
@@ -97,10 +98,12 @@ def main(arguments: list[str] | None = None) -> int:
     add("--dtype", choices=list(DTYPES), default="bf16", help="of the computation [bf16]")
     add("--weights", choices=list(DTYPES), default="bf16", help="of the stored weights [bf16]")
     add("--recompute", type=int, default=0, metavar="N", help="blocks whose activations are not kept [0]")
+    add("--keep", choices=["blocks", "selective", "offloaded"], default="blocks", help="what of them is kept [blocks]")
     options = parser.parse_args(arguments)
     settings = PRESETS[options.preset]["model"]
     model = ModelConfig(**(settings | ({"block_size": options.block_size} if options.block_size else {})))
-    asked = {key: getattr(options, key) for key in ("dtype", "weights", "micro_batch_size", "recompute")}
+    asked = {key: getattr(options, key) for key in ("dtype", "weights", "micro_batch_size")}
+    asked["recompute"] = Recompute(options.keep, options.recompute) if options.recompute else Recompute()
     began = time.perf_counter()
     seen = track(model, **asked)
     predicted = predict_tracked(model, **asked)

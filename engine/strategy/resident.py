@@ -12,7 +12,7 @@ from engine.distributed import Processes
 from engine.model import GPT
 from engine.optimizer import AdamW, InBackwardAdamW, clip_coefficient, parameter_groups
 from engine.strategy import StepResult
-from engine.strategy.activations import checkpoint_blocks
+from engine.strategy.activations import in_words, recompute_blocks
 from engine.strategy.data_parallel import average_in_backward, data_parallel
 from engine.strategy.loss_scaling import LossScale
 
@@ -45,8 +45,9 @@ class Resident:
             **settings,
         )
         self.in_backward = choices.optimizer_in_backward
-        self.recomputed = choices.recomputed_blocks if choices.activation_checkpointing else 0
-        checkpoint_blocks(self.model, self.recomputed)
+        recomputed = choices.activation_checkpointing, choices.recomputed_blocks
+        recompute_blocks(self.model, *recomputed, compiled=choices.compile)
+        self.recomputed = in_words(*recomputed)
         self.distributed = data_parallel(self.model) if self.processes > 1 and not self.in_backward else None
         self.module, self.trained = self.model, self.distributed or self.model
         if choices.compile:
@@ -60,7 +61,7 @@ class Resident:
         parts = [f"resident: {weights[self.formats['weights']]}, {self.formats['moments']} moments, on the device"]
         parts += [f"the same in {self.processes} processes, gradients averaged"] if self.processes > 1 else []
         parts += ["updated inside the backward pass"] if self.in_backward else []
-        return "; ".join(parts + ([f"{self.recomputed} blocks recomputed in the backward pass"] if self.recomputed else []))
+        return "; ".join(parts + ([self.recomputed] if self.recomputed else []))
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:

@@ -22,7 +22,7 @@ from engine.distributed import Processes
 from engine.model import GPT
 from engine.optimizer import parameter_groups
 from engine.strategy import StepResult
-from engine.strategy.activations import checkpoint_blocks
+from engine.strategy.activations import in_words, recompute_blocks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # gloo does what this extension does, and building it takes over a minute at the first run on a CPU.
@@ -75,8 +75,9 @@ class Zero:
         processes.connect(device)
         self.device, self.dtype = device, dtype
         self.stage, self.offload, self.grad_accum = config.strategy.zero_stage, config.strategy.offload, grad_accum
-        self.recomputed = config.strategy.recomputed_blocks if config.strategy.activation_checkpointing else 0
-        checkpoint_blocks(model, self.recomputed)
+        recomputed = config.strategy.activation_checkpointing, config.strategy.recomputed_blocks
+        recompute_blocks(model, *recomputed)
+        self.recomputed = in_words(*recomputed)
         options = config.optimizer
         settings = deepspeed_config(config, dtype, grad_accum, processes.world_size)
         if processes.main:
@@ -94,7 +95,7 @@ class Zero:
 
     def describe(self) -> str:
         moved = {"none": "", "optimizer": ", optimizer in host memory", "params": ", optimizer and parameters in host memory"}
-        recomputed = f"; {self.recomputed} blocks recomputed in the backward pass" if self.recomputed else ""
+        recomputed = f"; {self.recomputed}" if self.recomputed else ""
         return f"DeepSpeed ZeRO stage {self.stage}{moved[self.offload]}, {self.engine.world_size} processes{recomputed}"
 
     def set_lr(self, lr: float) -> None:

@@ -179,7 +179,7 @@ from engine.device import peak_memory
 from engine.config import ModelConfig
 from engine.model import GPT
 from engine.optimizer import AdamW, parameter_groups
-from engine.strategy.activations import checkpoint_blocks
+from engine.strategy.activations import recompute_blocks
 
 torch.set_num_threads(1)
 # What the first call of each op loads belongs to no model.
@@ -187,8 +187,7 @@ small = GPT(ModelConfig(**{**MODEL, "n_layer": 1, "n_embd": 32, "vocab_size": 51
 small(*[torch.zeros(1, 32, dtype=torch.int64)] * 2).backward()
 before = psutil.Process().memory_info().rss
 model = GPT(ModelConfig(**MODEL))
-if RECOMPUTE:
-    checkpoint_blocks(model, len(model.transformer["h"]))
+recompute_blocks(model, KIND, len(model.transformer["h"]))
 optimizer = AdamW(parameter_groups(model, 0.1))
 tokens = torch.zeros(BATCH, MODEL["block_size"], dtype=torch.int64)
 for _ in range(2):
@@ -200,14 +199,15 @@ print(json.dumps(peak_memory(torch.device("cpu")) - before))
 """
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_process_grows_by_what_is_planned(recompute, start, tmp_path):
+@pytest.mark.parametrize("kind", ["none", "blocks", "selective", "offloaded"])
+def test_a_process_grows_by_what_is_planned(kind, start, tmp_path):
     model = dict(n_layer=6, n_head=4, n_embd=256, block_size=128, vocab_size=8192, positions="rotary")
     script = tmp_path / "grow.py"
-    script.write_text(f"MODEL, BATCH, RECOMPUTE = {model!r}, 8, {recompute}\n{PROCESS}")
+    script.write_text(f"MODEL, BATCH, KIND = {model!r}, 8, {kind!r}\n{PROCESS}")
     output, _ = (process := start(script, MALLOC_MMAP_THRESHOLD_="131072")).communicate(timeout=120)
     assert process.returncode == 0, output
     grown = int(output.splitlines()[-1])
-    layers = Recompute("blocks", 6) if recompute else Recompute()
-    made = predict(ModelConfig(**model), BY_NAME["resident"], dtype="fp32", micro_batch_size=8, recompute=layers)
-    assert grown == pytest.approx(made.card_bytes, rel=0.10), f"{made.card_bytes / grown - 1:+.1%} at {made.moment}"
+    recompute = Recompute(kind, 6) if kind != "none" else Recompute()
+    made = predict(ModelConfig(**model), BY_NAME["resident"], dtype="fp32", micro_batch_size=8, recompute=recompute)
+    planned = made.card_bytes + (4 * 8 * 128 * 256 * 4 if kind == "offloaded" else 0)  # the host is the device here
+    assert grown == pytest.approx(planned, rel=0.10), f"{planned / grown - 1:+.1%} at {made.moment}"

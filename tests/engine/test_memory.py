@@ -117,7 +117,7 @@ def test_settings_are_those_of_a_configuration(classic):
         for p in plans:
             if p.available:
                 config = from_dict({"model": PRESETS["2b"]["model"], **p.settings})
-                assert config.strategy.activation_checkpointing == (p.recompute.kind == "blocks")
+                assert config.strategy.activation_checkpointing == p.recompute.kind
                 assert config.optimizer.batch_tokens == p.batch_tokens
 
 

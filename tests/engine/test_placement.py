@@ -53,7 +53,7 @@ def test_a_card_gets_the_plan_that_fits(on_card):
         ("--strategy=zero", "strategy", "zero"),
         ("--offload=optimizer", "offload", "optimizer"),
         ("--weights=stochastic", "weights", "stochastic"),
-        ("--activation_checkpointing=true", "activation_checkpointing", True),
+        ("--activation_checkpointing=true", "activation_checkpointing", "blocks"),
     ],
 )
 def test_what_a_person_set_is_kept(on_card, flag, field, value):

@@ -13,6 +13,10 @@ def model_of(preset: str, **changes) -> ModelConfig:
     return ModelConfig(**(PRESETS[preset]["model"] | changes))
 
 
+def way(kind: str, layers: int) -> Recompute:
+    return Recompute(kind, layers) if layers and kind != "none" else Recompute()
+
+
 def error(model: ModelConfig, **asked) -> float:
     return predict_tracked(model, **asked).card_bytes / track(model, **asked)["total"] - 1
 
@@ -41,16 +45,32 @@ SHORT = {
 )
 def test_formulas_are_within_five_percent_of_the_tracker(preset, micro_batch_size, dtype, weights):
     model = model_of(preset, **SHORT[preset])
-    for recompute in {0, model.n_layer}:
-        asked = dict(dtype=dtype, weights=weights, micro_batch_size=micro_batch_size, recompute=recompute)
-        assert abs(error(model, **asked)) < 0.05, recompute
+    for kind in ("none", "blocks", "selective"):
+        asked = dict(dtype=dtype, weights=weights, micro_batch_size=micro_batch_size, recompute=way(kind, model.n_layer))
+        assert abs(error(model, **asked)) < 0.05, kind
 
 
-@pytest.mark.parametrize(("recompute", "accumulates"), [(2, True), (0, False), (2, False), (5, False)])
-def test_partial_recomputation_and_single_micro_batches(recompute, accumulates):
+@pytest.mark.parametrize("accumulates", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [("none", 0), ("blocks", 2), ("blocks", 5), ("selective", 2), ("selective", 5), ("offloaded", 2), ("offloaded", 4),
+     ("offloaded", 5)],
+)  # fmt: skip
+def test_partial_recomputation_and_single_micro_batches(kind, layers, accumulates):
     model = model_of("gpt2", n_layer=5, block_size=512, vocab_size=4096)
-    asked = dict(dtype="bf16", weights="bf16", micro_batch_size=8, recompute=recompute, accumulates=accumulates)
-    assert abs(error(model, **asked)) < 0.05
+    asked = dict(dtype="bf16", weights="bf16", micro_batch_size=8, accumulates=accumulates)
+    assert abs(error(model, **asked, recompute=way(kind, layers))) < 0.05
+
+
+def test_offloaded_activations_do_not_grow_with_depth():
+    asked = dict(dtype="bf16", weights="bf16", micro_batch_size=8)
+    held = []
+    for n_layer in (3, 9):
+        model = model_of("gpt2", n_layer=n_layer, n_head=4, n_embd=64, block_size=256, vocab_size=512)
+        assert abs(error(model, **asked, recompute=way("offloaded", n_layer))) < 0.05
+        seen = track(model, **asked, recompute=way("offloaded", n_layer))
+        held.append(seen["total"] - seen["param"] - seen["grad"])
+    assert held[1] < 1.02 * held[0]
 
 
 def test_the_tracker_sees_the_parts(capsys):
@@ -66,12 +86,12 @@ def test_the_tracker_sees_the_parts(capsys):
 def test_what_is_planned_for_a_card_covers_what_the_tracker_sees():
     """The whole prediction, with context and what ops hold inside, is never below what is certainly needed."""
     model = model_of("gpt2", n_layer=4, block_size=512)
-    for weights, dtype, recompute in (("fp32", "bf16", 0), ("fp16", "fp16", 4)):
+    for weights, dtype, kind in (("fp32", "bf16", "none"), ("fp16", "fp16", "blocks"), ("bf16", "bf16", "offloaded")):
         method = next(m for m in METHODS if m.name == METHOD_OF_WEIGHTS[weights])
-        layers = Recompute("blocks", recompute) if recompute else Recompute()
-        seen = track(model, dtype=dtype, weights=weights, micro_batch_size=4, recompute=recompute)["total"]
+        asked = dict(dtype=dtype, micro_batch_size=4, recompute=way(kind, 4))
+        seen = track(model, weights=weights, **asked)["total"]
         for card in CARDS:
-            made = predict(model, method, dtype=dtype, micro_batch_size=4, recompute=layers, chip=chip_of(card))
+            made = predict(model, method, chip=chip_of(card), **asked)
             assert made.allocated_bytes - made.card["optimizer_states"] > 0.99 * seen
 
 
@@ -79,8 +99,8 @@ def test_what_is_planned_for_a_card_covers_what_the_tracker_sees():
 @pytest.mark.parametrize("preset", ["gpt2", "2b"])
 @pytest.mark.parametrize("block_size", [1024, 2048])
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_whole_presets_are_within_five_percent_of_the_tracker(preset, block_size, micro_batch_size, recompute):
+@pytest.mark.parametrize("kind", ["none", "blocks", "selective", "offloaded"])
+def test_whole_presets_are_within_five_percent_of_the_tracker(preset, block_size, micro_batch_size, kind):
     model = model_of(preset, block_size=block_size)
-    asked = dict(dtype="bf16", weights="bf16", micro_batch_size=micro_batch_size, recompute=recompute * model.n_layer)
+    asked = dict(dtype="bf16", weights="bf16", micro_batch_size=micro_batch_size, recompute=way(kind, model.n_layer))
     assert abs(error(model, **asked)) < 0.05
