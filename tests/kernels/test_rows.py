@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import bias_activation, layer_norm, softmax
-from kernels.cross_entropy_gpu import _turn_in_torch, _turn_in_triton
+from kernels.cross_entropy_gpu import _turn_in_torch, turn_in_triton
 from kernels.dispatch import CHIPS, triton
 from kernels.rows import GPT_WIDTHS, column_sums, pipeline_stages, row_tile
 
@@ -76,7 +76,7 @@ def test_logits_beyond_32_bits(far_rows, triton_path):
     targets, near = torch.arange(5), far_rows.float()
     before = far_rows.clone()
     results = []
-    for turn, logits in ((_turn_in_triton, far_rows), (_turn_in_torch, near)):
+    for turn, logits in ((turn_in_triton, far_rows), (_turn_in_torch, near)):
         losses, lse = torch.empty(5), torch.empty(5)
         turn(logits, targets, losses, lse, torch.ones(()), -100, 0.0, 1.0, gradient=True)
         results.append((losses, logits.float()))
