@@ -111,13 +111,8 @@ def _adamw_torch(parameters: list[Parameter], *, grad_scale, found_inf, **number
     if {weights[0].dtype, grads[0].dtype, exp_avgs[0].dtype} == {torch.float32}:
         _fused(weights, grads, exp_avgs, exp_avg_sqs, steps, **scaling, **numbers)
     else:
-        rounds = exp_avgs[0].dtype != torch.float32 or (weights[0].dtype != torch.float32 and parameters[0].residual is None)
-        table = None
-        for parameter, before in zip(parameters, (None, *parameters)):
-            # A table does for all tensors at the same step; a GPU's steps are not read.
-            if rounds and (before is None or not parameter.step.is_cpu or parameter.step != before.step):
-                table = random_table(parameter.step)
-            _adamw_chunks(parameter, table, **scaling, **numbers)
+        for parameter in parameters:
+            _adamw_chunks(parameter, **scaling, **numbers)
 
 
 def _fused(weights, grads, exp_avgs, exp_avg_sqs, steps, *, lr, betas, eps, weight_decay, bound, grad_scale, found_inf):
@@ -140,7 +135,7 @@ def _fused(weights, grads, exp_avgs, exp_avg_sqs, steps, *, lr, betas, eps, weig
     )
 
 
-def _adamw_chunks(parameter: Parameter, table: Tensor | None, *, bound, found_inf, **numbers) -> None:
+def _adamw_chunks(parameter: Parameter, *, bound, found_inf, **numbers) -> None:
     """One parameter, a chunk at a time, so that what is unpacked stays small, and on a CPU in its caches."""
     weight, grad, exp_avg, exp_avg_sq = (t.view(-1) for t in parameter[:4])
     step, exponents, key = parameter.step, parameter.exponents, parameter.key
@@ -148,7 +143,9 @@ def _adamw_chunks(parameter: Parameter, table: Tensor | None, *, bound, found_in
     keep = None if found_inf is None else found_inf != 0
     chunk = CHUNK if weight.is_cpu else 1 << 22
     rounds_weight, rounds_moments = weight.dtype != torch.float32 and residual is None, exp_avg.dtype != torch.float32
-    keys = None if table is None else random_keys(key, step, -(-weight.numel() // BLOCK))
+    if rounds_weight or rounds_moments:
+        table = _cpu_table(step.item()) if step.is_cpu else random_table(step)
+        keys = random_keys(key, step, -(-weight.numel() // BLOCK))
     for start in range(0, weight.numel(), chunk):
         part = slice(start, min(start + chunk, weight.numel()))
         blocks = slice(start // BLOCK, -(-part.stop // BLOCK))
@@ -176,6 +173,12 @@ def _adamw_chunks(parameter: Parameter, table: Tensor | None, *, bound, found_in
             high, low = split(w, weight.dtype)
             _put(weight[part], high, keep)
             _put(residual[part], low, keep)
+
+
+@lru_cache(maxsize=1)
+def _cpu_table(step: float) -> Tensor:
+    """`random_table` on a CPU, made once for all parameters."""
+    return random_table(torch.tensor(step))
 
 
 def _put(place: Tensor, values: Tensor, keep: Tensor | None) -> None:
