@@ -38,11 +38,12 @@ def recompute_blocks(model: GPT, kind: str, count: int, *, compiled: bool = Fals
     """
     inputs = HostInputs(count) if kind == "offloaded" else None
     for layer, block in enumerate(model.transformer["h"][: count if kind != "none" else 0]):
-        again = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if kind == "selective":
             # torch's own contexts watch every op of the block, which a compiler does once and Python in every step.
             watching = functools.partial(create_selective_checkpoint_contexts, list(ATTENTION_OPS))
-            again.keywords["context_fn"] = watching if compiled else functools.partial(_keeping_attention, block.attn)
+            options["context_fn"] = watching if compiled else functools.partial(_keeping_attention, block.attn)
+        again = functools.partial(checkpoint, block.forward, **options)
         block.forward = inputs.keeping(layer, again) if inputs else again
     return inputs
 
@@ -160,8 +161,8 @@ class HostInputs:
         """Return `forward`, a checkpointed block, such that its input is kept here."""
 
         def run(x: Tensor, *rest: Any) -> Tensor:
-            # All that a checkpoint saves is its arguments; those that are whole numbers say where documents begin.
-            with saved_tensors_hooks(lambda t: self._pack(layer, t) if t.is_floating_point() else t, self._unpack):
+            # A checkpoint saves nothing but its arguments; the others say where documents begin and what is where.
+            with saved_tensors_hooks(lambda t: self._pack(layer, t) if t.shape == x.shape else t, self._unpack):
                 return forward(x, *rest)
 
         return run
