@@ -214,7 +214,8 @@ def report(options: argparse.Namespace) -> None:
     models = summary(options)
     kept = ("steps", "batch_tokens", "eval_tokens", "seeds")
     settings = {name: getattr(options, name) for name in kept} | {"flags": {m: MODELS[m] for m in options.models}}
-    write_result(Path(options.out), {"environment": environment(), "settings": settings, "models": models})
+    payload = {"benchmark": "optimizer_quality", "environment": environment(), "settings": settings, "models": models}
+    write_result(Path(options.out), payload)
     draw(options, Path(options.out).with_suffix(".png"))
     print("\n".join(lines(models)), flush=True)
 

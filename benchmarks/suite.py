@@ -5,18 +5,23 @@
     python benchmarks/suite.py --cpu          # a rehearsal without a GPU: the same parts, small, into build/suite/
 
 Each part is a process of its own with its own time limit and writes its result as soon as it has one; run again, the
-suite goes on with the parts that have none for this commit and device. A card's memory is imposed on a larger one, and
-the file says so. Afterwards: `python benchmarks/render.py`.
+suite goes on with the parts that have none for this commit and device, and tries those last that went wrong. A card's
+memory is imposed on a larger one, for `2b` its number format, kernels and plan as well, and the file says so. In a tree
+without its .git, PILESMITH_COMMIT=... says which commit it is. Afterwards: `python benchmarks/render.py`.
 """
 
 import argparse
+import importlib.util
+import json
 import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,18 +34,19 @@ from benchmarks.reading import load
 
 ROOT = Path(__file__).parents[1]
 LOGS = ROOT / "build" / "logs"
+MEMORIES = (24, 16, 10, 11, 40, 48)  # GB
 CARDS = {
-    10: "rtx3080",
-    11: "gtx1080ti",
-    16: "v100",
-    24: "rtx3090",
-    40: "a100 40gb",
-    48: "quadro rtx 8000",
-}  # label: whose memory
+    "rtx3080": 10, "v100": 16, "gtx1080ti": 11, "t4": 16, "p100": 16, "rtx3090": 24, "a100 40gb": 40,
+    "quadro rtx 8000": 48, "rx6900xt": 16, "radeon vii": 16,
+}  # fmt: skip
 BATCH_TOKENS = {"gpt2": 131_072, "gpt2-xl": 65_536, "2b": 65_536}
 PEERS = "pytorch,transformers-liger,transformers,pytorch-compiled"
 TINY = "--n_layer 2 --n_embd 64 --n_head 2 --block_size 64 --vocab_size 512 --batch_tokens 512 --micro_batch_size 4"
 LEAST_S = 5.0  # with less time than this left no part is started
+GRACE_S = 15.0  # to write what there is, once a part is out of time
+TEST_PROCESSES = max(1, (os.cpu_count() or 1) // 2)
+WRONG = ("failed", "out of time", "running")  # the last: the suite was stopped in the middle of it
+NEEDED = ("deepspeed", "liger_kernel", "matplotlib", "pynvml", "pytest", "pytest_benchmark", "transformers", "triton")
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,21 @@ class Part:
 def parts(device: str, small: bool) -> list[Part]:
     """Return the parts in the order of their worth. `device` ends every name; `small`: what a CPU does in seconds."""
 
-    def throughput(preset: str, limit_s: float, gigabytes: int | None = None, compare: str = "") -> Part:
-        label = f"-{gigabytes}gb" if gigabytes else ""
-        steps = "--steps 2 --warmup 1" if small else "--steps 5 --warmup 2"
-        shape = TINY if small else f"--batch_tokens {BATCH_TOKENS[preset]}"
-        memory = f" --gpu_memory '{CARDS[gigabytes]}'" if gigabytes else ""
-        peers = f" --compare {'pytorch,transformers' if small else compare}" if compare else ""
-        words = f"benchmarks/throughput.py --preset {preset} {shape} {steps}{memory}{peers} --out {{file}}"
-        return Part(f"throughput-{preset}-{device}{label}", words, limit_s)
+    def throughput(
+        preset: str, limit_s: float, *, memory: int = 0, card: str = "", compare: str = "", label: str = ""
+    ) -> Part:
+        """At a limit of `memory` GB; or as `card`, over so many steps that the loss is seen to fall."""
+        name = f"throughput-{preset}-{device}{label}"
+        shape = TINY if small else f"--batch_tokens {BATCH_TOKENS[preset] // (4 if card else 1)}"
+        steps = "--steps 2 --warmup 1" if small else "--steps 20 --warmup 2" if card else "--steps 5 --warmup 2"
+        words = f"benchmarks/throughput.py --preset {preset} {shape} {steps}"
+        if card:
+            name, words = f"{name}-{CARDS[card]}gb-{slug(card)}", f"{words} --card '{card}'"
+        elif memory:
+            name, words = f"{name}-{memory}gb", f"{words} --gpu_memory {memory}GB"
+        if compare:
+            words += f" --compare {'pytorch,transformers' if small else compare}"
+        return Part(name, f"{words} --out {{file}}", limit_s)
 
     def kernels(name: str, tests: str, limit_s: float) -> Part:
         budget, fewer = ("0.01", " and not compiled") if small else ("0.2", "")
@@ -74,27 +87,41 @@ def parts(device: str, small: bool) -> list[Part]:
         words += " --benchmark-json {file}"
         return Part(f"kernels-{name}-{device}", words, limit_s)
 
-    tests = "-m 'not gpu' tests/kernels/test_rows.py" if small else "-m gpu tests"
+    tests = "-m 'not gpu' tests/kernels/test_rows.py" if small else f"-m gpu {' '.join(gpu_tests())}"
     profiled = TINY if small else f"--batch_tokens {BATCH_TOKENS['gpt2']}"
-    memories = [16, 10, 11, 40, 48]
+    tuned = "--dry_run --chip cuda:86 --kernels softmax_forward --limit 2 --workers 1" if small else "--limit 16"
+    grown = "--axes depth,length --steps " + ("1 --warmup 1 --batch_tokens 1024" if small else "4")
     return [
         Part(f"correctness-{device}", f"-m benchmarks.suite --correctness {{file}} -- {tests}", 200),
-        kernels("attention", "attention", 120),
+        kernels("attention", "attention and not flex", 120),
         throughput("gpt2", 150, compare=PEERS),
-        throughput("2b", 60),
-        throughput("2b", 60, 24),
-        throughput("gpt2-xl", 60),
+        throughput("2b", 120),
+        throughput("2b", 90, memory=24),
+        throughput("2b", 120, card="rtx3080"),
+        throughput("2b", 120, card="v100"),
+        throughput("gpt2-xl", 90),
         kernels("rows", "copy or rows or rotary", 120),
         kernels("loss", "copy or cross_entropy or adamw", 90),
-        *(throughput("2b", 120, gigabytes) for gigabytes in memories),
+        *(throughput("2b", 120, card=card) for card in CARDS if card not in ("rtx3080", "v100")),
+        throughput("2b", 300, compare="transformers-liger,transformers,pytorch", label="-compared"),
         Part(
             f"profile-gpt2-{device}",
             f"tools/profile_step.py --preset gpt2 {profiled} --out build/profile-gpt2-{device} --json {{file}}",
             60,
         ),
-        *(throughput("gpt2-xl", 60, gigabytes) for gigabytes in (24, *memories)),
-        *(throughput("gpt2", 40, gigabytes) for gigabytes in (24, *memories)),
+        *(throughput("2b", 120, memory=memory) for memory in MEMORIES[1:]),
+        *(throughput("gpt2-xl", 60, memory=memory) for memory in MEMORIES),
+        *(throughput("gpt2", 40, memory=memory) for memory in MEMORIES),
+        kernels("flex", "attention and flex", 200),
+        Part(f"scaling-{device}", f"benchmarks/scaling.py {grown} --out {{file}}", 240),
+        Part(f"tune-{device}", f"tools/tune.py {tuned} --out {{file}}", 300),
     ]
+
+
+def gpu_tests() -> list[str]:
+    """Return the files that have tests for a GPU: reading all others takes longer than running some."""
+    files = (path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text())
+    return [str(path.relative_to(ROOT)) for path in files]
 
 
 def is_done(part: Part, folder: Path, here: dict[str, Any]) -> bool:
@@ -106,88 +133,134 @@ def is_done(part: Part, folder: Path, here: dict[str, Any]) -> bool:
 def run(part: Part, folder: Path, limit_s: float) -> tuple[str, str]:
     """Run a part; return its status and, if it went wrong, the last line of its log in build/logs/.
 
-    Past the limit it and its children are killed.
+    Past the limit it is interrupted, so that pytest writes what it has, and soon after killed with its children.
     """
     file = folder / f"{part.name}.json"
     before = file.stat().st_mtime_ns if file.exists() else None
     LOGS.mkdir(parents=True, exist_ok=True)
     log = LOGS / f"{part.name}.log"
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"PYTHONPATH": paths}
+    late = False
     with open(log, "w+") as output:
         process = subprocess.Popen(
-            part.command(folder), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            part.command(folder), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=variables,
+            start_new_session=True,
+        )  # fmt: skip
         try:
             process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            late = True
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
+        finally:  # also where the suite itself is stopped
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         output.seek(0)
         lines = output.read().strip().splitlines() or [""]
     written = file.exists() and file.stat().st_mtime_ns != before
-    if process.returncode == -signal.SIGKILL:
+    if late:
         return "out of time", f"after {limit_s:.0f} s" + ("; what it had by then is kept" if written else "")
-    if written:
-        return "done", "" if process.returncode == 0 else lines[-1]
+    if written and process.returncode == 0:
+        return "done", ""
     return "failed", lines[-1]
 
 
 def correctness(arguments: list[str], file: Path) -> int:
-    """Run pytest and write how many tests passed, and which failed."""
-    report = file.with_suffix(".xml")
-    command = [sys.executable, "-m", "pytest", "-q", *arguments, "--junitxml", str(report)]
-    subprocess.run(command, cwd=ROOT)
+    """Run pytest, a process for each file of tests in `arguments` and several at once; write what is known after each.
+
+    Kernels compile while others run, and one that breaks the device's context takes no other file's tests with it.
+    """
+    files, options = [a for a in arguments if a.endswith(".py")], [a for a in arguments if not a.endswith(".py")]
+    began = time.perf_counter()
+    payload: dict[str, Any] = {
+        "benchmark": "correctness", "environment": environment(), "command": f"pytest {shlex.join(arguments)}",
+        "passed": 0, "failed": 0, "skipped": 0, "seconds": 0.0, "failures": [], "unfinished": list(files),
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        waiting, running = list(files), {}
+        while waiting or running:
+            while waiting and len(running) < TEST_PROCESSES:
+                test_file, report = waiting.pop(0), Path(scratch) / f"{len(waiting)}.xml"
+                command = [sys.executable, "-m", "pytest", "-q", *options, test_file, "--junitxml", str(report)]
+                running[subprocess.Popen(command, cwd=ROOT)] = test_file, report
+            finished = next((process for process in running if process.poll() is not None), None)
+            if finished is None:
+                time.sleep(0.1)
+                continue
+            test_file, report = running.pop(finished)
+            count_tests(payload, test_file, report)
+            payload["seconds"] = time.perf_counter() - began
+            write_result(file, payload)
+    return int(payload["failed"] > 0)
+
+
+def count_tests(payload: dict[str, Any], test_file: str, report: Path) -> None:
+    """Add what a file's report says; a process that left none has crashed, which is a failure."""
+    payload["unfinished"].remove(test_file)
+    if not report.exists():
+        payload["failed"] += 1
+        payload["failures"].append(f"{test_file}: its process ended without a report")
+        return
     suite = ElementTree.parse(report).getroot().find("testsuite")
-    report.unlink()
     counts = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
     failed = counts["failures"] + counts["errors"]
-    cases = [
-        case for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None
+    payload["passed"] += counts["tests"] - failed - counts["skipped"]
+    payload["failed"] += failed
+    payload["skipped"] += counts["skipped"]
+    payload["failures"] += [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
     ]
-    payload = {
-        "benchmark": "correctness",
-        "environment": environment(),
-        "command": f"pytest {shlex.join(arguments)}",
-        "passed": counts["tests"] - failed - counts["skipped"],
-        "failed": failed,
-        "skipped": counts["skipped"],
-        "seconds": float(suite.get("time")),
-        "failures": [f"{case.get('classname')}::{case.get('name')}" for case in cases],
-    }
-    write_result(file, payload)
-    return int(failed > 0)
 
 
 def suite(todo: list[Part], folder: Path, name: str, again: bool, seconds: float) -> int:
-    """Do the parts while the time lasts; write what became of each as it happens. Return 1 if any failed."""
+    """Do the parts while the time lasts, those that went wrong before at the end; write what becomes of each at once.
+
+    Return 1 if any went wrong.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     began, here = time.perf_counter(), environment()
-    rows: list[dict[str, Any]] = []
-    for part in todo:
-        left = seconds - (time.perf_counter() - began)
+    rows = rows_before(folder / f"{name}.json", here)
+    wrong = {key for key, row in rows.items() if row["status"] in WRONG}
+
+    def note(part: Part, status: str, took_s: float, message: str) -> None:
+        command = shlex.join(["python", *part.command(Path("benchmarks/results"))[1:]])
+        about = {"name": part.name, "command": command, "file": f"{part.name}.json"}
+        rows[part.name] = about | {"status": status, "seconds": took_s, "message": message}
+        elapsed = time.perf_counter() - began
+        summary = {"benchmark": "suite", "environment": here, "seconds": elapsed, "parts": list(rows.values())}
+        write_result(folder / f"{name}.json", summary)
+
+    for part in sorted(todo, key=lambda part: part.name in wrong):
         started = time.perf_counter()
-        if not again and is_done(part, folder, here):
+        left = seconds - (started - began)
+        if not again and part.name not in wrong and is_done(part, folder, here):
             status, message = "kept", ""
-        elif left < LEAST_S:
-            status, message = "not run", "no time left: run the suite again"
+        elif left < LEAST_S:  # what went wrong stays so: its file may hold half of a result
+            status = rows[part.name]["status"] if part.name in wrong else "not run"
+            message = "no time left: run the suite again"
         else:
             print(f"{part.name} ...", flush=True)
+            note(part, "running", 0.0, "")
             status, message = run(part, folder, min(part.limit_s, left))
-        took = time.perf_counter() - started
-        print(f"{part.name}: {status}{f', {message}' if message else ''} ({took:.0f} s)", flush=True)
-        command = shlex.join(["python", *part.command(Path("benchmarks/results"))[1:]])
-        rows.append(
-            {
-                "name": part.name,
-                "command": command,
-                "status": status,
-                "seconds": took,
-                "file": f"{part.name}.json",
-                "message": message,
-            }
-        )
-        summary = {"benchmark": "suite", "environment": here, "seconds": time.perf_counter() - began, "parts": rows}
-        write_result(folder / f"{name}.json", summary)
-    return int(any(row["status"] in ("failed", "out of time") for row in rows))
+        took_s = time.perf_counter() - started
+        print(f"{part.name}: {status}{f', {message}' if message else ''} ({took_s:.0f} s)", flush=True)
+        note(part, status, took_s, message)
+    return int(any(rows[part.name]["status"] in WRONG for part in todo))
+
+
+def rows_before(summary: Path, here: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return by name what became of each part in the runs before this one, of this commit and device."""
+    if not summary.exists():
+        return {}
+    found = json.loads(summary.read_text())
+    if any(found["environment"][key] != here[key] for key in ("commit", "gpu")):
+        return {}
+    return {row["name"]: row for row in found["parts"]}
 
 
 def slug(name: str) -> str:
@@ -222,6 +295,10 @@ def main(arguments: list[str] | None = None) -> int:
         for part in todo:
             print(f"{part.limit_s:>4.0f} s  {shlex.join(part.command(folder)[1:])}")
         return 0
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"not installed: {', '.join(missing)}; what needs them says so in its result", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the part that runs is ended with us
     return suite(todo, folder, f"suite-{device}", options.again, 60 * options.minutes)
 
 

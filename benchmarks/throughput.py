@@ -1,14 +1,17 @@
 """Measure training: tokens/s, step time, MFU, peak memory; with --compare also what a person would pick instead.
 
     python benchmarks/throughput.py --preset 13m --compare
-    python benchmarks/throughput.py --preset 2b --gpu_memory 24GB --steps 20 --out benchmarks/results/2b-24GB.json
+    python benchmarks/throughput.py --preset 2b --gpu_memory 24GB --steps 20 --out 2b-24GB.json
+    python benchmarks/throughput.py --preset 2b --card v100 --out 2b-v100.json
 
-Any field of the training configuration is a flag as well. Tokens are random: speed and memory do not depend on them.
+Any field of the training configuration is a flag as well. Tokens are random and the same at every step: speed and
+memory do not depend on them, and the loss falls as they are learnt by heart. With --card a larger GPU does what the
+named one would: its memory, its number format, the kernels that dispatch gives it, and the plan made for it.
 MFU is tokens/s times (6 N + 12 n_layer n_embd T) FLOPs a token (PaLM, 2022; attention in full, though a causal kernel
 does half) over the chip's dense peak in the dtype used; a chip whose peak is not known has none. The peak memory is
 that of tensors on a GPU and of the whole process on a CPU; "of a step" is what a step adds to what is held between
 steps. Energy is NVML's. Each contender has a process of its own, and on a CPU they take turns, so that what disturbs
-the machine disturbs them alike.
+the machine disturbs them alike. Where another's micro-batch does not fit a GPU it gets smaller ones.
 """
 
 import argparse
@@ -20,17 +23,19 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from benchmarks.contenders import CONTENDERS, Step, Unsupported
 from benchmarks.environment import environment, write_result
 from benchmarks.meters import energy_j, forget_peak, limit_memory, peak_bytes, step_bytes
 from engine import cards
+from engine.cards import Card
 from engine.config import Config, ConfigError, parse, require
 from engine.data import Batch
 from engine.device import choose_device, choose_dtype
@@ -39,6 +44,7 @@ from engine.memory import Plan
 from engine.model import GPT, flops_per_token
 from engine.placement import settle
 from engine.report import human
+from engine.step_time import chip_of
 from kernels import dispatch
 
 ROUNDS = 4  # turns that the contenders take on a CPU
@@ -53,11 +59,15 @@ def random_batches(config: Config, micro_batch_size: int, grad_accum: int, seed:
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured: a contender with a config, in one process or in several that share its batch."""
+    """What is measured: a contender with a config, in one process or in several that share its batch.
+
+    gpu_memory: bytes, no more than these; card: do as this one would.
+    """
 
     contender: str
     config: Config
     gpu_memory: int | None = None
+    card: Card | None = None
     processes: int = 1
     threads: int = field(default_factory=torch.get_num_threads)
 
@@ -66,14 +76,15 @@ class Job:
 class Measured:
     """What a job's first process told.
 
-    config: with the open choices made; plan: the planner's bytes by part, on a card; steps: (seconds, loss) of each
-    timed step; memory: `step_bytes`, `peak_bytes`, `reserved_bytes`; energy_j: joules of all timed steps.
+    config: with the open choices made; plan: the planner's bytes by part, on a card; losses: of the steps before the
+    timed ones; steps: (seconds, loss) of each timed step; memory: `step_bytes`, `peak_bytes`, `reserved_bytes`;
+    energy_j: joules of all timed steps.
     """
 
     config: Config
     plan: dict[str, Any] | None
-    first_loss: float
-    step_bytes: int
+    losses: list[float]
+    step_bytes: int = 0
     peak_bytes: int = 0
     reserved_bytes: int = 0
     steps: list[tuple[float, float]] = field(default_factory=list)
@@ -84,12 +95,25 @@ class Measured:
         self.reserved_bytes = max(self.reserved_bytes, reserved_bytes)
 
 
+@dataclass(frozen=True)
+class OutOfMemory:
+    """The device's words, and the micro-batch that did not fit."""
+
+    message: str
+    micro_batch_size: int
+
+
+Outcome = Measured | OutOfMemory | str  # the last: why there is nothing to tell
+
+
 def measure(job: Job, rank: int, port: int, channel: Connection) -> None:
     """Runs in a process of its own: build and warm up, tell the memory, then time as many steps as are asked for."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(job.threads)
     torch.manual_seed(job.config.seed)
+    if job.card:
+        dispatch.force_chip(chip_of(job.card).target)
     processes = Processes.from_environment()
     device, _ = choose_device(job.config.strategy.device, rank)
     if device.type == "cuda":
@@ -98,16 +122,16 @@ def measure(job: Job, rank: int, port: int, channel: Connection) -> None:
     dispatch.set_backend(job.config.strategy.kernels)
     dtype, _ = choose_dtype(job.config.strategy.dtype, device)
     try:
-        config, grad_accum, plan = settle(job.config, device, dtype, job.processes)
+        config, grad_accum, plan = settle(job.config, device, dtype, job.processes, job.card)
         if device.type == "cuda":
             limit_memory(device, job.gpu_memory, context_counts=True)
         batches = random_batches(config, config.optimizer.micro_batch_size, grad_accum, config.seed + rank)
         step = CONTENDERS[job.contender](config, device, dtype, grad_accum, processes)
         forget_peak(device)
         losses = [step(batches).item() for _ in range(channel.recv())]
-        measured = Measured(config, plan and describe(plan), losses[0], step_bytes=0)
+        measured = Measured(config, plan and describe(plan), losses)
         measured.saw(**peak_bytes(device))  # the first step makes the moments: it may need more than any other
-        measured.step_bytes = step_bytes(lambda: step(batches).item(), device)
+        measured.step_bytes = step_bytes(lambda: losses.append(step(batches).item()), device)
         channel.send(measured)
         while steps := channel.recv():
             joules = energy_j(device)
@@ -118,7 +142,7 @@ def measure(job: Job, rank: int, port: int, channel: Connection) -> None:
     except (Unsupported, ConfigError) as reason:
         channel.send(f"not run: {reason}")
     except torch.OutOfMemoryError as error:
-        channel.send(f"out of memory: {str(error).splitlines()[0]}")
+        channel.send(OutOfMemory(str(error).splitlines()[0], config.optimizer.micro_batch_size))
     finally:
         processes.close()
 
@@ -148,18 +172,28 @@ def compare(jobs: dict[str, Job], warmup: int, steps: int) -> Iterator[tuple[str
         yield from take_turns(jobs, warmup, steps, ROUNDS).items()
         return
     for name, job in jobs.items():
-        yield from take_turns({name: job}, warmup, steps, rounds=1).items()
+        yield name, largest_that_fits(name, job, warmup, steps)
 
 
-def take_turns(jobs: dict[str, Job], warmup: int, steps: int, rounds: int) -> dict[str, Measured | str]:
+def largest_that_fits(name: str, job: Job, warmup: int, steps: int) -> Measured | str:
+    """Return what was measured of a job; another's than ours may run with smaller micro-batches where it must."""
+    result = take_turns({name: job}, warmup, steps, rounds=1)[name]
+    while isinstance(result, OutOfMemory) and job.contender != "pilesmith" and result.micro_batch_size % 2 == 0:
+        optimizer = replace(job.config.optimizer, micro_batch_size=result.micro_batch_size // 2)
+        job = replace(job, config=replace(job.config, optimizer=optimizer))
+        result = take_turns({name: job}, warmup, steps, rounds=1)[name]
+    return f"out of memory: {result.message}" if isinstance(result, OutOfMemory) else result
+
+
+def take_turns(jobs: dict[str, Job], warmup: int, steps: int, rounds: int) -> dict[str, Outcome]:
     running = {name: Running(job) for name, job in jobs.items()}
-    results: dict[str, Measured | str] = {}
+    results: dict[str, Outcome] = {}
     rounds = min(rounds, steps)
     for turn in range(rounds + 1):  # 0: warm up, all of them before any is timed
         count = warmup if turn == 0 else turn * steps // rounds - (turn - 1) * steps // rounds
         for name in list(running):
             results[name] = running[name].run(count)
-            if isinstance(results[name], str):
+            if not isinstance(results[name], Measured):
                 running.pop(name).end()
     for job in running.values():
         job.end()
@@ -182,14 +216,14 @@ class Running:
             self.processes[-1].start()
             theirs.close()
 
-    def run(self, steps: int) -> Measured | str:
+    def run(self, steps: int) -> Outcome:
         """Return what is measured once it has done `steps` more, or why it cannot."""
         self._send(steps)
         try:
             answers = [channel.recv() for channel in self.channels]
         except (EOFError, ConnectionResetError):
             return "failed: its process ended; the error is above"
-        return next((a for a in answers if isinstance(a, str)), answers[0])
+        return next((a for a in answers if not isinstance(a, Measured)), answers[0])
 
     def end(self) -> None:
         self._send(0)
@@ -221,8 +255,8 @@ def summarise(measured: Measured, peak_flops_s: float | None, flops: int) -> dic
         "peak_bytes": measured.peak_bytes,
         "reserved_bytes": measured.reserved_bytes,
         "step_bytes": measured.step_bytes,
-        "first_loss": measured.first_loss,
-        "last_loss": measured.steps[-1][1],
+        "micro_batch_size": measured.config.optimizer.micro_batch_size,
+        "losses": measured.losses + [loss for _, loss in measured.steps],
     }
 
 
@@ -233,6 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--gpu_memory", help="use no more of the GPU than this, such as 24GB, or than this card has, such as rtx3090"
     )
+    parser.add_argument("--card", help="do as this card would, such as v100: its memory, number format, kernels and plan")
     parser.add_argument("--processes", type=int, default=1, help="processes that share our batch, one for each GPU [1]")
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     parser.add_argument(
@@ -255,7 +290,10 @@ def main(arguments: list[str] | None = None) -> int:
         ]
         require(set(wanted) <= set(CONTENDERS), f"--compare knows {', '.join(CONTENDERS)}; got {options.compare}")
         require(options.processes == 1 or len(wanted) == 1, "--compare runs in one process: leave --processes out")
-        gpu_memory = cards.parse_memory(options.gpu_memory) if options.gpu_memory else None
+        card = cards.get(options.card) if options.card else None
+        gpu_memory = cards.parse_memory(options.gpu_memory) if options.gpu_memory else card and card.memory_bytes
+        if card:
+            dispatch.force_chip(chip_of(card).target)
         device, reason = choose_device(config.strategy.device)
         dtype, _ = choose_dtype(config.strategy.dtype, device)
     except ValueError as error:  # ConfigError is one
@@ -270,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"{config.preset}: {n_parameters:,} parameters; {device} ({reason}), {str(dtype).removeprefix('torch.')}",
         flush=True,
     )
-    jobs = {name: Job(name, config, gpu_memory, options.processes) for name in dict.fromkeys(wanted)}
+    jobs = {name: Job(name, config, gpu_memory, card, options.processes) for name in dict.fromkeys(wanted)}
     payload = {
         "benchmark": "throughput",
         "environment": environment(),
@@ -280,6 +318,8 @@ def main(arguments: list[str] | None = None) -> int:
         "processes": options.processes,
         "threads": torch.get_num_threads(),
         "gpu_memory_bytes": gpu_memory,
+        "host_memory_bytes": psutil.virtual_memory().total,
+        "card": card and card.name,
         "flops_per_token": flops,
         "peak_flops": peak,
         "plan": None,
@@ -303,19 +343,20 @@ def show(payload: dict[str, Any]) -> None:
     tokens, sequences = (config["optimizer"][key] for key in ("batch_tokens", "micro_batch_size"))
     print(f"a step is {tokens} tokens, a micro-batch {sequences} sequences of {config['model']['block_size']}")
     ours = results["pilesmith"]
-    print(f"{'':20}{'tokens/s':>10}{'step':>10}{'MFU':>8}{'peak':>11}{'of a step':>11}{'ours is':>10}")
+    print(f"{'':20}{'tokens/s':>10}{'step':>10}{'MFU':>8}{'tokens/J':>10}{'peak':>11}{'of a step':>11}{'ours is':>10}")
     for name, row in results.items():
         if isinstance(row, str):
             print(f"{name:20}{row}")
             continue
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else "unknown"
+        energy = f"{row['tokens_per_j']:.1f}" if row["tokens_per_j"] else "unknown"
         ratio = (
             f"{ours['tokens_per_s'] / row['tokens_per_s']:.2f}x"
             if not isinstance(ours, str) and name != "pilesmith"
             else ""
         )
         print(
-            f"{name:20}{human(row['tokens_per_s']):>10}{row['step_s'] * 1e3:>8.0f}ms{mfu:>8}"
+            f"{name:20}{human(row['tokens_per_s']):>10}{row['step_s'] * 1e3:>8.0f}ms{mfu:>8}{energy:>10}"
             f"{row['peak_bytes'] / 2**20:>8.0f}MiB{row['step_bytes'] / 2**20:>8.0f}MiB{ratio:>10}"
         )
 

@@ -1,10 +1,11 @@
 """What a run leaves open, settled: strategy, formats, recomputation, micro-batch. With a card the planner chooses."""
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import psutil
 import torch
 
+from engine.cards import Card
 from engine.config import Config, require
 from engine.memory import Plan, card_of, choose, nearest, plan
 
@@ -14,11 +15,13 @@ _EXACT = ("auto", "fp32")
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def settle(config: Config, device: torch.device, dtype: torch.dtype, world_size: int) -> tuple[Config, int, Plan | None]:
+def settle(
+    config: Config, device: torch.device, dtype: torch.dtype, world_size: int, card: Card | None = None
+) -> tuple[Config, int, Plan | None]:
     """Return `config` with every open choice made, the accumulation steps, and on a card the plan that made them.
 
     What a person has set is kept. ConfigError where nothing fits the card, with the nearest thing that does, or where
-    the batch cannot be shared evenly.
+    the batch cannot be shared evenly. card: plan for this one, with what memory the device leaves, not for the device.
     """
     config = copy.deepcopy(config)
     sequences = config.optimizer.batch_tokens // config.model.block_size
@@ -28,7 +31,7 @@ def settle(config: Config, device: torch.device, dtype: torch.dtype, world_size:
     )
     mine, micro = sequences // world_size, config.optimizer.micro_batch_size
     require(not micro or mine % micro == 0, f"micro_batch_size ({micro}) must divide the {mine} sequences of a process and step")
-    chosen = _plan(config, device, dtype, world_size) if device.type == "cuda" else None
+    chosen = _plan(config, device, dtype, world_size, card) if device.type == "cuda" else None
     if chosen:
         _fill(config, chosen.settings["strategy"])
         for key, value in chosen.settings["optimizer"].items():
@@ -65,8 +68,10 @@ def _asks_for_zero(config: Config, world_size: int) -> bool:
     return world_size > 1 and not only_resident
 
 
-def _plan(config: Config, device: torch.device, dtype: torch.dtype, world_size: int) -> Plan:
+def _plan(config: Config, device: torch.device, dtype: torch.dtype, world_size: int, other: Card | None) -> Plan:
     card, host = card_of(device), psutil.virtual_memory().total
+    if other:
+        card = replace(other, memory_bytes=min(other.memory_bytes, card.memory_bytes))
     options = {"gpus": world_size, "batch_tokens": config.optimizer.batch_tokens, "dtype": _DTYPE_NAMES[dtype]}
     plans = plan(config.model, card, host, micro_batch_size=config.optimizer.micro_batch_size or None, **options)
     chosen = choose(allowed(config, plans))

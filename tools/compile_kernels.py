@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in faults:
         print(f"{row.label} on {row.target}: {row.fault}", file=sys.stderr)
     if not options.target and not options.op:
-        result = {"environment": environment(), "rows": [asdict(row) for row in rows]}
+        result = {"benchmark": "compiled_kernels", "environment": environment(), "rows": [asdict(row) for row in rows]}
         write_result(options.out / "compiled_kernels.json", result)
         (options.out / "compiled_kernels.md").write_text(document(rows, result["environment"]))
     return 1 if faults else 0

@@ -14,7 +14,7 @@ GPU = {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 80 << 30, "cuda": "13.0"
 ROW = {
     "tokens_per_s": 3000.0, "step_s": 1.0, "step_s_quartiles": [0.9, 1.0, 1.2], "steps": 9, "mfu": None,
     "tokens_per_j": None, "peak_bytes": 700 << 20, "reserved_bytes": 700 << 20, "step_bytes": 130 << 20,
-    "first_loss": 10.8, "last_loss": 10.0,
+    "micro_batch_size": 16, "losses": [10.8, 10.0],
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 from benchmarks import environment as where
 from benchmarks import suite
 from benchmarks.suite import Part
+from engine import cards
 
 
 @pytest.fixture(autouse=True)
@@ -56,20 +58,70 @@ def test_a_result_of_another_commit_or_device_does_not_count(tmp_path):
         assert suite.is_done(part, tmp_path, here) is done
 
 
-def test_a_part_that_hangs_or_fails_does_not_stop_the_others(tmp_path, writes):
+def test_a_part_that_hangs_or_fails_does_not_stop_the_others(tmp_path, writes, monkeypatch):
+    monkeypatch.setattr(suite, "GRACE_S", 0.5)
     child = "-c \"import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])\""
+    deaf = "-c \"import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)\""
     parts = [
         Part("hangs", child, 1),
+        Part("deaf", deaf, 1),
         Part("fails", "-c \"raise SystemExit('no such card')\"", 60),
+        Part("writes and fails", writes.replace('" {file}', '; sys.exit(1)" {file}'), 60),
         Part("works", writes, 60),
+        Part("late", writes.replace('" {file}', '; import time; time.sleep(60)" {file}'), 3),
     ]
-    parts.append(Part("late", writes.replace('" {file}', '; import time; time.sleep(60)" {file}'), 10))
     began = time.perf_counter()
     assert suite.suite(parts, tmp_path, "all", again=False, seconds=120) == 1
-    assert time.perf_counter() - began < 50
-    assert statuses(tmp_path) == {"hangs": "out of time", "fails": "failed", "works": "done", "late": "out of time"}
+    assert time.perf_counter() - began < 40
+    wrong = {"hangs": "out of time", "deaf": "out of time", "fails": "failed", "writes and fails": "failed"}
+    assert statuses(tmp_path) == wrong | {"works": "done", "late": "out of time"}
     assert (tmp_path / "late.json").exists() and "what it had by then is kept" in (tmp_path / "all.json").read_text()
     assert "no such card" in (tmp_path / "all.json").read_text()
+
+
+def test_what_is_out_of_time_is_interrupted_and_can_write_what_it_has(tmp_path):
+    program = "import json, sys, time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: open(sys.argv[1], 'w').write('{}')"
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    assert suite.suite([Part("one", f"{script} {{file}}", 2)], tmp_path, "all", again=False, seconds=60) == 1
+    assert statuses(tmp_path) == {"one": "out of time"} and (tmp_path / "one.json").read_text() == "{}"
+
+
+def test_what_went_wrong_is_tried_again_last(tmp_path, writes):
+    """Its file may be there, but hold half of a result."""
+    one, two = Part("one", writes, 60), Part("two", writes, 60)
+    failing = Part("one", writes.replace('" {file}', '; sys.exit(1)" {file}'), 60)
+    suite.suite([failing], tmp_path, "all", again=False, seconds=60)
+    assert statuses(tmp_path) == {"one": "failed"} and (tmp_path / "one.json").exists()
+    suite.suite([one, two], tmp_path, "all", again=False, seconds=suite.LEAST_S - 1)
+    assert statuses(tmp_path) == {"one": "failed", "two": "not run"}
+    suite.suite([one, two], tmp_path, "all", again=False, seconds=60)
+    rows = json.loads((tmp_path / "all.json").read_text())["parts"]
+    assert statuses(tmp_path) == {"one": "done", "two": "done"}
+    assert {row["name"]: row["message"] for row in rows} == {"one": "", "two": ""}
+
+
+def test_a_suite_that_is_stopped_takes_its_part_along_and_goes_on(tmp_path):
+    """Stopped in the middle of a part: nothing of it runs on, and the next suite begins it anew."""
+    mark = tmp_path / "alive"
+    sleeper = tmp_path / "sleeper.py"
+    sleeper.write_text(f"import pathlib, time\nwhile True: pathlib.Path({str(mark)!r}).touch(); time.sleep(0.05)")
+    program = (
+        "import pathlib, signal, sys\nfrom benchmarks import suite\n"
+        f"suite.LOGS = pathlib.Path({str(tmp_path / 'logs')!r})\n"
+        "suite.parts = lambda *_: [suite.Part('one', sys.argv.pop(), 60)]\nsys.exit(suite.main())"
+    )
+    command = [sys.executable, "-c", program, "--cpu", "--out", str(tmp_path), str(sleeper)]
+    process = subprocess.Popen(command, cwd=suite.ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.perf_counter() + 60
+    while not mark.exists() and time.perf_counter() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    mark.unlink()
+    time.sleep(0.3)
+    assert not mark.exists()
+    assert statuses(tmp_path, "suite-cpu") == {"one": "running"} and "running" in suite.WRONG
 
 
 def test_nothing_starts_when_the_time_is_up(tmp_path, writes):
@@ -87,16 +139,33 @@ def test_parts_are_all_there_and_the_most_valuable_first():
     assert [part.name for part in suite.parts("h100", small=True)] == names
 
 
+def test_every_card_of_the_classic_table_is_done_for_2b():
+    commands = {part.name: part.arguments for part in suite.parts("h100", small=False)}
+    assert {cards.get(name) for name in suite.CARDS} == set(cards.CLASSIC)
+    for name, memory in suite.CARDS.items():
+        assert cards.get(name).label_gb == memory
+        command = commands[f"throughput-2b-h100-{memory}gb-{suite.slug(name)}"]
+        assert f"--card '{name}'" in command and "--steps 20" in command
+
+
+def test_only_files_with_tests_for_a_gpu_are_read():
+    files = suite.gpu_tests()
+    assert "tests/kernels/test_gpu_attention.py" in files and "tests/benchmarks/test_render.py" not in files
+
+
 def test_correctness_counts_tests(tmp_path, validate):
     (tmp_path / "test_it.py").write_text(
         "import pytest\ndef test_good(): pass\ndef test_bad(): assert 0\n@pytest.mark.skip\ndef test_skipped(): pass\n"
     )
+    (tmp_path / "test_crash.py").write_text("import os\ndef test_crash(): os._exit(1)\n")
     file = tmp_path / "out.json"
-    assert suite.correctness(["-p", "no:cacheprovider", str(tmp_path / "test_it.py")], file) == 1
+    tests = [str(tmp_path / name) for name in ("test_it.py", "test_crash.py")]
+    assert suite.correctness(["-p", "no:cacheprovider", *tests], file) == 1
     payload = json.loads(file.read_text())
     validate(payload, "correctness")
-    assert (payload["passed"], payload["failed"], payload["skipped"]) == (1, 1, 1)
-    assert payload["failures"][0].endswith("test_bad")
+    assert (payload["passed"], payload["failed"], payload["skipped"], payload["unfinished"]) == (1, 2, 1, [])
+    assert any(name.endswith("test_bad") for name in payload["failures"])
+    assert f"{tests[1]}: its process ended without a report" in payload["failures"]
 
 
 def test_without_a_gpu_it_says_what_to_do(capsys):

@@ -119,7 +119,8 @@ def test_a_comparison_from_the_command_line(tmp_path, capsys, validate):
     validate(payload, "throughput")
     assert payload["results"]["transformers-liger"] == "not run: Liger-Kernel needs a GPU"
     assert payload["results"]["pilesmith"]["steps"] == payload["results"]["classic"]["steps"] == 3
-    assert payload["results"]["pilesmith"]["last_loss"] < payload["results"]["pilesmith"]["first_loss"]
+    losses = payload["results"]["pilesmith"]["losses"]
+    assert len(losses) == 1 + 1 + 3 and losses == sorted(losses, reverse=True)
     assert payload["config"]["optimizer"]["micro_batch_size"] == 4 and payload["gpu_memory_bytes"] > 20 * 2**30
     assert "ours is" in capsys.readouterr().out
 
@@ -149,10 +150,11 @@ def test_mistakes_are_said(flags, message, capsys):
 
 
 def test_summary():
-    measured = Measured(tiny(), None, 5.0, 7, steps=[(2.0, 4.0), (1.0, 3.0), (4.0, 2.0)], energy_j=30.0)
+    measured = Measured(tiny(), None, [6.0, 5.0], 7, steps=[(2.0, 4.0), (1.0, 3.0), (4.0, 2.0)], energy_j=30.0)
     measured.saw(10, 20)
     measured.saw(8, 30)
     row = summarise(measured, peak_flops_s=640.0, flops=10)
     assert row["tokens_per_s"] == 32.0 and row["mfu"] == 0.5 and row["tokens_per_j"] == pytest.approx(6.4)
-    assert (row["peak_bytes"], row["reserved_bytes"], row["step_bytes"], row["last_loss"]) == (10, 30, 7, 2.0)
+    assert (row["peak_bytes"], row["reserved_bytes"], row["step_bytes"]) == (10, 30, 7)
+    assert row["losses"] == [6.0, 5.0, 4.0, 3.0, 2.0] and row["micro_batch_size"] == 4
     assert row["step_s_quartiles"] == [1.5, 2.0, 3.0]
