@@ -284,6 +284,34 @@ def quality(results: Results, base: str) -> str:
     return "\n\n".join(parts) if parts else nothing("python benchmarks/optimizer_quality.py")
 
 
+def miniature(results: Results, base: str) -> str:
+    """Each card's plan, at full size by the formulas and the tracker, and trained in miniature inside a limit."""
+    parts = []
+    for name, result in of_kind(results, "miniature").items():
+        rows = []
+        for row in result["rows"]:
+            whole, small, losses = row["full_size"], row["miniature"], row["miniature"]["losses"]
+            tracked = whole["predicted_of_tracked_bytes"] / whole["tracked_bytes"] - 1
+            trained = small["status"] == "trained"
+            rows.append(
+                [
+                    f"{row['card']}, {row['memory_bytes'] / 2**30:.1f} GiB",
+                    f"{row['plan']['name']}, {row['plan']['dtype']}",
+                    f"{whole['card_bytes'] / 2**30:.2f} GiB",
+                    f"{tracked:+.1%}",
+                    mib(small["limit_bytes"]),
+                    mib(small["predicted_bytes"]),
+                    mib(small["peak_bytes"]) if trained else small["status"],
+                    f"{losses[0]:.2f} to {losses[-1]:.2f}" if trained else "",
+                    "fits" if row["plain"] == "trained" else row["plain"],
+                ]
+            )
+        header = ["card", "plan", "planned on the card", "planned against tracked", "limit of the miniature"]
+        header += ["predicted", "measured", f"loss in {result['settings']['steps']} steps", "plain fp32, same limit"]
+        parts += [source(name, result, base), table(header, rows)]
+    return "\n\n".join(parts) if parts else nothing("python benchmarks/miniature.py")
+
+
 def compiled(results: Results, base: str) -> str:
     """For each chip how many of our kernels' configurations compile, fit and do not spill."""
     parts = []
@@ -353,6 +381,7 @@ PLACES: dict[str, Place] = {
     "tokenizer": tokenizer,
     "prepare": prepare,
     "quality": quality,
+    "miniature": miniature,
     "compiled": compiled,
     "scaling": scaling,
     "paper": paper,
