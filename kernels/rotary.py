@@ -41,10 +41,13 @@ def _rotate_torch(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, n_head: int,
         out.copy_(x)
     x1, x2 = out.unflatten(2, (-1, head_dim))[:, :, :n_head].chunk(2, -1)
     cos, sin = cos[:, None], sin[:, None]  # (T, 1, D / 2)
-    y1 = (x1 * cos).sub_(x2 * sin)  # fp32 where x is shorter
-    y2 = (x2 * cos).add_(x1 * sin)
-    x1.copy_(y1)
-    x2.copy_(y2)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y1, y2 = x1.to(wide), x2.to(wide)  # x1 and x2 themselves where they are wide
+    turned = (y1 * cos).addcmul_(y2, sin, value=-1)
+    y2.mul_(cos).addcmul_(y1, sin)
+    x1.copy_(turned)
+    if y2 is not x2:
+        x2.copy_(y2)
 
 
 @triton.jit

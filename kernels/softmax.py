@@ -33,6 +33,11 @@ def _softmax_torch(x: Tensor, causal: bool, temperature: float) -> Tensor:
         queries, keys = x.shape[-2:]
         hidden = torch.ones(queries, keys, dtype=torch.bool, device=x.device).triu(keys - queries + 1)
         scores = scores.masked_fill(hidden, float("-inf"))
+    if x.is_cpu and not torch.compiler.is_compiling():
+        p = torch.softmax(scores, -1)
+        # One look at a column instead of three more passes, which take four times as long as the softmax.
+        if not p[..., :1].isnan().any():
+            return p.to(x.dtype)
     empty = scores.amax(-1, keepdim=True) == float("-inf")
     # A finite stand-in keeps NaN out of the backward pass as well as out of the forward.
     return torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0).to(x.dtype)

@@ -80,6 +80,16 @@ def test_rows_of_minus_infinity_are_zero(path, width, kernel_path):
     assert (grad[1] == 0).all() and torch.isfinite(grad).all()
 
 
+def test_not_a_number_is_not_hidden(kernel_path):
+    """Only rows of -inf become 0: one that holds NaN is NaN, whichever way the empty ones are looked for."""
+    x = torch.randn(3, 8)
+    x[0, 5], x[2] = float("nan"), float("-inf")
+    with kernel_path("torch"):
+        for rows in (x, x[:2]):
+            p = softmax(rows)
+            assert p[0].isnan().all() and torch.equal(p[1], torch.softmax(x[1], -1)) and (p[2:] == 0).all()
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_large_scores_and_strides(path, kernel_path):
     x = torch.randn(6, 80)[:, ::2] * 1e4
