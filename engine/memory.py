@@ -86,23 +86,21 @@ class Plan:
 
     @property
     def name(self) -> str:
-        kind, layers = self.recompute.kind, self.recompute.layers
-        added = {
-            "none": "",
-            "blocks": "recompute" if layers == self.model.n_layer else f"recompute-{layers}-of-{self.model.n_layer}",
-            "selective": "recompute-all-but-attention",
-            "offloaded": "recompute-from-host-memory",
-        }[kind]
-        return self.method.name + (f"+{added}" if added else "")
+        kind, layers, n = self.recompute.kind, self.recompute.layers, self.model.n_layer
+        if kind == "none":
+            return self.method.name
+        added = "" if kind == "blocks" else f"-{kind}"
+        return f"{self.method.name}+recompute{added}" + (f"-{layers}-of-{n}" if layers < n else "")
 
     @property
     def title(self) -> str:
         n = self.model.n_layer
+        blocks = f"{'all' if self.recompute.layers == n else self.recompute.layers} of {n} blocks recomputed"
         done = {
             "none": "nothing recomputed",
-            "blocks": f"{'all' if self.recompute.layers == n else self.recompute.layers} of {n} blocks recomputed",
-            "selective": "blocks recomputed but for attention",
-            "offloaded": "blocks recomputed from inputs kept in host memory",
+            "blocks": blocks,
+            "selective": f"{blocks} but for attention",
+            "offloaded": f"{blocks} from inputs kept in host memory",
         }[self.recompute.kind]
         return f"{self.method.title}; {done}"
 
@@ -135,13 +133,15 @@ def plan(
     micro_batch_size: int | None = None,
     batch_tokens: int = 524_288,
     dtype: str | None = None,
+    recomputed_blocks: int | None = None,
     gpus_per_machine: int = GPUS_PER_MACHINE,
     network_bytes_s: float = NETWORK_BYTES_S,
 ) -> list[Plan]:
     """Return a plan for each method and way of recomputing, with its best micro-batch, best plan first.
 
     host_memory: bytes of one machine. block_size: other than the model's. micro_batch_size: this one rather than the
-    best. dtype: other than the card's best. ConfigError where batch_tokens does not divide into sequences and cards.
+    best. dtype: other than the card's best. recomputed_blocks: this number, where any are. ConfigError where
+    batch_tokens does not divide into sequences and cards.
     """
     if block_size:
         model = replace(model, block_size=block_size)
@@ -175,17 +175,16 @@ def plan(
             gpus_per_machine=gpus_per_machine, network_bytes_s=network_bytes_s, **common,
         )  # fmt: skip
         tokens = size * grad_accum * gpus * model.block_size
-        known = recompute.kind in ("none", "blocks")
         return Plan(
             card=card, model=model, method=method, recompute=recompute, processes=processes, grad_accum=grad_accum,
             batch_tokens=tokens, keeps_batch=tokens == batch_tokens, footprint=footprint, time=time,
             card_limit=int(card.memory_bytes * (1 - CARD_RESERVE)), host_limit=host_memory - HOST_RESERVE_BYTES,
-            available=known and method.available, **common,
+            available=method.available, **common,
         )  # fmt: skip
 
     plans = []
     for method in METHODS:
-        for options in _ways_to_recompute(model.n_layer):
+        for options in _ways_to_recompute(model.n_layer, recomputed_blocks):
             made = [_first_that_fits(options, lambda recompute: make(method, recompute, size)) for size in sizes]
             fitting = [p for p in made if p.fits]
             plans.append(max(fitting, key=_merit) if fitting else min(made, key=lambda p: p.footprint.card_bytes))
@@ -197,19 +196,20 @@ def best_dtype(card: Card) -> str:
     return "bf16" if card.bf16_flops else "fp16"
 
 
-def _ways_to_recompute(n_layer: int) -> Iterator[list[Recompute]]:
+def _ways_to_recompute(n_layer: int, asked: int | None) -> Iterator[list[Recompute]]:
     """Groups of alternatives, the fastest of each first."""
     yield [Recompute()]
-    yield [Recompute("blocks", n_layer)]
-    if n_layer > 1:
-        yield [Recompute("blocks", layers) for layers in range(1, n_layer)]
-    yield [Recompute("selective", n_layer)]
-    yield [Recompute("offloaded", n_layer)]
+    for kind in ("blocks", "selective", "offloaded"):
+        yield [Recompute(kind, asked or n_layer)]
+        if n_layer > 1 and not asked:
+            yield [Recompute(kind, layers) for layers in range(1, n_layer)]
 
 
 def _first_that_fits(options: list[Recompute], make: Callable[[Recompute], Plan]) -> Plan:
     """Return the plan of the first option that fits, found by halving: each takes less than the one before it."""
     first, last = 0, len(options) - 1
+    if not (least := make(options[last])).fits:
+        return least
     while first < last:
         middle = (first + last) // 2
         first, last = (first, middle) if make(options[middle]).fits else (middle + 1, last)

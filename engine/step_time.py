@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from engine.cards import Card
 from engine.config import ModelConfig
-from engine.footprint import ITEMSIZE, Elements, Method, Recompute, itemsizes
+from engine.footprint import INPUTS_ON_CARD, ITEMSIZE, Elements, Method, Recompute, itemsizes
 from kernels.dispatch import CHIPS, Chip
 
 # Share of the peak that large matrix products reach, by compile target, and by name for cards held back by power.
@@ -46,6 +46,7 @@ FORWARD_OPS, BACKWARD_OPS = 14, 30  # of a block, counted in a trace of engine/m
 # How often a block's memory-bound ops read or write a number for each of n_embd, a token.
 FORWARD_TRAFFIC = 2 + 4 + 4 + 8 + 3  # norm; rotary of queries and keys; sum and norm; activation; sum
 BACKWARD_TRAFFIC = 2 * FORWARD_TRAFFIC
+REPEATED_MATMUL = 2 / 3  # of a block: all that the backward pass needs is there before the MLP's last product
 UNFUSED = 1.6  # assumed: how much more PyTorch's own ops move than our kernels
 LOGITS_TRAFFIC = {True: 6, False: 20}  # passes over the logits in bytes an element of 2: fused in Triton or not
 
@@ -110,7 +111,7 @@ def step_time(
         + LOGITS_TRAFFIC[chip.triton] * tokens * V * a / 2 / bandwidth
         + sizes.total * (a + 3 * w + casting) / bandwidth
     )
-    again = dict(forward)
+    again = forward | {"matmul": forward["matmul"] * REPEATED_MATMUL}
     if recompute.kind == "selective":
         again["attention"] = 0.0
     recomputed = recompute.layers * sum(again.values())
@@ -120,7 +121,7 @@ def step_time(
 
     micro_transfer, step_transfer, host_adam = _host(method, sizes, dtype, card, gpus, gpus_per_machine)
     if recompute.kind == "offloaded":
-        inputs = recompute.layers * tokens * C * a / (card.pcie_bytes_s * LINK_SHARE)
+        inputs = max(0, recompute.layers - INPUTS_ON_CARD) * tokens * C * a / (card.pcie_bytes_s * LINK_SHARE)
         micro_transfer += max(0.0, inputs - device / 3)  # out during the forward pass, back during the longer backward
     link = card.link_bytes_s * LINK_SHARE
     if gpus > gpus_per_machine:

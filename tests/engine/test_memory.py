@@ -77,7 +77,23 @@ def test_there_is_a_plan_for_each_method_and_way_of_recomputing(classic):
     assert names == {(m.name, kind) for m in METHODS for kind in ("none", "blocks", "selective", "offloaded")}
     partial = [p for p in classic["RTX 3090"] if 0 < p.recompute.layers < 24]
     assert {p.method.name for p in partial} == {m.name for m in METHODS}
-    assert all(p.recompute.kind == "blocks" and p.available == p.method.available for p in partial)
+    assert {p.recompute.kind for p in partial} == {"blocks", "selective", "offloaded"}
+    assert all(p.available == p.method.available for p in partial)
+    asked = plan(TWO_B, get("RTX 3090"), HOST, recomputed_blocks=7)
+    assert {p.recompute.layers for p in asked} == {0, 7}
+
+
+def test_what_is_kept_of_recomputed_blocks_trades_time_for_memory():
+    """On a card with room, at one micro-batch: keeping attention is faster and larger, host memory smaller and no faster."""
+    plans = plan(TWO_B, get("RTX 4090"), HOST, micro_batch_size=4)
+    whole = {p.recompute.kind: p for p in plans if p.method.name == "stochastic" and p.recompute.layers == 24}
+    assert whole["selective"].tokens_per_s > whole["blocks"].tokens_per_s >= whole["offloaded"].tokens_per_s
+    held = [whole[kind].footprint.card_bytes for kind in ("selective", "blocks", "offloaded")]
+    assert held == sorted(held, reverse=True)
+    inputs = 4 * TWO_B.block_size * TWO_B.n_embd * 2
+    assert whole["blocks"].footprint.card["saved_activations"] - whole["offloaded"].footprint.card["saved_activations"] == 22 * inputs
+    assert 22 * inputs <= whole["offloaded"].footprint.host["saved_activations"] < 2 * 22 * inputs
+    assert len({p.name for p in plans}) == len({p.title for p in plans}) == len(plans)
 
 
 def test_a_partly_recomputed_plan_recomputes_as_little_as_fits():
