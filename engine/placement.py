@@ -73,7 +73,8 @@ def _plan(config: Config, device: torch.device, dtype: torch.dtype, world_size: 
     if other:
         card = replace(other, memory_bytes=min(other.memory_bytes, card.memory_bytes))
     options = {"gpus": world_size, "batch_tokens": config.optimizer.batch_tokens, "dtype": _DTYPE_NAMES[dtype]}
-    plans = plan(config.model, card, host, micro_batch_size=config.optimizer.micro_batch_size or None, **options)
+    given = {"micro_batch_size": config.optimizer.micro_batch_size or None, "recomputed_blocks": config.strategy.recomputed_blocks}
+    plans = plan(config.model, card, host, **options, **given)
     chosen = choose(allowed(config, plans))
     if chosen is None:
         found = nearest(config.model, card, host, **options)
@@ -85,6 +86,8 @@ def _plan(config: Config, device: torch.device, dtype: torch.dtype, world_size: 
 def allowed(config: Config, plans: list[Plan]) -> list[Plan]:
     """Return the plans that contradict nothing that a person has set."""
     asked = {key: value for key, value in asdict(config.strategy).items() if value not in _OPEN}
+    if config.strategy.compile:  # which offloaded inputs cannot be
+        plans = [p for p in plans if p.recompute.kind != "offloaded"]
     return [p for p in plans if all(asked.get(key, value) == value for key, value in p.settings["strategy"].items())]
 
 

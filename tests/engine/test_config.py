@@ -75,6 +75,21 @@ def test_switches(line, value):
     assert flags(line).strategy.compile is value
 
 
+@pytest.mark.parametrize(
+    "line, value",
+    [("", "auto"), ("--activation_checkpointing", "blocks"), ("--activation_checkpointing True", "blocks"),
+     ("--activation_checkpointing=off", "none"), ("--activation_checkpointing selective", "selective"),
+     ("--activation_checkpointing --seed 3", "blocks"), ("--activation_checkpointing auto", "auto")],
+)  # fmt: skip
+def test_a_switch_that_has_become_a_choice(line, value):
+    assert flags(line).strategy.activation_checkpointing == value
+
+
+@pytest.mark.parametrize("saved, value", [(None, "auto"), (True, "blocks"), (False, "none"), ("offloaded", "offloaded")])
+def test_configurations_saved_when_it_was_a_switch(saved, value):
+    assert from_dict({"strategy": {"activation_checkpointing": saved}}).strategy.activation_checkpointing == value
+
+
 @pytest.mark.parametrize("text, value", [("1000", 1000), ("1_000", 1000), ("1e3", 1000), ("1000.0", 1000)])
 def test_whole_numbers(text, value):
     steps = flags(f"--max_steps {text}").optimizer.max_steps
@@ -99,6 +114,8 @@ def test_whole_numbers(text, value):
         ("--lr", "--lr: expected one argument"),
         ("--lr nan", "lr must be positive, got nan"),
         ("--compile maybe", "compile must be true or false, got 'maybe'"),
+        ("--activation_checkpointing selectiv", "must be one of auto, none, blocks, selective, offloaded; got 'selectiv'"),
+        ("--compile --activation_checkpointing offloaded", "offloaded cannot be compiled"),
         ("--schedule cosin", "schedule must be one of cosine, wsd, step; got 'cosin'; did you mean 'cosine'?"),
         ("--dtype float16", "dtype must be one of auto, fp32, bf16, fp16; got 'float16'"),
         ("--n_layer 0", "n_layer must be positive, got 0"),

@@ -54,6 +54,10 @@ def test_a_card_gets_the_plan_that_fits(on_card):
         ("--offload=optimizer", "offload", "optimizer"),
         ("--weights=stochastic", "weights", "stochastic"),
         ("--activation_checkpointing=true", "activation_checkpointing", "blocks"),
+        ("--activation_checkpointing=selective", "activation_checkpointing", "selective"),
+        ("--activation_checkpointing=offloaded", "activation_checkpointing", "offloaded"),
+        ("--activation_checkpointing=none", "activation_checkpointing", "none"),
+        ("--recomputed_blocks=7", "recomputed_blocks", 7),
     ],
 )
 def test_what_a_person_set_is_kept(on_card, flag, field, value):
@@ -68,6 +72,20 @@ def test_the_smallest_card_updates_inside_the_backward_pass_without_clipping(on_
     assert chosen.method.in_backward and config.strategy.optimizer_in_backward
     assert grad_accum == 1 and config.optimizer.grad_clip == 0
     assert config.optimizer.batch_tokens == config.optimizer.micro_batch_size * 2048
+
+
+def test_a_compiled_model_is_not_given_what_cannot_be_compiled(on_card):
+    on_card("rtx3080", 64)
+    assert settled("--preset=2b")[2].recompute.kind == "offloaded"
+    config, _, chosen = settled("--preset=2b", "--compile")
+    assert config.strategy.compile and chosen.recompute.kind in ("blocks", "selective")
+    with pytest.raises(ConfigError, match="offloaded cannot be compiled"):
+        settled("--preset=2b", "--compile", "--activation_checkpointing=offloaded")
+
+
+def test_a_number_of_recomputed_blocks_asks_for_recomputation():
+    assert settled("--preset=gpt2", "--recomputed_blocks=3", device=CPU)[0].strategy.activation_checkpointing == "blocks"
+    assert settled("--preset=gpt2", device=CPU)[0].strategy.activation_checkpointing == "none"
 
 
 def test_what_fits_nowhere_is_refused_with_what_would(on_card):
