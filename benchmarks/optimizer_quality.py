@@ -6,7 +6,8 @@
 
 Every run is `engine/train.py` itself on a CPU, at the lowest priority and on one thread, with a checkpoint every 200
 steps. Runs with the same seed begin with the same weights and see the same text in the same order, so formats are
-compared seed by seed. Results and a picture of the curves are written after each finished run.
+compared seed by seed. Results and a picture of the curves are written after each finished run. On several cores, start
+it once for each of `--models` with an `--out` of its own, and at the end with `--report` for all.
 """
 import argparse
 import os
@@ -17,7 +18,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.environment import RESULTS, environment, write_result
+from engine.data import TokenFile
 from engine.report import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -143,6 +147,13 @@ def summary(options: argparse.Namespace) -> dict[str, Any]:
     return models
 
 
+def unigram_loss(train_file: str, val_file: str) -> float:
+    """Return the loss of the validation text, in nats per token, where words are only as frequent as in training."""
+    train, val = (TokenFile(file).tokens for file in (train_file, val_file))
+    counts = np.bincount(train, minlength=int(val.max()) + 1) + 1
+    return float(-np.log(counts / counts.sum())[val].mean())
+
+
 def lines(models: dict[str, Any]) -> list[str]:
     """Return the summary as text, a line for each model and format."""
     text = []
@@ -214,6 +225,9 @@ def report(options: argparse.Namespace) -> None:
     models = summary(options)
     kept = ("steps", "batch_tokens", "eval_tokens", "seeds")
     settings = {name: getattr(options, name) for name in kept} | {"flags": {m: MODELS[m] for m in options.models}}
+    if all(Path(file).exists() for file in (options.train_file, options.val_file)):
+        settings["train_tokens"] = len(TokenFile(options.train_file))
+        settings["unigram_loss"] = unigram_loss(options.train_file, options.val_file)
     payload = {"benchmark": "optimizer_quality", "environment": environment(), "settings": settings, "models": models}
     write_result(Path(options.out), payload)
     draw(options, Path(options.out).with_suffix(".png"))

@@ -279,8 +279,12 @@ def quality(results: Results, base: str) -> str:
                 difference = "" if row["difference"] is None else f"{row['difference']:+.4f}"
                 rows.append([model, form, losses, difference, spread])
         header = ["model", "states", "validation loss, each seed", "against fp32", "spread of fp32's seeds"]
-        words = f"{result['settings']['steps']:,} steps of {result['settings']['batch_tokens']:,} tokens:"
-        parts += [source(name, result, base), words, table(header, rows)]
+        settings = result["settings"]
+        words = f"{settings['steps']:,} steps of {settings['batch_tokens']:,} tokens"
+        if "unigram_loss" in settings:
+            words += f"; the frequencies of words alone give a loss of {settings['unigram_loss']:.2f}"
+        picture = f"![Losses of compact optimizer states]({base}results/{name}.png)"
+        parts += [source(name, result, base), words + ":", table(header, rows), picture]
     return "\n\n".join(parts) if parts else nothing("python benchmarks/optimizer_quality.py")
 
 

@@ -74,6 +74,14 @@ def test_unfinished_runs_do_not_count(flags, tmp_path):
     assert result["formats"]["stochastic-int8"]["inside"] is None
 
 
+def test_what_is_learned_is_more_than_frequencies(flags, tmp_path):
+    """64 words as frequent as each other: log 64, whatever the order."""
+    options = quality.parse(flags)
+    quality.report(options)
+    settings = json.loads((tmp_path / "quality.json").read_text())["settings"]
+    assert settings["train_tokens"] == 4000 and settings["unigram_loss"] == pytest.approx(np.log(64), abs=0.02)
+
+
 def test_missing_data_is_said(flags, capsys):
     with pytest.raises(SystemExit):
         quality.main([*flags, "--train_file", "nowhere.bin"])
