@@ -8,9 +8,11 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine import checkpoint, train
 from engine.config import ModelConfig
 from engine.model import GPT
-from engine.strategy.activations import ATTENTION_OPS, ON_DEVICE, HostInputs, recompute_blocks
+from engine.report import read_metrics
+from engine.strategy.activations import ATTENTION_OPS, ON_DEVICE, HostInputs, in_words, recompute_blocks
 from kernels import dispatch
 
 KINDS = ("blocks", "selective", "offloaded")
@@ -282,3 +284,21 @@ def test_several_graphs_other_lengths_and_a_backward_pass_that_breaks_off(monkey
     before = inputs.host_bytes
     both(lambda each: step(each, tokens_of())[:2])
     assert not inputs.lost and inputs.host_bytes == before
+
+
+def test_runs_recompute_in_every_way_and_go_on_in_another(tiny_flags, tmp_path, capsys):
+    def losses(run) -> dict[tuple[int, str], float]:
+        return {(r["step"], key): r[key] for r in read_metrics(tmp_path / run) for key in ("loss", "val_loss") if key in r}
+
+    flags = [*tiny_flags, "--n_layer=4", "--micro_batch_size=2"]
+    assert train.main([*flags, f"--run_dir={tmp_path}/none"]) == 0
+    capsys.readouterr()
+    for kind, count in (("blocks", 3), ("selective", 2), ("offloaded", 4)):
+        asked = [f"--run_dir={tmp_path}/{kind}", f"--activation_checkpointing={kind}", f"--recomputed_blocks={count}"]
+        assert train.main([*flags, *asked]) == 0
+        assert losses(kind) == losses("none")
+        assert in_words(kind, count) in capsys.readouterr().out
+    begun = str(checkpoint.checkpoints(tmp_path / "selective")[0])
+    again = ["--resume", begun, f"--run_dir={tmp_path}/again", "--activation_checkpointing=offloaded"]
+    assert train.main(again) == 0
+    assert losses("again") == {key: loss for key, loss in losses("none").items() if key[0] > 4}

@@ -47,11 +47,10 @@ def test_learns_and_leaves_a_record(tiny_flags, tmp_path, capsys):
     assert "device: cpu" in printed and "kernels: torch" in printed and "tokens/s" in printed and "left" in printed
 
 
-@pytest.mark.parametrize("change", ["--micro_batch_size=2", "--activation_checkpointing=true", "--activation_checkpointing=true --recomputed_blocks=1"])
-def test_accumulation_and_recomputation_change_nothing(tiny_flags, tmp_path, change):
+def test_accumulation_changes_nothing(tiny_flags, tmp_path):
     flags = [*tiny_flags, "--n_layer=2"]
     assert train.main([*flags, f"--run_dir={tmp_path}/plain"]) == 0
-    assert train.main([*flags, f"--run_dir={tmp_path}/changed", *change.split()]) == 0
+    assert train.main([*flags, f"--run_dir={tmp_path}/changed", "--micro_batch_size=2"]) == 0
     plain, changed = losses(tmp_path / "plain"), losses(tmp_path / "changed")
     assert changed == pytest.approx(plain, abs=5e-6)
 

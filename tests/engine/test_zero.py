@@ -9,6 +9,7 @@ from engine import checkpoint
 from engine.report import read_metrics
 
 pytest.importorskip("deepspeed")
+DEPTH = "--n_layer=4"  # inputs of the last two blocks would not be offloaded
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
@@ -26,7 +27,7 @@ def finish(process) -> str:
 def single(tiny_flags, start, tmp_path):
     """The run directory of a single resident process."""
     run = tmp_path / "single"
-    finish(start("engine/train.py", *tiny_flags, "--micro_batch_size=2", f"--run_dir={run}"))
+    finish(start("engine/train.py", *tiny_flags, DEPTH, "--micro_batch_size=2", f"--run_dir={run}"))
     return run
 
 
@@ -40,9 +41,10 @@ def cut_back(run: Path, to: Path) -> Path:
 
 def test_stages_agree_with_one_process_and_checkpoints_pass_between_them(single, tiny_flags, start, tmp_path):
     reference = losses(single)
-    for stage, extra in ((1, ["--offload=optimizer"]), (2, []), (3, ["--activation_checkpointing=true"])):
+    ways = {1: ["--offload=optimizer", "--activation_checkpointing=selective"], 2: ["--activation_checkpointing=blocks"]}
+    for stage, extra in (ways | {3: ["--activation_checkpointing=offloaded"]}).items():
         run = tmp_path / f"stage{stage}"
-        output = finish(start(*TORCHRUN, "engine/train.py", *tiny_flags, "--micro_batch_size=2", f"--run_dir={run}", f"--zero_stage={stage}", *extra))
+        output = finish(start(*TORCHRUN, "engine/train.py", *tiny_flags, DEPTH, "--micro_batch_size=2", f"--run_dir={run}", f"--zero_stage={stage}", *extra))
         assert f"ZeRO stage {stage}" in output and "2 processes" in output
         assert losses(run) == pytest.approx(reference, rel=2e-5), f"stage {stage}"
         assert (run / "deepspeed.json").exists()
