@@ -8,9 +8,19 @@ from typing import Any
 
 import torch
 
+from engine.config import require
 from engine.device import peak_memory
+from kernels import dispatch
 
 _STATUS = Path("/proc/self/status")
+
+
+def kernels_in_use(device: torch.device) -> dict[str, str]:
+    """Return op -> backend. ConfigError where it is Triton's interpreter, whose times mean nothing."""
+    decided = {op: backend for op, backend, _ in dispatch.decisions(device)}
+    interpreted = dispatch.interpreting() and "triton" in decided.values()
+    require(not interpreted, "TRITON_INTERPRET=1 with Triton's kernels: the interpreter's times mean nothing; unset it")
+    return decided
 
 
 def limit_memory(device: torch.device, limit_bytes: int | None, context_counts: bool = False) -> None:

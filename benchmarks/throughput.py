@@ -21,6 +21,7 @@ import socket
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,7 @@ import torch
 
 from benchmarks.contenders import CONTENDERS, Step, Unsupported
 from benchmarks.environment import environment, write_result
-from benchmarks.meters import energy_j, forget_peak, limit_memory, peak_bytes, step_bytes
+from benchmarks.meters import energy_j, forget_peak, kernels_in_use, limit_memory, peak_bytes, step_bytes
 from engine import cards
 from engine.cards import Card
 from engine.config import Config, ConfigError, parse, require
@@ -76,13 +77,14 @@ class Job:
 class Measured:
     """What a job's first process told.
 
-    config: with the open choices made; plan: the planner's bytes by part, on a card; losses: of the steps before the
-    timed ones; steps: (seconds, loss) of each timed step; memory: `step_bytes`, `peak_bytes`, `reserved_bytes`;
+    config: with the open choices made; plan: the planner's bytes by part, on a card; kernels: op -> backend; losses: of
+    the steps before the timed ones; steps: (seconds, loss) of each timed step; memory: `step_bytes`, `peak_bytes`, `reserved_bytes`;
     energy_j: joules of all timed steps.
     """
 
     config: Config
     plan: dict[str, Any] | None
+    kernels: dict[str, str]
     losses: list[float]
     step_bytes: int = 0
     peak_bytes: int = 0
@@ -122,6 +124,7 @@ def measure(job: Job, rank: int, port: int, channel: Connection) -> None:
     dispatch.set_backend(job.config.strategy.kernels)
     dtype, _ = choose_dtype(job.config.strategy.dtype, device)
     try:
+        kernels = kernels_in_use(device)
         config, grad_accum, plan = settle(job.config, device, dtype, job.processes, job.card)
         if device.type == "cuda":
             limit_memory(device, job.gpu_memory, context_counts=True)
@@ -129,7 +132,7 @@ def measure(job: Job, rank: int, port: int, channel: Connection) -> None:
         step = CONTENDERS[job.contender](config, device, dtype, grad_accum, processes)
         forget_peak(device)
         losses = [step(batches).item() for _ in range(channel.recv())]
-        measured = Measured(config, plan and describe(plan), losses)
+        measured = Measured(config, plan and describe(plan), kernels, losses)
         measured.saw(**peak_bytes(device))  # the first step makes the moments: it may need more than any other
         measured.step_bytes = step_bytes(lambda: losses.append(step(batches).item()), device)
         channel.send(measured)
@@ -143,6 +146,9 @@ def measure(job: Job, rank: int, port: int, channel: Connection) -> None:
         channel.send(f"not run: {reason}")
     except torch.OutOfMemoryError as error:
         channel.send(OutOfMemory(str(error).splitlines()[0], config.optimizer.micro_batch_size))
+    except Exception as error:  # another's fault is a finding, and ends nobody else's measurement
+        traceback.print_exc()
+        channel.send(f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
     finally:
         processes.close()
 
@@ -222,7 +228,7 @@ class Running:
         try:
             answers = [channel.recv() for channel in self.channels]
         except (EOFError, ConnectionResetError):
-            return "failed: its process ended; the error is above"
+            return "failed: its process was ended"
         return next((a for a in answers if not isinstance(a, Measured)), answers[0])
 
     def end(self) -> None:
@@ -323,6 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
         "flops_per_token": flops,
         "peak_flops": peak,
         "plan": None,
+        "kernels": {},
         "results": {},
     }
     for contender, measured in compare(jobs, options.warmup, options.steps):
@@ -331,7 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             payload["results"][contender] = measured
         if contender == "pilesmith" and isinstance(measured, Measured):
-            payload |= {"config": measured.config.to_dict(), "plan": measured.plan}
+            payload |= {"config": measured.config.to_dict(), "plan": measured.plan, "kernels": measured.kernels}
         if options.out:  # after each: one that hangs does not take the others' figures with it
             write_result(options.out, payload)
     show(payload)

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import contenders, meters, throughput
 from benchmarks.contenders import CONTENDERS, Unsupported, fill_weights
 from benchmarks.throughput import Job, Measured, random_batches, summarise
-from engine.config import from_dict, merge, preset
+from engine.config import ConfigError, from_dict, merge, preset
 from engine.distributed import Processes
-from engine.model import GPT
+from engine.model import GPT, flops_per_token
 from engine.placement import settle
 
 CPU = torch.device("cpu")
@@ -100,6 +101,33 @@ def test_a_steps_memory_is_what_it_adds():
     assert meters.energy_j(CPU) is None
 
 
+def test_the_interpreter_is_never_timed(monkeypatch):
+    monkeypatch.setattr(meters.dispatch, "interpreting", lambda: True)
+    assert set(meters.kernels_in_use(CPU).values()) == {"torch"}  # it is set, but nothing runs in it
+    with meters.dispatch.use_backend("triton"), pytest.raises(ConfigError, match="times mean nothing"):
+        meters.kernels_in_use(CPU)
+
+
+@pytest.mark.parametrize("name", ["transformers", "pytorch", "classic"])
+@pytest.mark.parametrize("preset_name", ["gpt2", "2b"])
+def test_contenders_have_our_parameters_and_operations(name, preset_name):
+    """Within a hundredth: the classic's heads and output have a bias of their own, and its output is not tied."""
+    config = tiny(preset_name, n_embd=64)
+    if name == "classic" and config.model.positions != "learned":
+        return
+    ours = GPT.empty(config.model)
+    step = CONTENDERS[name](config, CPU, torch.float32, 1, Processes())
+    head = config.model.vocab_size * (config.model.n_embd + 1) if name == "classic" and config.model.tie_head else 0
+    n = sum(p.numel() for p in step.model.parameters()) - head
+    assert n == pytest.approx(ours.num_parameters(), rel=0.01)
+    batches = random_batches(config, config.optimizer.micro_batch_size, 1, seed=1)
+    with FlopCounterMode(display=False) as theirs:
+        step(batches)
+    tokens, products = batches[0].tokens.numel(), theirs.get_total_flops()
+    flops = tokens * flops_per_token(config.model, ours.num_parameters())
+    assert products == pytest.approx(flops, rel=0.1)
+
+
 def test_a_comparison_from_the_command_line(tmp_path, capsys, validate):
     file = tmp_path / "out.json"
     options = [
@@ -118,11 +146,20 @@ def test_a_comparison_from_the_command_line(tmp_path, capsys, validate):
     payload = json.loads(file.read_text())
     validate(payload, "throughput")
     assert payload["results"]["transformers-liger"] == "not run: Liger-Kernel needs a GPU"
+    assert payload["kernels"]["attention"] == "torch" and payload["card"] is None
     assert payload["results"]["pilesmith"]["steps"] == payload["results"]["classic"]["steps"] == 3
     losses = payload["results"]["pilesmith"]["losses"]
     assert len(losses) == 1 + 1 + 3 and losses == sorted(losses, reverse=True)
     assert payload["config"]["optimizer"]["micro_batch_size"] == 4 and payload["gpu_memory_bytes"] > 20 * 2**30
     assert "ours is" in capsys.readouterr().out
+
+
+def test_a_contender_that_cannot_compile_is_named_and_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    config = from_dict(merge(preset("gpt2"), TINY))
+    outcome = dict(throughput.compare({"it": Job("pytorch-compiled", config, threads=1)}, warmup=1, steps=1))["it"]
+    assert outcome.startswith("failed: InductorError: InvalidCxxCompiler: No working C++ compiler")
 
 
 @pytest.mark.slow  # DeepSpeed in two processes
@@ -150,7 +187,7 @@ def test_mistakes_are_said(flags, message, capsys):
 
 
 def test_summary():
-    measured = Measured(tiny(), None, [6.0, 5.0], 7, steps=[(2.0, 4.0), (1.0, 3.0), (4.0, 2.0)], energy_j=30.0)
+    measured = Measured(tiny(), None, {}, [6.0, 5.0], 7, steps=[(2.0, 4.0), (1.0, 3.0), (4.0, 2.0)], energy_j=30.0)
     measured.saw(10, 20)
     measured.saw(8, 30)
     row = summarise(measured, peak_flops_s=640.0, flops=10)
