@@ -84,6 +84,10 @@ class Report:
             parts += [f"{memory_bytes / 2**30:.2f} GiB", f"{duration(left)} left"]
             self.say(" | ".join(parts) + (" | skipped: not finite" if skipped else ""))
 
+    def memory(self, parts: dict[str, int]) -> None:
+        """Show what the first step of this run held, in bytes by part."""
+        self.say(f"memory: {human(sum(parts.values()), 'B')} at the peak of the first step: " + ", ".join(f"{part} {human(size, 'B')}" for part, size in parts.items()))
+
     def validation(self, step: int, loss: float, sample: str | None) -> None:
         self._write({"step": step, "val_loss": loss} | ({"sample": sample} if sample is not None else {}))
         self.say(f"step {step}: validation loss {loss:.4f}")

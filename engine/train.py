@@ -27,6 +27,7 @@ from engine.device import choose_device, choose_dtype, peak_memory
 from engine.distributed import Processes
 from engine.sampling import sample_text
 from engine.formats import WeightsError
+from engine.held_memory import by_part, gradient_bytes
 from engine.memory import Plan
 from engine.model import GPT, flops_per_token
 from engine.placement import explain, settle
@@ -157,7 +158,7 @@ def loop(run: Run, interrupt: Interrupt) -> int:
     """Train until max_steps, a signal, or too many steps in a row that were not finite; return the exit code."""
     config, strategy, progress, report = run.config, run.strategy, run.progress, run.report
     options = config.optimizer
-    saved = checkpoint.newest(config.run_dir)
+    saved, first = checkpoint.newest(config.run_dir), progress["step"] + 1
     steps = prefetch(run.data.step, progress["step"], options.max_steps, pin=run.device.type == "cuda")
     for batches in steps:
         began = time.perf_counter()
@@ -166,9 +167,10 @@ def loop(run: Run, interrupt: Interrupt) -> int:
         loss = strategy.forward_backward(batches)
         asked = torch.tensor(float(interrupt.asked), device=run.device)
         loss, asked = run.processes.mean(torch.stack([loss, asked]))  # all stop if one was asked to
+        step = progress["step"] + 1
+        gradients = gradient_bytes(strategy.parameters.values(), run.device) if step == first else 0
         result = strategy.step(loss)
 
-        step = progress["step"] + 1
         bad_steps = progress["bad_steps"] + 1 if result.skipped else 0
         progress |= {"step": step, "tokens": progress["tokens"] + options.batch_tokens, "bad_steps": bad_steps, "val_loss": None}
         stop, last = bool(asked > 0), step == options.max_steps
@@ -177,6 +179,8 @@ def loop(run: Run, interrupt: Interrupt) -> int:
                 step, loss=loss.item(), lr=lr, grad_norm=result.grad_norm, skipped=result.skipped,
                 step_s=time.perf_counter() - began, tokens=progress["tokens"], memory_bytes=peak_memory(run.device),
             )  # fmt: skip
+        if report and step == first:
+            report.memory(by_part(strategy.parameters.values(), run.device, gradients))
         if bad_steps == options.max_bad_steps:
             return diverged(config, report)
         validating, saving = due(step, config.report.eval_interval), due(step, config.report.save_interval)

@@ -24,9 +24,13 @@ class StepResult:
 
 
 class Strategy(Protocol):
-    """`module` is the model to call, for training, validation and samples; `describe` says how the step is run."""
+    """`module` is the model to call, for training, validation and samples; `parameters` are its own, by name.
+
+    `describe` says how the step is run.
+    """
 
     module: Callable[..., Tensor]
+    parameters: dict[str, Tensor]
 
     def describe(self) -> str: ...
 
