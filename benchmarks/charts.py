@@ -7,25 +7,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.chart_style import OTHERS, OURS, PARTS, log_rates, plain, readable_on
+from benchmarks.charts_of_tools import draw_plan, draw_suite, draw_tune, plan_data, suite_data, tune_data
 from benchmarks.reading import Results, cases, device_name, of_kind
 from engine import cards
 from engine.report import human
-
-OURS, OTHERS = "#08519c", ("#9ecae1", "#fdae6b", "#a1d99b", "#bcbddc", "#d9d9d9", "#fdd0a2")
-PARTS = (
-    "#08519c",
-    "#6baed6",
-    "#e6550d",
-    "#fdae6b",
-    "#31a354",
-    "#a1d99b",
-    "#756bb1",
-    "#bcbddc",
-    "#636363",
-    "#bdbdbd",
-    "#8c6d31",
-)
-
 
 MEMORY_COLOURS = {
     "weights and moments": "#bdbdbd", "embedding": "#fdd0a2", "norm": "#a1d99b", "attention": "#6baed6",
@@ -71,7 +57,7 @@ def draw_throughput(panels: Any) -> Figure:
             axes.set_xlim(0, 1.15 * max(values))
             axes.set_xlabel(unit)
             axes.invert_yaxis()
-            _plain(axes)
+            plain(axes)
         right.set_yticklabels([])
         left.set_title(panel["title"], loc="left", fontsize=10)
     return figure
@@ -97,7 +83,7 @@ def draw_models(rows: Any) -> Figure:
         axes.bar_label(bars, [human(speed) for _, speed in mine], padding=3, fontsize=8)
         axes.set_title(preset, loc="left", fontsize=10)
         axes.invert_yaxis()
-        _plain(axes)
+        plain(axes)
     axes.set_xlabel("tokens/s")
     return figure
 
@@ -140,7 +126,7 @@ def draw_attention(devices: Any) -> Figure:
             axes.set_xlabel("sequence length")
             axes.set_ylabel("TFLOPS, causal half counted")
             axes.set_title(f"{device['device']}: {title}", fontsize=9)
-            _plain(axes)
+            plain(axes)
         row[0].legend(fontsize=7, frameon=False)
     return figure
 
@@ -192,7 +178,7 @@ def draw_memory(rows: Any) -> Figure:
     axes.invert_yaxis()
     axes.set_xlabel("GiB of tensors at the fullest moment of a step, predicted by part")
     figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-    _plain(axes)
+    plain(axes)
     return figure
 
 
@@ -213,26 +199,32 @@ def draw_scaling(data: Any) -> Figure:
     """Measured tokens/s, and what the first point's FLOP/s would give, or its tokens/s times the processes."""
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axes = figure.subplots()
+    rates: list[float] = []
     for i, line in enumerate(data["lines"]):
         values, speeds, flops = zip(*line["points"])
         colour = (OURS, "#d94801", "#31a354")[i % 3]
         axes.plot(values, speeds, color=colour, marker="o", markersize=4, label=line["label"])
         if data["axis"] == "processes":
-            expected = [speeds[0] * n / values[0] for n in values]
+            expected, expectation = [speeds[0] * n / values[0] for n in values], "in proportion"
         else:
-            expected = [speeds[0] * flops[0] / f for f in flops]
+            expected, expectation = [speeds[0] * flops[0] / f for f in flops], "at the first point's FLOP/s"
         axes.plot(
             values,
             expected,
             color=colour,
             linestyle=":",
             linewidth=1,
-            label="at the first point's FLOP/s" if i == 0 else None,
+            label=expectation if i == 0 else None,
         )
+        rates += [*speeds, *expected]
     axes.set_xscale("log", base=2)
     axes.set_xticks(values, [str(v) for v in values])
     axes.minorticks_off()
-    _log_rates(axes)
+    if max(rates) < 4 * min(rates):  # a logarithmic scale would have hardly a number on it
+        axes.set_ylim(0, 1.15 * max(rates))
+        axes.yaxis.set_major_formatter(lambda value, _: human(value))
+    else:
+        log_rates(axes)
     axes.set_xlabel(
         {"length": "sequence length", "depth": "layers", "micro-batch": "sequences of a micro-batch"}.get(
             data["axis"], data["axis"]
@@ -240,7 +232,7 @@ def draw_scaling(data: Any) -> Figure:
     )
     axes.set_ylabel("tokens/s")
     axes.legend(fontsize=7, frameon=False)
-    _plain(axes)
+    plain(axes)
     return figure
 
 
@@ -269,12 +261,12 @@ def draw_paper(data: Any) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_xticks(gpus[::2], [str(n) for n in gpus[::2]])
     axes.minorticks_off()
-    _log_rates(axes)
+    log_rates(axes)
     axes.set_xlabel("cards")
     axes.set_ylabel("tokens/s (dotted: ideal)")
     axes.set_title(data["title"], fontsize=9)
     axes.legend(fontsize=8, frameon=False)
-    _plain(axes)
+    plain(axes)
     return figure
 
 
@@ -297,13 +289,14 @@ def draw_profile(rows: Any) -> Figure:
             share = 100 * shares.get(part, 0)
             axes.barh(y, share, left=left, color=PARTS[parts.index(part) % len(PARTS)], label=part if y == 0 else None)
             if share > 4:
-                axes.text(left + share / 2, y, f"{share:.0f}%", ha="center", va="center", color="white", fontsize=8)
+                ink = readable_on(PARTS[parts.index(part) % len(PARTS)])
+                axes.text(left + share / 2, y, f"{share:.0f}%", ha="center", va="center", color=ink, fontsize=9)
             left += share
     axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("% of a step's time")
     figure.legend(loc="outside lower center", ncols=6, fontsize=8, frameon=False)
-    _plain(axes)
+    plain(axes)
     return figure
 
 
@@ -340,22 +333,8 @@ def draw_timelines(rows: Any) -> Figure:
         axes.set_xlim(left=0)
         axes.set_title(f"{label}: memory of a step, by the part that asked for it", fontsize=10)
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        _plain(axes)
+        plain(axes)
     return figure
-
-
-def _log_rates(axes: Any) -> None:
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: human(value))
-    axes.yaxis.set_minor_formatter(lambda value, _: human(value) if f"{value:e}"[0] in "25" else "")
-    axes.tick_params(which="minor", labelsize=7)
-
-
-def _plain(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.2)
-    axes.set_axisbelow(True)
 
 
 CHARTS: dict[str, Chart] = {
@@ -363,6 +342,9 @@ CHARTS: dict[str, Chart] = {
     "models": Chart("Tokens a second by model, card and memory", models_data, draw_models),
     "attention": Chart("Attention: TFLOPS against the length", attention_data, draw_attention),
     "memory": Chart("Memory by part, predicted, and measured", memory_data, draw_memory),
+    "plan": Chart("What each card would do", plan_data, draw_plan),
+    "tune": Chart("Launch configurations, and what became of them", tune_data, draw_tune),
+    "suite": Chart("The suite's parts", suite_data, draw_suite),
     "profile": Chart("Where the time of a step goes", profile_data, draw_profile),
     "profile-memory": Chart("The memory of a step over time", timelines_data, draw_timelines),
     **{

@@ -19,7 +19,8 @@ def environment() -> dict[str, Any]:
     gpu = None
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        gpu = {"name": properties.name, "memory_bytes": properties.total_memory, "cuda": torch.version.cuda, "hip": torch.version.hip}
+        versions = {"cuda": torch.version.cuda, "hip": torch.version.hip}
+        gpu = {"name": properties.name, "memory_bytes": properties.total_memory} | versions
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -74,6 +74,14 @@ SECTIONS: list[tuple[str, str, str]] = [
     ("Compact optimizer states", "quality", "`python benchmarks/optimizer_quality.py`."),
     ("How the cost grows", "scaling", "`python benchmarks/scaling.py`."),
     ("More cards, predicted", "paper", "By the planner's formulas (`python tools/plan.py`), not measured."),
+    ("Plans", "plans", "`python benchmarks/plans.py`: predicted, for every card of the classic table."),
+    (
+        "Launch configurations",
+        "tune",
+        "`python tools/tune.py`, and without a GPU `--dry_run --chip cuda:86 --limit 15`. A candidate that is left has "
+        "compiled without spilling and fits; on a GPU it was right as well, and was timed.",
+    ),
+    ("The suite", "suite", "`python benchmarks/suite.py`, and without a GPU `--cpu`."),
     ("Tests on a GPU", "correctness", "`python benchmarks/suite.py`."),
 ]
 

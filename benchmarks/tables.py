@@ -22,6 +22,7 @@ from benchmarks.reading import (
     source,
     table,
 )  # fmt: skip
+from benchmarks.tables_of_tools import compiled, correctness, plans, suite, tune
 from engine.report import human
 
 Place = Callable[..., str]
@@ -41,6 +42,8 @@ def throughput_rows(result: dict[str, Any]) -> str:
     limit = f", at most {result['gpu_memory_bytes'] / 2**30:.3g} GiB" if result["gpu_memory_bytes"] and gpu else ""
     shape = f"`{config['preset']}`, {human(result['n_parameters'])} parameters, {result['dtype']}"
     shape += f", {config['optimizer']['batch_tokens']:,} tokens a step"
+    if result.get("card"):
+        limit = f", as {result['card']}{limit}"
     if not gpu:
         shape += f", {result['threads']} thread{'s' * (result['threads'] > 1)}"
     if result["processes"] > 1:
@@ -75,14 +78,22 @@ def memory(results: Results, base: str) -> str:
         if not plan:
             continue
         limit = f"{result['gpu_memory_bytes'] / 2**30:.3g} GiB" if result["gpu_memory_bytes"] else "all"
+        if result.get("card"):
+            limit += f", as {result['card']}"
         measured = isinstance(ours, dict)
         rows.append([
             f"`{result['config']['preset']}`", device_name(result), limit, plan["name"], mib(plan["allocated_bytes"]),
             mib(ours["peak_bytes"]) if measured else ours, f"{ours['tokens_per_s']:,.0f}" if measured else "",
-            f"[{name}.json]({base}results/{name}.json)",
+            _fall(ours) if measured else "", f"[{name}.json]({base}results/{name}.json)",
         ])  # fmt: skip
-    header = ["model", "card", "memory it may use", "plan", "predicted", "measured", "tokens/s", "file"]
+    header = ["model", "card", "memory it may use", "plan", "predicted", "measured", "tokens/s", "loss", "file"]
     return table(header, rows) if rows else nothing("python benchmarks/suite.py")
+
+
+def _fall(row: dict[str, Any]) -> str:
+    """The first and the last loss, and over how many steps."""
+    losses = row.get("losses", [])
+    return f"{losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps" if losses else ""
 
 
 FILE_OPS = ("batches", "open", "checkpoint")
@@ -316,53 +327,6 @@ def miniature(results: Results, base: str) -> str:
     return "\n\n".join(parts) if parts else nothing("python benchmarks/miniature.py")
 
 
-def compiled(results: Results, base: str) -> str:
-    """For each chip how many of our kernels' configurations compile, fit and do not spill."""
-    parts = []
-    for name, result in of_kind(results, "compiled_kernels").items():
-        chips: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for row in result["rows"]:
-            chips[row["target"]].append(row)
-        rows = []
-        for target, found in chips.items():
-            fits = [r for r in found if not r["error"] and r["shared_bytes"] <= r["shared_limit_bytes"]]
-            spilling = sum(bool(r["stack_bytes"] or r["spills"]) for r in fits)
-            most, limit = max(r["shared_bytes"] for r in found) / 1024, found[0]["shared_limit_bytes"] / 1024
-            rows.append(
-                [
-                    target,
-                    f"{len(found)}",
-                    f"{len(fits)}",
-                    f"{spilling}",
-                    f"{most:.0f} of {limit:.0f}",
-                    f"{max(r['registers'] for r in found)}",
-                ]
-            )
-        header = ["chip", "configurations", "compile and fit", "spill", "shared memory, most, KiB", "registers, most"]
-        parts += [source(name, result, base) + f"; [each of them]({base}results/{name}.md)", table(header, rows)]
-    return "\n\n".join(parts) if parts else nothing("python tools/compile_kernels.py")
-
-
-def correctness(results: Results, base: str) -> str:
-    found = of_kind(results, "correctness")
-    rows = [
-        [
-            device_name(r),
-            f"{r['passed']:,}",
-            f"{r['failed']:,}",
-            f"{r['skipped']:,}",
-            f"`{r['command']}`",
-            f"[{name}.json]({base}results/{name}.json)",
-        ]
-        for name, r in found.items()
-    ]
-    return (
-        table(["device", "passed", "failed", "skipped", "command", "file"], rows)
-        if rows
-        else nothing("python benchmarks/suite.py")
-    )
-
-
 def value(results: Results, base: str, name: str, path: str, form: str = "") -> str:
     """A single figure: the number at `path`, its keys parted by dots, in a file; `form` as format() takes it."""
     return format(_at(results, name, path), form)
@@ -391,6 +355,9 @@ PLACES: dict[str, Place] = {
     "paper": paper,
     "profile": profile,
     "correctness": correctness,
+    "tune": tune,
+    "suite": suite,
+    "plans": plans,
     "value": value,
     "ratio": ratio,
 }

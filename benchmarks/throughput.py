@@ -78,8 +78,8 @@ class Measured:
     """What a job's first process told.
 
     config: with the open choices made; plan: the planner's bytes by part, on a card; kernels: op -> backend; losses: of
-    the steps before the timed ones; steps: (seconds, loss) of each timed step; memory: `step_bytes`, `peak_bytes`, `reserved_bytes`;
-    energy_j: joules of all timed steps.
+    the steps before the timed ones; steps: (seconds, loss) of each timed step; memory: `step_bytes`, `peak_bytes`,
+    `reserved_bytes`; energy_j: joules of all timed steps.
     """
 
     config: Config
@@ -273,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--gpu_memory", help="use no more of the GPU than this, such as 24GB, or than this card has, such as rtx3090"
     )
-    parser.add_argument("--card", help="do as this card would, such as v100: its memory, number format, kernels and plan")
+    parser.add_argument("--card", help="do as this one would, such as v100: its memory, number format, kernels and plan")
     parser.add_argument("--processes", type=int, default=1, help="processes that share our batch, one for each GPU [1]")
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     parser.add_argument(

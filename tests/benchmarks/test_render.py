@@ -120,6 +120,9 @@ def test_without_results_the_command_is_named():
         "prepare",
         "quality",
         "compiled",
+        "tune",
+        "suite",
+        "plans",
     ):
         assert tables.PLACES[place]({}, "").startswith("Not measured yet: `")
     assert render.page({}).startswith("# Results")
@@ -135,6 +138,60 @@ def test_a_chart_carries_the_digest_of_its_data(results, tmp_path):
     changed = copy.deepcopy(results)
     changed["throughput-13m-cpu"]["results"]["classic"]["tokens_per_s"] = 1501.0
     assert render.digest(charts.CHARTS["throughput"].data(changed)) != render.digest(drawn["throughput"])
+
+
+@pytest.fixture
+def tools_results():
+    """A search with a gain and one without, a suite, and plans of which one does not fit."""
+    trial = {"config": {"ROWS": 2}, "refused": None, "seconds": [0.001], "registers": 40, "shared_bytes": 0}
+    trials = [trial | {"fate": fate} for fate in ("left", "left", "wrong", "faulty", "too large")]
+    search = {"kernel": "softmax_forward", "case": "1024x2", "current": {"ROWS": 2}, "gain": 1.25, "trials": trials}
+    searches = [search, search | {"case": "2048x2", "gain": None}]
+    common = {"environment": ENVIRONMENT}
+    chip = {"chip": "H100", "target": "cuda:90", "dry_run": False, "limit": None}
+    tune = {"benchmark": "tune", "searches": searches} | chip
+    part = {"name": "kernels", "command": "python x", "status": "done", "seconds": 9.0, "file": "k.json", "message": ""}
+    late = part | {"name": "2b", "status": "out of time", "message": "after 60 s"}
+    suite = {"benchmark": "suite", "seconds": 69.0, "parts": [part, late]}
+    plan = {
+        "gpu": "T4", "fits": True, "strategy": "stochastic", "title": "16-bit weights", "micro_batch_size": 1,
+        "host_bytes": 0, "peak_bytes": {"weights": 4 << 30, "context": 1 << 29}, "card_limit_bytes": 14 << 30, "tokens_per_s": 1234.5,
+    }  # fmt: skip
+    lacking = {"gpu": "GTX 1080 Ti", "fits": False} | dict.fromkeys(
+        ("strategy", "micro_batch_size", "peak_bytes", "host_bytes", "tokens_per_s")
+    )
+    plans = {"benchmark": "plan", "preset": "2b", "host_memory_bytes": 64 << 30, "plans": [plan, lacking]}
+    return {"tune-h100": common | tune, "suite-cpu": common | suite, "plan-2b": common | plans}
+
+
+def test_searches_suites_and_plans_are_told(tools_results, validate):
+    for result in tools_results.values():
+        validate(result, result["benchmark"])
+    places = tables.PLACES
+    assert "| `softmax_forward` 1024x2 | `ROWS=2` | 2 | 1 | 1 | 1 | 1.25 |" in places["tune"](tools_results, "")
+    assert "| 2b | out of time | 9 | after 60 s |" in places["suite"](tools_results, "")
+    text = places["plans"](tools_results, "")
+    assert "| T4 | 16-bit weights | 4.5 of 14.0 | 1,234 |" in text and "| GTX 1080 Ti | does not fit |" in text
+
+
+@pytest.mark.parametrize("name", ["tune", "suite", "plan"])
+def test_searches_suites_and_plans_are_drawn(name, tools_results, tmp_path):
+    data = charts.CHARTS[name].data(tools_results)
+    render.save(charts.CHARTS[name].draw(data), tmp_path / "chart.png", render.digest(data))
+    assert render.drawn_from(tmp_path / "chart.png") == render.digest(data)
+    assert charts.CHARTS[name].data({}) is None
+
+
+@pytest.mark.parametrize("colour, ink", [("#08519c", "white"), ("#a1d99b", "black"), ("#636363", "white")])
+def test_ink_is_readable(colour, ink):
+    assert charts.readable_on(colour) == ink
+
+
+def test_what_a_card_did_is_named(results):
+    card = results["throughput-13m-h100-24gb"]
+    card["card"], card["results"]["pilesmith"]["losses"] = "RTX 3090", [10.9, 9.5, 8.25]
+    assert ", as RTX 3090" in tables.throughput(results, "")
+    assert "10.90 to 8.25 in 3 steps" in tables.memory(results, "")
 
 
 def test_stale_pages_and_charts_are_mended(results, tmp_path, monkeypatch):

@@ -16,8 +16,10 @@ FILES = sorted(RESULTS.glob("*.json"))
 READMES = [ROOT / name for name in render.READMES if (ROOT / name).exists()]
 # Speeds, shares of a peak, and how many times as fast: a size or a count is no measurement.
 FIGURE = re.compile(
-    r"\d[\d.,]*\s?(?:[kKMG]\s?)?(?:(?:tokens|tok|[kKMGT]i?B|bytes)\s?/\s?s\b|[TGP]FLOPS?\b|FLOP/s|ms\b|µs\b|%|x\b|×|times\b"
-    r"|倍|毫秒|秒|個?\s?token\s?/\s?s)"
+    r"\d[\d.,]*\s?(?:[kKMG]\s?)?(?:(?:tokens|tok|[kKMGT]i?B|bytes)\s?/\s?s\b|[TGP]FLOPS?\b|FLOP/s|ms\b|µs\b|%|x\b"
+    r"|×|times\b"
+    r"|[MG]iB\b|tokens?\s(?:a|per)\ssecond|tokens?/J|seconds\b|-?fold\b|倍|毫秒|秒|個?\s?token\s?/\s?s)"
+    r"|\b1/\d+\sof\b|每秒\s?\d[\d.,]*|\b1/\d+(?=[，。：])"
 )
 
 
@@ -50,6 +52,22 @@ def test_no_figure_in_a_readme_without_a_file(readme):
     assert claims(readme.read_text(encoding="utf-8")) == []
 
 
+def test_both_readmes_have_marked_figures():
+    """So that a page without any is not taken for one that is checked."""
+    for readme in READMES:
+        assert len(re.findall(r"<!-- results:(?:value|ratio|throughput) ", readme.read_text(encoding="utf-8"))) >= 3
+
+
+@pytest.mark.parametrize("command, chart", sorted({
+    "benchmarks/throughput.py": "throughput", "tools/plan.py": "plan", "tools/profile_step.py": "profile",
+    "benchmarks/scaling.py": "scaling-paper", "tools/tune.py": "tune", "benchmarks/suite.py": "suite",
+}.items()))  # fmt: skip
+def test_the_readme_pictures_what_each_command_gives(command, chart):
+    text = (ROOT / "README.md").read_text()
+    assert f"python {command}" in text
+    assert f"(benchmarks/charts/{chart}.png)" in text and (ROOT / f"benchmarks/charts/{chart}.png").exists()
+
+
 def claims(text: str) -> list[str]:
     """Return the measured-looking figures of a page outside its marked places and its code."""
     text = re.sub(r"<!-- results:([\w-]+).*?<!-- /results:\1 -->", "", text, flags=re.DOTALL)
@@ -59,6 +77,10 @@ def claims(text: str) -> list[str]:
 
 def test_a_figure_typed_by_hand_is_found():
     assert claims("It runs at 12,000 tokens/s, 1.8x the loop, 55% of the peak.") == ["12,000 tokens/s", "1.8x", "55%"]
-    assert claims("每秒 3.1 倍") == ["3.1 倍"]
+    assert claims("It holds 687 MiB, takes 12 seconds, 1/12 of the memory, at 3,441 tokens a second.") == [
+        "687 MiB", "12 seconds", "1/12 of", "3,441 tokens a second",
+    ]  # fmt: skip
+    assert claims("快 3.1 倍") == ["3.1 倍"] and claims("每秒 3,441 个 token") == ["每秒 3,441"]
+    assert claims("内存是它的 1/12：") == ["1/12"] and claims("省 60% 内存") == ["60%"]
     assert claims("A 24 GB card, 12 layers, 1 GB of text, `--size 5x`.") == []
     assert claims("It is <!-- results:ratio a b c -->1.83<!-- /results:ratio --> times as fast.") == []

@@ -80,7 +80,7 @@ def test_a_part_that_hangs_or_fails_does_not_stop_the_others(tmp_path, writes, m
 
 
 def test_what_is_out_of_time_is_interrupted_and_can_write_what_it_has(tmp_path):
-    program = "import json, sys, time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: open(sys.argv[1], 'w').write('{}')"
+    program = "import sys, time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: open(sys.argv[1], 'w').write('{}')"
     script = tmp_path / "program.py"
     script.write_text(program)
     assert suite.suite([Part("one", f"{script} {{file}}", 2)], tmp_path, "all", again=False, seconds=60) == 1
