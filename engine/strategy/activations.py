@@ -162,7 +162,8 @@ class HostInputs:
 
         def run(x: Tensor, *rest: Any) -> Tensor:
             # A checkpoint saves nothing but its arguments; the others say where documents begin and what is where.
-            with saved_tensors_hooks(lambda t: self._pack(layer, t) if t.shape == x.shape else t, self._unpack):
+            shape = x.shape  # the graph holds the hooks, and they must not hold x
+            with saved_tensors_hooks(lambda t: self._pack(layer, t) if t.shape == shape else t, self._unpack):
                 return forward(x, *rest)
 
         return run

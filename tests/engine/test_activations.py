@@ -237,6 +237,24 @@ def test_inputs_leave_in_order_and_come_back_one_block_ahead_into_buffers_made_o
     assert len(inputs.buffers) == 1 and inputs.host_bytes == 3 * 2 * 32 * 32 * 4
 
 
+def test_only_the_last_inputs_are_still_on_the_device_when_the_loss_is_known():
+    for kind, held in (("none", 8), ("blocks", 8), ("selective", 8), ("offloaded", ON_DEVICE)):
+        model, inputs = model_of(n_layer=8), []
+        recompute_blocks(model, kind, 8)
+        for block in model.transformer["h"]:
+
+            def run(x, *rest, forward=block.forward):
+                inputs.append(StorageWeakRef(x.untyped_storage()))
+                return forward(x, *rest)
+
+            block.forward = run
+        loss = model(tokens_of(), tokens_of())
+        assert [not x.expired() for x in inputs] == [False] * (8 - held) + [True] * held, kind
+        loss.backward()
+        del loss
+        assert all(x.expired() for x in inputs), kind
+
+
 def test_without_gradients_nothing_leaves(monkeypatch):
     inputs = LateCopies(5)
     model = offloaded(inputs, 5, monkeypatch)
