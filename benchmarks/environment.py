@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "triton", "deepspeed", "numpy", "numba", "tiktoken", "transformers")
+PACKAGES = ("torch", "triton", "deepspeed", "numpy", "numba", "tiktoken", "transformers", "liger-kernel")
 RESULTS = Path(__file__).parent / "results"
 
 

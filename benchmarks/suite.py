@@ -102,7 +102,8 @@ def parts(device: str, small: bool) -> list[Part]:
         throughput("gpt2-xl", 90),
         kernels("rows", "copy or rows or rotary", 120),
         kernels("loss", "copy or cross_entropy or adamw", 90),
-        *(throughput("2b", 120, card=card) for card in CARDS if card not in ("rtx3080", "v100")),
+        throughput("2b", 240, card="gtx1080ti"),  # in fp32, so that it takes longest
+        *(throughput("2b", 120, card=card) for card in CARDS if card not in ("rtx3080", "v100", "gtx1080ti")),
         throughput("2b", 300, compare="transformers-liger,transformers,pytorch", label="-compared"),
         Part(
             f"profile-gpt2-{device}",

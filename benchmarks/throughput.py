@@ -121,6 +121,8 @@ def measure(job: Job, rank: int, port: int, channel: Connection) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         limit_memory(device, job.gpu_memory)
+    if processes.world_size > 1:
+        processes.connect(device)
     dispatch.set_backend(job.config.strategy.kernels)
     dtype, _ = choose_dtype(job.config.strategy.dtype, device)
     try:
