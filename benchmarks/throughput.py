@@ -300,10 +300,10 @@ def main(arguments: list[str] | None = None) -> int:
         require(options.processes == 1 or len(wanted) == 1, "--compare runs in one process: leave --processes out")
         card = cards.get(options.card) if options.card else None
         gpu_memory = cards.parse_memory(options.gpu_memory) if options.gpu_memory else card and card.memory_bytes
-        if card:
-            dispatch.force_chip(chip_of(card).target)
         device, reason = choose_device(config.strategy.device)
+        dispatch.force_chip(chip_of(card).target if card else None)
         dtype, _ = choose_dtype(config.strategy.dtype, device)
+        dispatch.force_chip(None)  # the processes that measure pretend; this one need not
     except ValueError as error:  # ConfigError is one
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,8 @@
 """The benchmark measures what it says: contenders are one model, meters see what is there, the file is valid."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import contenders, meters, throughput
 from benchmarks.contenders import CONTENDERS, Unsupported, fill_weights
 from benchmarks.throughput import Job, Measured, random_batches, summarise
+from engine.cards import get
 from engine.config import ConfigError, from_dict, merge, preset
 from engine.distributed import Processes
 from engine.model import GPT, flops_per_token
@@ -160,6 +163,54 @@ def test_a_contender_that_cannot_compile_is_named_and_why(tmp_path, monkeypatch)
     config = from_dict(merge(preset("gpt2"), TINY))
     outcome = dict(throughput.compare({"it": Job("pytorch-compiled", config, threads=1)}, warmup=1, steps=1))["it"]
     assert outcome.startswith("failed: InductorError: InvalidCxxCompiler: No working C++ compiler")
+
+
+def test_a_larger_device_does_as_a_card_would(tmp_path, validate):
+    file = tmp_path / "out.json"
+    assert throughput.main([*FLAGS, "--card", "t4", "--steps", "2", "--warmup", "1", "--out", str(file)]) == 0
+    payload = json.loads(file.read_text())
+    validate(payload, "throughput")
+    assert (payload["card"], payload["dtype"], payload["gpu_memory_bytes"]) == ("T4", "float16", get("t4").memory_bytes)
+    assert payload["host_memory_bytes"] > 2**30 and meters.dispatch.chip(CPU).target == "cpu"
+
+
+def test_smaller_micro_batches_are_tried_for_others_where_one_does_not_fit(monkeypatch):
+    tried = []
+
+    def take_turns(jobs, warmup, steps, rounds):
+        ((name, job),) = jobs.items()
+        size = job.config.optimizer.micro_batch_size or 8
+        tried.append(size)
+        return {name: throughput.OutOfMemory("tried to allocate 20 GiB", size) if size > 2 else "fits"}
+
+    monkeypatch.setattr(throughput, "take_turns", take_turns)
+    config = from_dict(merge(preset("gpt2"), TINY))
+    assert throughput.largest_that_fits("it", Job("pytorch", config), 1, 1) == "fits" and tried == [8, 4, 2]
+    ours = throughput.largest_that_fits("it", Job("pilesmith", config), 1, 1)
+    assert ours == "out of memory: tried to allocate 20 GiB" and tried == [8, 4, 2, 8]
+
+
+def test_energy_is_nvmls(monkeypatch):
+    device = torch.device("cuda", 0)
+    millijoules = iter([5000, 12500])
+    nvml = SimpleNamespace(
+        NVMLError=KeyError, nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: {"GPU-12ab": "it"}[uuid],
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(millijoules) if handle == "it" else 0,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    uuid = "12ab"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuid))
+    meters._nvml_handle.cache_clear()
+    try:
+        assert (meters.energy_j(device), meters.energy_j(device)) == (5.0, 12.5)
+        meters._nvml_handle.cache_clear()
+        uuid = "of another"
+        assert meters.energy_j(device) is None
+        meters._nvml_handle.cache_clear()
+        monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
+        assert meters.energy_j(device) is None
+    finally:
+        meters._nvml_handle.cache_clear()
 
 
 @pytest.mark.slow  # DeepSpeed in two processes
