@@ -11,8 +11,14 @@ from engine.device import peak_memory
 
 def storage_bytes(tensors: Iterable[Tensor | None], device: torch.device) -> int:
     """Return the bytes of these tensors' storages on `device`, each counted once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t is not None and t.device.type == device.type}
-    return sum(storage.nbytes() for storage in storages.values())
+    sizes: dict[int, int] = {}
+    for t in tensors:
+        if t is not None and t.device.type == device.type:
+            try:
+                sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            except RuntimeError:  # one without memory, such as a compiler leaves behind
+                continue
+    return sum(sizes.values())
 
 
 def gradient_bytes(parameters: Iterable[Tensor], device: torch.device) -> int:
@@ -30,8 +36,8 @@ def by_part(parameters: Collection[Tensor], device: torch.device, gradients: int
     if device.type == "cuda":
         held, rest = torch.cuda.memory_allocated(device), "activations and work"
     else:
-        # type() rather than isinstance(): lazy objects would come to life.
-        tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
+        # Exactly these types: subclasses may hold no memory of their own, and isinstance() would wake lazy objects.
+        tensors = [t for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter)]
         held, rest = storage_bytes(tensors, device), "activations, work and the process"
     left = gradient_bytes(parameters, device)
     parts = {"weights": weights, "gradients": max(gradients, left), "states and buffers": max(0, held - weights - left)}

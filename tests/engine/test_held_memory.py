@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine import train
 from engine.config import ModelConfig
@@ -35,6 +36,12 @@ def test_parts_are_those_of_the_model_and_its_optimizer(weights, moments):
     made = parts["states and buffers"] - before
     assert expected["moments"] <= made < 1.1 * expected["moments"] and before >= residuals  # and tables made once
     assert sum(parts.values()) == pytest.approx(peak_memory(CPU), rel=0.02)
+
+
+def test_tensors_without_memory_are_passed_over():
+    with FakeTensorMode():
+        fake = torch.empty(100)
+    assert fake.device == CPU and by_part([torch.empty(100)], CPU, 0)["weights"] == 400
 
 
 def test_a_run_says_it_once(tiny_flags, tmp_path, capsys):
