@@ -1,7 +1,8 @@
-"""What a step keeps of its activations: all, or of some blocks only what the backward pass needs to compute the rest again.
+"""What a step keeps of its activations: all, or of some blocks only what it takes to compute the rest again.
 
 A recomputed block keeps its input ("blocks"; Chen et al., 2016); its input and what attention returns ("selective";
-Korthikanti et al., 2022); or its input in host memory ("offloaded"), so that what the card holds does not grow with depth.
+Korthikanti et al., 2022); or its input in host memory ("offloaded"), so that what the card holds does not grow with
+depth.
 """
 
 import functools
@@ -32,7 +33,7 @@ ON_DEVICE = 2  # inputs of offloaded blocks that are on the device at a time
 
 
 def recompute_blocks(model: GPT, kind: str, count: int, *, compiled: bool = False) -> "HostInputs | None":
-    """Have the first `count` blocks recomputed in the backward pass, in one of the ways above; kind "none" does nothing.
+    """Have the first `count` blocks recomputed in the backward pass, in one of the ways above; "none" does nothing.
 
     compiled: torch.compile will see the model, which cannot be with "offloaded". Returns the keeper of its inputs.
     """

@@ -1,4 +1,4 @@
-"""Every way of recomputing gives the bits of the plain step; attention runs once; inputs leave the device and come back."""
+"""Every way of recomputing gives the bits of the plain step; attention runs once; inputs leave and come back."""
 
 import gc
 import weakref
@@ -306,7 +306,8 @@ def test_several_graphs_other_lengths_and_a_backward_pass_that_breaks_off(monkey
 
 def test_runs_recompute_in_every_way_and_go_on_in_another(tiny_flags, tmp_path, capsys):
     def losses(run) -> dict[tuple[int, str], float]:
-        return {(r["step"], key): r[key] for r in read_metrics(tmp_path / run) for key in ("loss", "val_loss") if key in r}
+        records = read_metrics(tmp_path / run)
+        return {(r["step"], key): r[key] for r in records for key in ("loss", "val_loss") if key in r}
 
     flags = [*tiny_flags, "--n_layer=4", "--micro_batch_size=2"]
     assert train.main([*flags, f"--run_dir={tmp_path}/none"]) == 0

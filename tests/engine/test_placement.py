@@ -76,8 +76,9 @@ def test_the_smallest_card_updates_inside_the_backward_pass_without_clipping(on_
 
 def test_a_compiled_model_is_not_given_what_cannot_be_compiled(on_card):
     on_card("rtx3080", 64)
-    assert settled("--preset=2b")[2].recompute.kind == "offloaded"
-    config, _, chosen = settled("--preset=2b", "--compile")
+    flags = ["--preset=2b", "--strategy=zero"]
+    assert settled(*flags)[2].recompute.kind == "offloaded"
+    config, _, chosen = settled(*flags, "--compile")
     assert config.strategy.compile and chosen.recompute.kind in ("blocks", "selective")
     with pytest.raises(ConfigError, match="offloaded cannot be compiled"):
         settled("--preset=2b", "--compile", "--activation_checkpointing=offloaded")
