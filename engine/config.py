@@ -130,8 +130,12 @@ class StrategyConfig:
         default=None, metadata={"help": "resident: update inside the backward pass and free each gradient at once"}
     )
     zero_stage: int | None = field(default=None, metadata={"help": "DeepSpeed ZeRO stage, 0 to 3"})
-    offload: Literal["auto", "none", "optimizer", "params"] = field(
-        default="auto", metadata={"help": "ZeRO: what lives in host memory (params: optimizer too, stage 3)"}
+    offload: Literal["auto", "none", "states", "optimizer", "params"] = field(
+        default="auto",
+        metadata={
+            "help": "what lives in host memory: states are streamed through the card's own update; optimizer, and params "
+            "with it, are ZeRO's"
+        },
     )
     nvme_path: str = field(default="", metadata={"help": "ZeRO stage 3: offload to this folder instead of host memory"})
     deepspeed_config: str = field(default="", metadata={"help": "JSON file merged over the derived DeepSpeed config"})
@@ -153,7 +157,11 @@ class StrategyConfig:
             resident_only = self.weights not in ("auto", "fp32") or self.moments not in ("auto", "fp32") or self.optimizer_in_backward
             require(not resident_only, "--weights, --moments and --optimizer_in_backward are the resident strategy's")
         if self.strategy == "resident":
-            require(self.offload in ("auto", "none"), f"--offload {self.offload} is ZeRO's: use --strategy zero")
+            require(self.offload in ("auto", "none", "states"), f"--offload {self.offload} is ZeRO's: use --strategy zero")
+        if self.offload == "states":
+            require(self.strategy != "zero" and stage is None, "--offload states is the resident strategy's: use --offload optimizer")
+            why = "the states would come a parameter at a time, and late"
+            require(not self.optimizer_in_backward, f"--offload states excludes --optimizer_in_backward: {why}")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine.config import ModelConfig
+from engine.streaming import HOST_SLAB_BYTES, PORTION, SLOTS
 from kernels.cross_entropy import CPU_LOGITS_BYTES
 from kernels.cross_entropy_gpu import LOGITS_BYTES, SLAB_BYTES, WORKSPACE_BYTES
 from kernels.dispatch import Chip
@@ -47,7 +48,7 @@ class Method:
 
     rank: order of preference among methods of about equal speed, exactness first. available: the engine runs it today,
     in one process or several. weights and moments as in engine/optimizer.py. streamed:
-    residuals and moments lie in pinned host memory and pass through the optimizer kernel a layer at a time.
+    residuals and moments lie in pinned host memory and pass through the optimizer kernel (engine/streaming.py).
     in_backward: each gradient is used and freed in the backward pass, so there is no accumulation and no global
     clipping. stage: DeepSpeed's, 0 for ours; offload as in the config.
     """
@@ -85,9 +86,9 @@ METHODS: tuple[Method, ...] = (
     _resident("stochastic", "16-bit weights rounded stochastically and 8-bit moments", 3,
               weights="stochastic", moments="int8"),
     _resident("streamed", "16-bit weights on the card; residuals and fp32 moments streamed from host memory", 4,
-              available=False, weights="residual", moments="fp32", streamed=True),
+              weights="residual", moments="fp32", streamed=True),
     _resident("streamed-int8", "16-bit weights on the card; residuals and 8-bit moments streamed from host memory", 4,
-              available=False, weights="residual", moments="int8", streamed=True),
+              weights="residual", moments="int8", streamed=True),
     _zero(1, "optimizer", 5),
     _zero(2, "optimizer", 5),
     _zero(3, "optimizer", 5),
@@ -206,9 +207,11 @@ def _ours(model: ModelConfig, method: Method, sizes: Elements, dtype: str, gpus:
     parts = {"master_weights": master, "optimizer_states": moments}
     if not method.streamed:
         return card | {part: size * n for part, size in parts.items()}, {}, {}
-    # Two layers' worth at a time: one being updated, one on its way.
-    card |= {part: 2 * size * sizes.block for part, size in parts.items()}
-    return card, {part: size * n for part, size in parts.items()}, {}
+    passing = SLOTS * min(PORTION, n)  # elements
+    host = {part: size * n for part, size in parts.items()}
+    # The slabs that they are cut from: what is left of the last and of those before it.
+    host["optimizer_states"] += min(2 * HOST_SLAB_BYTES, sum(host.values()))
+    return card | {part: size * passing for part, size in parts.items()}, host, {}
 
 
 def _deepspeed(model: ModelConfig, method: Method, sizes: Elements, dtype: str, gpus: int) -> tuple[dict, dict, dict]:

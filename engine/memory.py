@@ -111,7 +111,7 @@ class Plan:
         strategy = {
             "strategy": "zero" if method.stage else "resident",
             "zero_stage": method.stage or None,
-            "offload": method.offload,
+            "offload": "states" if method.streamed else method.offload,
             "weights": method.weights,
             "moments": method.moments,
             "optimizer_in_backward": method.in_backward,

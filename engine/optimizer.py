@@ -7,7 +7,7 @@ Bytes a parameter, without its gradient; matrices only, since vectors stay fp32 
 """
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -102,7 +102,7 @@ class AdamW(torch.optim.Optimizer):
             if self._weights(parameter) == "fp32":
                 continue
             if self._weights(parameter) == "residual":
-                self.state[parameter]["residual"] = torch.zeros_like(parameter, dtype=torch.int16)
+                self.state[parameter]["residual"] = self._zeros(parameter, parameter.shape, torch.int16)
             if parameter.dtype == torch.float32:
                 master, parameter.data = parameter.data, torch.empty_like(parameter, dtype=group["dtype"])
                 self._set_master(parameter, master)
@@ -149,10 +149,15 @@ class AdamW(torch.optim.Optimizer):
             residuals=[s["residual"] for s in states] if "residual" in states[0] else None,
             exponents=[s["exponents"] for s in states] if "exponents" in states[0] else None,
             bound=group["bound"],
-            keys=[zlib.crc32(f"{group['seed']} {self._places[p][0]}".encode()) for p in parameters],
+            keys=[self._key(p) for p in parameters],
             grad_scale=grad_scale,
             found_inf=found_inf,
         )
+
+    def _key(self, parameter: Tensor) -> int:
+        """What tells a parameter's random bits from others'."""
+        number, group_number = self._places[parameter]
+        return zlib.crc32(f"{self.param_groups[group_number]['seed']} {number}".encode())
 
     def _weights(self, parameter: Tensor) -> Weights:
         return self._group(parameter)["weights"] if parameter.dim() >= 2 else "fp32"
@@ -169,12 +174,15 @@ class AdamW(torch.optim.Optimizer):
             moments = self._moments(parameter)
             first, second = _MOMENT_DTYPES[moments]
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=first)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=second)
+            state["exp_avg"] = self._zeros(parameter, parameter.shape, first)
+            state["exp_avg_sq"] = self._zeros(parameter, parameter.shape, second)
             if moments == "int8":
-                blocks = -(-parameter.numel() // BLOCK)
-                state["exponents"] = torch.zeros(blocks, dtype=torch.uint8, device=parameter.device)
+                state["exponents"] = self._zeros(parameter, (-(-parameter.numel() // BLOCK),), torch.uint8)
         return state
+
+    def _zeros(self, parameter: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a state of a parameter, or a part of it, where states are kept."""
+        return torch.zeros(shape, dtype=dtype, device=parameter.device)
 
     def state_bytes(self) -> dict[str, int]:
         """Return what weights and states take once the first step has been made: "weights", "residuals", "moments"."""
@@ -195,7 +203,7 @@ class AdamW(torch.optim.Optimizer):
             return parameter.detach().float()
         master, residual = torch.empty_like(parameter, dtype=torch.float32), self.state[parameter]["residual"]
         for part, _ in _chunks(parameter):
-            master.view(-1)[part] = join(parameter.view(-1)[part], residual.view(-1)[part])
+            master.view(-1)[part] = join(parameter.view(-1)[part], residual.view(-1)[part].to(parameter.device))
         return master
 
     @torch.no_grad()
@@ -269,8 +277,10 @@ class AdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict | {"state": {}})
         parameters = [p for group in self.param_groups for p in group["params"]]
         for index, saved in state_dict["state"].items():
-            device = parameters[index].device
-            self.state[parameters[index]] = {k: v.detach().to(device, copy=True) for k, v in saved.items()}
+            parameter = parameters[index]
+            step = {"step": saved["step"].to(parameter.device, copy=True)} if "step" in saved else {}
+            kept = {k: self._zeros(parameter, v.shape, v.dtype).copy_(v) for k, v in saved.items() if k != "step"}
+            self.state[parameter] = kept | step
 
 
 class InBackwardAdamW(AdamW):

@@ -64,7 +64,8 @@ def _asks_for_zero(config: Config, world_size: int) -> bool:
     strategy = config.strategy
     if strategy.zero_stage is not None or strategy.offload in ("optimizer", "params"):
         return True
-    only_resident = strategy.weights not in _EXACT or strategy.moments not in _EXACT or strategy.optimizer_in_backward
+    compact = strategy.weights not in _EXACT or strategy.moments not in _EXACT
+    only_resident = compact or strategy.optimizer_in_backward or strategy.offload == "states"
     return world_size > 1 and not only_resident
 
 

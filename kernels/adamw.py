@@ -12,6 +12,7 @@ from kernels.aot import Case, as_launched, triton_targets
 from kernels.dispatch import CHIPS, backend, chip, launch_config, tl, triton
 from kernels.number_formats import (
     BLOCK,
+    GROUP,
     decode_moments,
     encode_moments,
     join,
@@ -50,6 +51,7 @@ class Parameter(NamedTuple):
     residual: Tensor | None
     exponents: Tensor | None
     key: int
+    first_block: int
 
 
 @torch.no_grad()
@@ -68,6 +70,7 @@ def adamw(
     exponents: Sequence[Tensor] | None = None,
     bound: float | None = None,
     keys: Sequence[int] | None = None,
+    first_blocks: Sequence[int] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
@@ -80,9 +83,11 @@ def adamw(
     `encode_second`). steps: fp32 scalars that count the updates.
 
     bound: `momentum_bound` that int8 moments were encoded with (None: that of `betas`). keys: an integer below 2^32
-    for each parameter; with the step they determine the random bits. grad_scale, fp32 scalar: multiplies the gradients
-    (clipping and loss scale). found_inf, fp32 scalar, 0 or 1: where it is 1 nothing changes, steps included. Neither is
-    read on the host. The gradients hold nothing of use afterwards. (Loshchilov and Hutter, 2019)
+    for each parameter; with the step they determine the random bits. first_blocks: where what is given begins in its
+    parameter, in blocks and a multiple of GROUP: parts of a parameter are updated as the whole is. grad_scale, fp32
+    scalar: multiplies the gradients (clipping and loss scale). found_inf, fp32 scalar, 0 or 1: where it is 1 nothing
+    changes, steps included. Neither is read on the host. The gradients hold nothing of use afterwards. (Loshchilov and
+    Hutter, 2019)
     """
     if not weights:
         return
@@ -92,7 +97,8 @@ def adamw(
     nothing = [None] * len(weights)
     grads = [g.contiguous() for g in grads]
     lists = (weights, grads, exp_avgs, exp_avg_sqs, steps, residuals or nothing, exponents or nothing)
-    parameters = [Parameter(*of_one) for of_one in zip(*lists, keys or [0] * len(weights), strict=True)]
+    places = keys or [0] * len(weights), first_blocks or [0] * len(weights)
+    parameters = [Parameter(*of_one) for of_one in zip(*lists, *places, strict=True)]
     numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     numbers["bound"] = momentum_bound(*betas) if bound is None else bound
     launch = _adamw_triton if backend("adamw", weights[0].device) == "triton" else _adamw_torch
@@ -145,7 +151,8 @@ def _adamw_chunks(parameter: Parameter, *, bound, found_inf, **numbers) -> None:
     rounds_weight, rounds_moments = weight.dtype != torch.float32 and residual is None, exp_avg.dtype != torch.float32
     if rounds_weight or rounds_moments:
         table = _cpu_table(step.item()) if step.is_cpu else random_table(step)
-        keys = random_keys(key, step, -(-weight.numel() // BLOCK))
+        blocks = -(-weight.numel() // BLOCK)
+        keys = random_keys(key, step, parameter.first_block + blocks)[parameter.first_block // GROUP :]
     for start in range(0, weight.numel(), chunk):
         part = slice(start, min(start + chunk, weight.numel()))
         blocks = slice(start // BLOCK, -(-part.stop // BLOCK))
@@ -192,7 +199,7 @@ TILE = {"ROWS": 32, "num_warps": 4}
 @triton.jit
 def _adamw_kernel(
     tensor_ptr,  # int32 (programs,): the tensor that each program works on
-    table_ptr,  # int64 (tensors, 10): the addresses in a Parameter in its order, elements, first program, key
+    table_ptr,  # int64 (tensors, 11): the addresses in a Parameter in its order, elements, first program, key, first block
     grad_scale_ptr,  # fp32 scalar or None
     found_inf_ptr,  # fp32 scalar or None
     lr,
@@ -213,7 +220,7 @@ def _adamw_kernel(
     BLOCK: tl.constexpr,
 ):
     tensor = tl.load(tensor_ptr + tl.program_id(0))
-    row = table_ptr + tensor * 10
+    row = table_ptr + tensor * 11
     step = tl.load(tl.load(row + 4).to(tl.pointer_type(tl.float32)))
     first_block = (tl.program_id(0) - tl.load(row + 8)) * ROWS
     start = first_block * BLOCK
@@ -256,7 +263,7 @@ def _adamw_kernel(
     w = w * decay - m / divisor * (lr / _one_minus_power(beta1_log, step))
 
     if MOMENTS != "fp32" or (WEIGHT != "fp32" and not RESIDUAL):
-        random = tile_random_bits(tl.load(row + 9), step, first_block, ROWS, BLOCK)
+        random = tile_random_bits(tl.load(row + 9), step, tl.load(row + 10) + first_block, ROWS, BLOCK)
     if MOMENTS == "int8":
         code, exponent = tile_encode_second(v, random)
         tl.store(v_ptr, code, mask=mask)
@@ -354,14 +361,15 @@ def launch_case(weight: str, residual: bool, moments: str) -> str:
 def _table(parameters: list[Parameter], programs: tuple[int, ...], device: torch.device) -> Tensor:
     """The kernel's table_ptr."""
     rows, first = [], 0
-    for (*tensors, key), count in zip(parameters, programs):
-        rows.append([0 if t is None else t.data_ptr() for t in tensors] + [tensors[0].numel(), first, key])
+    for (*tensors, key, first_block), count in zip(parameters, programs):
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        rows.append([*addresses, tensors[0].numel(), first, key, first_block])
         first += count
     table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
     return table.to(device, non_blocking=True)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)  # an optimizer whose states are streamed has over a hundred portions
 def _tensor_of_program(programs: tuple[int, ...], device: torch.device) -> Tensor:
     """int32: the number of the tensor that each program works on, when tensor i has programs[i] of them."""
     return torch.repeat_interleave(torch.tensor(programs)).to(device, torch.int32)

@@ -1,4 +1,7 @@
-"""Everything on one device: weights in fp32, or in 16 bits with or without a residual; moments in 32, 16 or 8 bits."""
+"""Everything in one process: weights in fp32, or in 16 bits with or without a residual; moments in 32, 16 or 8 bits.
+
+Residuals and moments lie on the device, or in host memory (engine/streaming.py).
+"""
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -15,6 +18,7 @@ from engine.strategy import StepResult
 from engine.strategy.activations import in_words, recompute_blocks
 from engine.strategy.data_parallel import average_in_backward, data_parallel
 from engine.strategy.loss_scaling import LossScale
+from engine.streaming import StreamedAdamW
 
 
 class Resident:
@@ -28,7 +32,8 @@ class Resident:
         self.formats = {"weights": choices.weights, "moments": choices.moments}
         # Chips that train in fp16 may have no bf16; where the computation is in fp32, bf16 has its range.
         storage = torch.float16 if dtype == torch.float16 else torch.bfloat16
-        adamw, settings = AdamW, {}
+        self.streamed = choices.offload == "states"
+        adamw, settings = StreamedAdamW if self.streamed else AdamW, {}
         if choices.optimizer_in_backward:
             require(grad_accum == 1, f"--optimizer_in_backward cannot accumulate over {grad_accum} micro-batches: a smaller --batch_tokens")
             adamw, settings = InBackwardAdamW, {"grad_accum": grad_accum}
@@ -58,7 +63,8 @@ class Resident:
 
     def describe(self) -> str:
         weights = {"fp32": "fp32 weights", "residual": "16-bit weights and residuals (exact fp32)", "stochastic": "16-bit weights, rounded stochastically"}
-        parts = [f"resident: {weights[self.formats['weights']]}, {self.formats['moments']} moments, on the device"]
+        place = "streamed from host memory" if self.streamed else "on the device"
+        parts = [f"resident: {weights[self.formats['weights']]}, {self.formats['moments']} moments, {place}"]
         parts += [f"the same in {self.processes} processes, gradients averaged"] if self.processes > 1 else []
         parts += ["updated inside the backward pass"] if self.in_backward else []
         return "; ".join(parts + ([self.recomputed] if self.recomputed else []))
