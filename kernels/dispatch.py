@@ -85,7 +85,7 @@ CHIPS: dict[str, Chip] = {
         _chip("cuda:80", "A100", "bfloat16", True, 163),
         _chip("cuda:75", "T4", "float16", False, 64, sdpa="efficient"),
         _chip("cuda:70", "V100", "float16", False, 96, sdpa="efficient"),
-        _chip("cuda:61", "GTX 1080 Ti", "float32", False, 48, relaxed_atomics=False, triton=False, sdpa="efficient"),
+        _chip("cuda:61", "GTX 1080 Ti", "float16", False, 48, relaxed_atomics=False, triton=False, sdpa="efficient"),
         _chip("cuda:60", "P100", "float16", False, 48, relaxed_atomics=False, triton=False, sdpa="efficient"),
         _chip("hip:gfx942", "MI300X", "bfloat16", True, 64),
         _chip("hip:gfx90a", "MI250", "bfloat16", True, 64),

@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 import torch
 
+from engine.cards import CARDS
 from engine.config import ConfigError
-from engine.device import choose_device, choose_dtype
+from engine.device import DTYPES, choose_device, choose_dtype
+from engine.memory import best_dtype
+from engine.step_time import chip_of
 from kernels import dispatch
 
 
@@ -19,12 +22,18 @@ def as_chip():
 
 @pytest.mark.parametrize(
     "target, dtype",
-    [("cuda:90", torch.bfloat16), ("cuda:86", torch.bfloat16), ("cuda:75", torch.float16), ("cuda:70", torch.float16), ("cuda:61", torch.float32)],
+    [("cuda:90", torch.bfloat16), ("cuda:86", torch.bfloat16), ("cuda:75", torch.float16), ("cuda:70", torch.float16), ("cuda:61", torch.float16), ("cuda:60", torch.float16)],
 )
 def test_dtype_by_chip(as_chip, target, dtype):
     as_chip(target)
     chosen, reason = choose_dtype("auto", torch.device("cuda"))
     assert chosen == dtype and reason
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_a_run_computes_in_what_the_planner_counts_with(as_chip, card):
+    as_chip(chip_of(card).target)
+    assert choose_dtype("auto", torch.device("cuda"))[0] == DTYPES[best_dtype(card)]
 
 
 def test_a_cpu_computes_in_fp32_unless_asked():
