@@ -89,10 +89,17 @@ def new_merge_scratch(n: int) -> MergeScratch:
     )
 
 
+def zeros_by_line(words: int) -> np.ndarray:
+    """Return uint64 zeros that begin where a cache line of 64 bytes does, so that no row of the cache lies in two."""
+    room = np.zeros(words + 7, np.uint64)
+    first = -room.ctypes.data // 8 % 8
+    return room[first : first + words]
+
+
 def new_scratch() -> Scratch:
     """Return what one thread needs, 11 MB, the cache empty."""
     return Scratch(
-        cache=np.zeros(CACHE_WORDS, np.uint64),
+        cache=zeros_by_line(CACHE_WORDS),
         text=np.empty(CHUNK_BYTES + PADDING_BYTES, np.uint8),
         masks=np.empty(6 * MASK_WORDS, np.uint64),
         positions=np.empty(CHUNK_BYTES + PADDING_BYTES, np.int64),

@@ -223,6 +223,10 @@ def test_one_document_of_200_megabytes(encoder, reference):
     assert worker.window_bytes == kernels.WINDOW_BYTES
 
 
+def test_no_row_of_the_cache_lies_in_two_lines():
+    assert all(kernels.new_scratch().cache.ctypes.data % 64 == 0 for _ in range(4))
+
+
 def test_threads_have_workers_of_their_own(encoder, reference):
     texts = ["".join(random.Random(k).choices(PIECES, k=3000)) for k in range(8)]
     expected = [expect(reference, [text]) for text in texts]
