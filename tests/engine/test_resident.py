@@ -13,6 +13,8 @@ FORMATS = [
     ("--weights=stochastic", "--moments=int8"),
     ("--weights=stochastic", "--moments=bf16"),
     ("--weights=stochastic", "--moments=int8", "--optimizer_in_backward=true", "--grad_clip=0"),
+    ("--weights=residual", "--moments=fp32", "--offload=states"),
+    ("--weights=residual", "--moments=int8", "--offload=states"),
 ]
 
 
@@ -64,3 +66,13 @@ def test_a_checkpoint_passes_between_formats(tiny_flags, tmp_path):
 def test_what_in_backward_cannot_do_is_refused(tiny_flags, capsys, flags, complaint):
     assert train.main([*tiny_flags, *flags]) == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_streamed_runs_are_resident_runs(tiny_flags, tmp_path):
+    """With clipping and accumulation: every loss and every weight, bit for bit; and the choice is said and kept."""
+    flags = [*tiny_flags, "--weights=residual", "--moments=int8", "--micro_batch_size=2"]
+    for name, offload in (("here", "none"), ("there", "states")):
+        assert train.main([*flags, f"--offload={offload}", f"--run_dir={tmp_path / name}"]) == 0
+    assert losses(tmp_path / "here") == losses(tmp_path / "there")
+    ends = [load_file(checkpoint.newest(tmp_path / name) / "model.safetensors") for name in ("here", "there")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
