@@ -9,6 +9,7 @@ from engine.config import PRESETS, ModelConfig
 from engine.footprint import METHODS, PARTS, Elements, GiB, Recompute, predict
 from engine.model import GPT
 from engine.optimizer import state_bytes
+from engine.streaming import HOST_SLAB_BYTES
 from kernels.dispatch import CHIPS
 
 BY_NAME = {method.name: method for method in METHODS}
@@ -38,7 +39,9 @@ def test_states_are_those_of_the_optimizer(name):
     states = made.host if method.streamed else made.card
     assert made.card["weights"] == pytest.approx(held["weights"], rel=0.002)  # vectors stay fp32
     assert states["master_weights"] == pytest.approx(held["residuals"], rel=0.002)
-    assert states["optimizer_states"] == pytest.approx(held["moments"], rel=0.005)
+    # States in host memory are cut from slabs, of which something is left over (tests/engine/test_streaming.py).
+    left = min(2 * HOST_SLAB_BYTES, held["residuals"] + held["moments"]) if method.streamed else 0
+    assert states["optimizer_states"] - left == pytest.approx(held["moments"], rel=0.005)
 
 
 def test_two_billion_parameters_take_what_the_arithmetic_says():
