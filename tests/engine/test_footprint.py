@@ -132,7 +132,9 @@ for stage, offload, dtype in CASES:
         "run_dir": FOLDER,
         "model": dict(n_layer=6, n_head=4, n_embd=256, block_size=16, vocab_size=512, positions="rotary"),
         "optimizer": dict(batch_tokens=32 * processes.world_size, micro_batch_size=1),
-        "strategy": dict(strategy="zero", zero_stage=stage, offload=offload, device="cpu", deepspeed_config=SCALE),
+        "strategy": dict(
+            strategy="zero", zero_stage=stage, offload=offload, device="cpu", deepspeed_config=SCALE, activation_checkpointing="none"
+        ),
     })
     model = GPT(config.model)
     model.init_weights()
