@@ -211,7 +211,7 @@ def choices(card: Card, model: ModelConfig) -> list[Plan]:
     plans = plan(model, card, HOST_MEMORY)
     chosen = [choose(plans)]
     if card.memory_bytes < SMALL_CARD and not chosen[0].method.stage:
-        offloading = [p for p in plans if p.method.stage and p.method.offload != "none" and p.available and p.fits]
+        offloading = [p for p in plans if p.method.stage and p.method.offload != "none" and p.fits]
         chosen += best_first(offloading)[:1]
     return chosen
 

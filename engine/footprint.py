@@ -46,9 +46,8 @@ INPUTS_ON_CARD = 2  # of offloaded blocks, engine/strategy/activations.py
 class Method:
     """A way of keeping weights and optimizer states. Everything here is data: what runs, and what is preferred.
 
-    rank: order of preference among methods of about equal speed, exactness first. available: the engine runs it today,
-    in one process or several. weights and moments as in engine/optimizer.py. streamed:
-    residuals and moments lie in pinned host memory and pass through the optimizer kernel (engine/streaming.py).
+    rank: order of preference among methods of about equal speed, exactness first. weights and moments as in
+    engine/optimizer.py. streamed: residuals and moments lie in pinned host memory (engine/streaming.py).
     in_backward: each gradient is used and freed in the backward pass, so there is no accumulation and no global
     clipping. stage: DeepSpeed's, 0 for ours; offload as in the config.
     """
@@ -56,7 +55,6 @@ class Method:
     name: str
     title: str
     rank: int
-    available: bool = False
     weights: Literal["fp32", "residual", "stochastic"] = "fp32"
     moments: Literal["fp32", "bf16", "int8"] = "fp32"
     streamed: bool = False
@@ -65,15 +63,15 @@ class Method:
     offload: Literal["none", "optimizer", "params"] = "none"
 
 
-def _resident(name: str, title: str, rank: int, available: bool = True, **kinds: Any) -> Method:
-    return Method(name=name, title=title, rank=rank, available=available, **kinds)
+def _resident(name: str, title: str, rank: int, **kinds: Any) -> Method:
+    return Method(name=name, title=title, rank=rank, **kinds)
 
 
 def _zero(stage: int, offload: str, rank: int) -> Method:
     moved = {"none": "", "optimizer": ", optimizer", "params": ", optimizer and parameters"}[offload]
     name = f"zero-{stage}" + (f"-offload-{offload}" if moved else "")
     title = f"DeepSpeed ZeRO stage {stage}{moved}" + (" in host memory" if moved else "")
-    return Method(name=name, title=title, rank=rank, available=True, stage=stage, offload=offload)
+    return Method(name=name, title=title, rank=rank, stage=stage, offload=offload)
 
 
 METHODS: tuple[Method, ...] = (

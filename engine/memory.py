@@ -1,7 +1,7 @@
 """The planner: which way of running a step fits a card and its host, how fast each is, and which to take and why.
 
 `plan` weighs every method of engine/footprint.py with every way of recomputing and every micro-batch; `choose` takes
-the best that the engine can run today. Bytes come from engine/footprint.py, seconds from engine/step_time.py.
+the best. Bytes come from engine/footprint.py, seconds from engine/step_time.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ class Plan:
 
     micro_batch_size in sequences; batch_tokens: tokens a step over all cards, other than asked (`keeps_batch` False)
     where the method cannot accumulate. footprint and host bytes are those of one process; `processes` of them share a
-    machine. available: the engine runs it today.
+    machine.
     """
 
     card: Card
@@ -48,7 +48,6 @@ class Plan:
     time: StepTime
     card_limit: int
     host_limit: int
-    available: bool
 
     @property
     def host_bytes(self) -> int:
@@ -179,7 +178,7 @@ def plan(
             card=card, model=model, method=method, recompute=recompute, processes=processes, grad_accum=grad_accum,
             batch_tokens=tokens, keeps_batch=tokens == batch_tokens, footprint=footprint, time=time,
             card_limit=int(card.memory_bytes * (1 - CARD_RESERVE)), host_limit=host_memory - HOST_RESERVE_BYTES,
-            available=method.available, **common,
+            **common,
         )  # fmt: skip
 
     plans = []
@@ -237,19 +236,18 @@ def best_first(plans: list[Plan]) -> list[Plan]:
 
 
 def choose(plans: list[Plan]) -> Plan | None:
-    """Return the best plan that fits and that the engine can run today; None where none does."""
-    runnable = best_first([p for p in plans if p.available])
-    return runnable[0] if runnable and runnable[0].fits else None
+    """Return the best plan that fits; None where none does."""
+    best = best_first(plans)[:1]
+    return best[0] if best and best[0].fits else None
 
 
 def reason(chosen: Plan, plans: list[Plan]) -> str:
     """Say why `chosen` rather than what would be preferred to it, and what it costs."""
-    runs = [p for p in plans if p.available or not chosen.available]
     passed_over = []
     for method in METHODS:
         if method.rank >= chosen.method.rank or (method.stage and method.offload == "none" and chosen.gpus == 1):
             continue
-        best = next((p for p in best_first(runs) if p.method == method), None)
+        best = next((p for p in best_first(plans) if p.method == method), None)
         if best is None:
             continue
         if not best.fits_card:
@@ -259,7 +257,7 @@ def reason(chosen: Plan, plans: list[Plan]) -> str:
         elif best.keeps_batch:
             passed_over.append(f"{method.title}: {1 - best.tokens_per_s / chosen.tokens_per_s:.0%} slower")
     said = ["Not chosen: " + "; ".join(passed_over) if passed_over else "Nothing more exact is left to choose"]
-    whole = next((p for p in runs if p.method == chosen.method and p.recompute.kind == "none"), None)
+    whole = next((p for p in plans if p.method == chosen.method and p.recompute.kind == "none"), None)
     if chosen.recompute.kind != "none" and whole and not whole.fits:
         share = chosen.time.recompute / chosen.time.total
         kept = _gib(whole.footprint.card_bytes)

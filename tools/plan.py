@@ -50,7 +50,6 @@ def to_json(made: Plan | None, card: Card, chosen: bool, why: str = "", near: Ne
             "host_bytes": made.host_bytes,
             "tokens_per_s": round(made.tokens_per_s, 1),
             "chosen": chosen,
-            "available": made.available,
             "title": made.title,
             "dtype": made.dtype,
             "gpus": made.gpus,
@@ -98,12 +97,12 @@ def days(count: float) -> str:
 
 
 def one_of_each_method(plans: list[Plan], chosen: Plan | None) -> list[Plan]:
-    """Return the choice, then the best plan of every other method: what fits and runs today first."""
+    """Return the choice, then the best plan of every other method: what fits first."""
     best = {p.method.name: p for p in reversed(plans)}
     if chosen:
         best[chosen.method.name] = chosen
     places = {id(p): i for i, p in enumerate(plans)}
-    return sorted(best.values(), key=lambda p: (p is not chosen, not p.fits, not p.available, places[id(p)]))
+    return sorted(best.values(), key=lambda p: (p is not chosen, not p.fits, places[id(p)]))
 
 
 def state(made: Plan, chosen: Plan | None) -> str:
@@ -112,7 +111,7 @@ def state(made: Plan, chosen: Plan | None) -> str:
         return "chosen"
     if not made.fits:
         return "host too small" if made.fits_card else "too large"
-    return ("fits" if made.keeps_batch else "changes the batch") + ("" if made.available else ", not yet in the engine")
+    return "fits" if made.keeps_batch else "changes the batch"
 
 
 def show_card(card: Card, plans: list[Plan], chosen: Plan | None, near: Nearest) -> str:
@@ -141,10 +140,8 @@ def show_card(card: Card, plans: list[Plan], chosen: Plan | None, near: Nearest)
             f"a step in {chosen.time.total:,.1f} s, MFU {chosen.mfu:.0%}. A billion tokens take {days(day)} days; "
             f"20 tokens a parameter, {billions:.1f} billion, {days(billions * day)} days.",
         ]
-        if plans[0] is not chosen and plans[0].fits:
-            lines.append(f"Better once the engine has it: {plans[0].title}, {speed(plans[0])} tokens/s.")
     else:
-        lines += ["Nothing that the engine runs today fits.", *([show_nearest(near)] if near else [])]
+        lines += ["Nothing fits.", *([show_nearest(near)] if near else [])]
     return "\n".join(lines)
 
 
@@ -171,15 +168,14 @@ def show_scales(made: dict[int, Plan | None]) -> str:
 def show_cards(made: dict[Card, tuple[Plan | None, list[Plan], Nearest]]) -> str:
     """Return a row for each card: the choice, or the nearest thing that fits."""
     rows = []
-    for card, (chosen, plans, near) in made.items():
+    for card, (chosen, _, near) in made.items():
         row = [card.name, gib(card.memory_bytes)]
         if chosen is None:
-            rows.append([*row, "nothing fits" + (f"; {near[0]}: {near[1].name}" if near else ""), *[""] * 6])
+            rows.append([*row, "nothing fits" + (f"; {near[0]}: {near[1].name}" if near else ""), *[""] * 5])
             continue
         took = [str(chosen.micro_batch_size), gib(chosen.footprint.card_bytes), gib(chosen.host_bytes)]
-        better = f"{plans[0].name} ({speed(plans[0])})" if plans[0] is not chosen else "-"
-        rows.append([*row, chosen.name, *took, speed(chosen), days(chosen.days_per_billion_tokens), better])
-    header = ["card", "GiB", "choice", "micro", "card GiB", "host GiB", "tokens/s", "days/1e9", "better, not yet here"]
+        rows.append([*row, chosen.name, *took, speed(chosen), days(chosen.days_per_billion_tokens)])
+    header = ["card", "GiB", "choice", "micro", "card GiB", "host GiB", "tokens/s", "days/1e9"]
     return table(header, rows)
 
 

@@ -20,15 +20,10 @@ def classic() -> dict[str, list[Plan]]:
     return {card.name: plan(TWO_B, card, HOST) for card in CLASSIC}
 
 
-def everything(plans: list[Plan]) -> list[Plan]:
-    """The plans as if the engine could run them all."""
-    return [replace(p, available=True) for p in plans]
-
-
 @pytest.mark.parametrize("card", CLASSIC, ids=lambda card: card.name)
 def test_two_billion_parameters_train_on_every_card_of_the_classic_table(classic, card):
     chosen = choose(classic[card.name])
-    assert chosen.available and chosen.fits and chosen.keeps_batch
+    assert chosen.fits and chosen.keeps_batch
     assert chosen.footprint.card_bytes <= chosen.card_limit < card.memory_bytes
     assert chosen.host_bytes <= HOST
     assert chosen.micro_batch_size * chosen.grad_accum * TWO_B.block_size == chosen.batch_tokens == 524_288
@@ -38,7 +33,7 @@ def test_two_billion_parameters_train_on_every_card_of_the_classic_table(classic
 
 
 def test_the_defaults_of_each_size_are_those_of_the_design(classic):
-    chosen = {name: choose(everything(plans)) for name, plans in classic.items()}
+    chosen = {name: choose(plans) for name, plans in classic.items()}
     assert chosen["RTX 3090"].method.name == "residual"
     assert chosen["A100 40GB"].method.name == "residual"
     assert chosen["V100"].method.name == "stochastic"
@@ -65,10 +60,10 @@ def test_updating_inside_the_backward_pass_changes_the_batch_and_comes_after_wha
         for p in plans:
             assert p.keeps_batch or (p.method.in_backward and p.grad_accum == 1)
     only = [p for p in classic["RTX 3080"] if p.method.name == "stochastic-in-backward"]
-    chosen = choose(everything(only))
+    chosen = choose(only)
     assert chosen.fits and chosen.batch_tokens == chosen.micro_batch_size * TWO_B.block_size
     assert "cannot accumulate" in reason(chosen, only)
-    whole = choose(everything([p for p in plan(TWO_B, get("H100"), HOST, batch_tokens=8192) if p.method.in_backward]))
+    whole = choose([p for p in plan(TWO_B, get("H100"), HOST, batch_tokens=8192) if p.method.in_backward])
     assert whole.keeps_batch
 
 
@@ -78,7 +73,6 @@ def test_there_is_a_plan_for_each_method_and_way_of_recomputing(classic):
     partial = [p for p in classic["RTX 3090"] if 0 < p.recompute.layers < 24]
     assert {p.method.name for p in partial} == {m.name for m in METHODS}
     assert {p.recompute.kind for p in partial} == {"blocks", "selective", "offloaded"}
-    assert all(p.available == p.method.available for p in partial)
     asked = plan(TWO_B, get("RTX 3090"), HOST, recomputed_blocks=7)
     assert {p.recompute.layers for p in asked} == {0, 7}
 
@@ -131,10 +125,9 @@ def test_chips_without_bf16_compute_in_fp16_and_may_be_told_otherwise():
 def test_settings_are_those_of_a_configuration(classic):
     for plans in [*classic.values(), plan(TWO_B, get("RTX 3090"), 8 * HOST, gpus=8)]:
         for p in plans:
-            if p.available:
-                config = from_dict({"model": PRESETS["2b"]["model"], **p.settings})
-                assert config.strategy.activation_checkpointing == p.recompute.kind
-                assert config.optimizer.batch_tokens == p.batch_tokens
+            config = from_dict({"model": PRESETS["2b"]["model"], **p.settings})
+            assert config.strategy.activation_checkpointing == p.recompute.kind
+            assert config.optimizer.batch_tokens == p.batch_tokens
 
 
 def test_several_cards_share_the_states_where_that_is_as_fast_and_copy_them_where_it_is_not():
@@ -161,7 +154,7 @@ def test_where_nothing_fits_the_nearest_change_is_named():
     card = replace(get("RTX 3080"), memory_bytes=3 * GiB)
     assert choose(plan(TWO_B, card, HOST)) is None
     words, found = nearest(TWO_B, card, HOST)
-    assert found.fits and found.available
+    assert found.fits
     assert words.startswith(("with", "on a"))
     host_too_small = [p for p in plan(TWO_B, get("RTX 3080"), 16 * GiB) if p.method.stage]
     assert choose(host_too_small) is None

@@ -40,7 +40,7 @@ def test_without_a_card(flags, world_size, strategy, stage):
 def test_a_card_gets_the_plan_that_fits(on_card):
     on_card("rtx3090", 64)
     config, grad_accum, chosen = settled("--preset=2b")
-    assert chosen.fits and chosen.available
+    assert chosen.fits
     assert config.strategy.weights == "residual" and config.strategy.moments == "int8"
     assert config.optimizer.micro_batch_size * grad_accum * 2048 == config.optimizer.batch_tokens == 524_288
     assert chosen.settings["strategy"].items() <= placement.asdict(config.strategy).items()
@@ -95,7 +95,6 @@ def test_what_fits_nowhere_is_refused_with_what_would(on_card):
         settled("--preset=3b", "--weights=fp32")
 
 
-def test_every_plan_that_the_engine_runs_is_a_valid_configuration():
+def test_every_plan_is_a_valid_configuration():
     for candidate in plan(parse(["--preset=gpt2"])[0].model, get("rtx3090"), 64 * GiB):
-        if candidate.available:
-            StrategyConfig(**candidate.settings["strategy"])
+        StrategyConfig(**candidate.settings["strategy"])
