@@ -68,7 +68,7 @@ def test_a_part_that_hangs_or_fails_does_not_stop_the_others(tmp_path, writes, m
         Part("fails", "-c \"raise SystemExit('no such card')\"", 60),
         Part("writes and fails", writes.replace('" {file}', '; sys.exit(1)" {file}'), 60),
         Part("works", writes, 60),
-        Part("late", writes.replace('" {file}', '; import time; time.sleep(60)" {file}'), 3),
+        Part("late", writes.replace('" {file}', '; import time; time.sleep(60)" {file}'), 5),
     ]
     began = time.perf_counter()
     assert suite.suite(parts, tmp_path, "all", again=False, seconds=120) == 1
@@ -83,7 +83,7 @@ def test_what_is_out_of_time_is_interrupted_and_can_write_what_it_has(tmp_path):
     program = "import sys, time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: open(sys.argv[1], 'w').write('{}')"
     script = tmp_path / "program.py"
     script.write_text(program)
-    assert suite.suite([Part("one", f"{script} {{file}}", 2)], tmp_path, "all", again=False, seconds=60) == 1
+    assert suite.suite([Part("one", f"-S {script} {{file}}", 4)], tmp_path, "all", again=False, seconds=60) == 1
     assert statuses(tmp_path) == {"one": "out of time"} and (tmp_path / "one.json").read_text() == "{}"
 
 
