@@ -6,12 +6,13 @@
 The miniature has all blocks of the model, but a SCALE-th of its width, length and vocabulary: a SCALE²-th of its
 weights, states, activations and logits. So is its limit: a SCALE²-th of what the card has beside its context, and of
 the host memory that the plan takes; a CPU has one memory for both. The system imposes it (RLIMIT_DATA) on a process of
-its own, which trains on the bytes of real text with the card's number format, states, offload and recomputation.
+its own, which trains on real text with the card's number format, states, offload and recomputation.
 The plain way, all in fp32 with every activation kept, is tried inside the same limit of the card. Beside them stand the
 plan's bytes at full size, and what torch's memory tracker sees of it.
 """
 
 import argparse
+import functools
 import json
 import os
 import pydoc_data.topics
@@ -25,11 +26,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from benchmarks.environment import RESULTS, environment, write_result
 from engine import footprint
 from engine.cards import CLASSIC, Card, get
-from engine.config import PRESETS, ModelConfig, from_dict
+from engine.config import PRESETS, Config, ModelConfig, from_dict
 from engine.data import Batch
 from engine.device import DTYPES, peak_memory
 from engine.distributed import Processes
@@ -37,6 +39,7 @@ from engine.footprint import Footprint, GiB, MiB, predict
 from engine.memory import Plan, best_first, choose, plan
 from engine.model import GPT
 from engine.strategy import build
+from engine.tokenizer import load_encoding
 from tools.track_memory import predict_tracked, track
 
 PRESET = "2b"
@@ -101,15 +104,27 @@ def plain_trial(card: Card, model: ModelConfig) -> Trial:
     return Trial(settings, grad_accum=2, steps=PLAIN_STEPS, limit_bytes=limit)
 
 
-def text_batches(micro_batch_size: int, block_size: int, count: int, seed: int) -> list[Batch]:
-    """Return `count` micro-batches of the bytes of Python's own documentation, from places drawn at random."""
-    text = "\n".join(pydoc_data.topics.topics.values()).encode()
-    tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+@functools.cache
+def text_tokens(vocab_size: int) -> Tensor:
+    """Return Python's own documentation, int64 (n,): r50k's tokens by frequency, the rarest all as the last number.
+
+    So most of the vocabulary is in use: where most of it never is, training jumps, in fp32 too.
+    """
+    text = "\n".join(pydoc_data.topics.topics.values())
+    tokens = torch.tensor(load_encoding().encode_ordinary(text))
+    counts = tokens.bincount()
+    return counts.argsort(descending=True, stable=True).argsort()[tokens].clamp(max=vocab_size - 1)
+
+
+def text_batches(config: Config, count: int, seed: int) -> list[Batch]:
+    """Return `count` micro-batches from places of the text drawn at random."""
+    tokens, block_size = text_tokens(config.model.vocab_size), config.model.block_size
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(count):
-        starts = torch.randint(len(tokens) - block_size, (micro_batch_size,), generator=generator).tolist()
-        windows = torch.stack([tokens[start : start + block_size + 1] for start in starts]).long()
+        micro_batch_size = (config.optimizer.micro_batch_size,)
+        starts = torch.randint(len(tokens) - block_size, micro_batch_size, generator=generator).tolist()
+        windows = torch.stack([tokens[start : start + block_size + 1] for start in starts])
         batches.append(Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous()))
     return batches
 
@@ -136,7 +151,8 @@ def train(asked: Trial) -> dict[str, Any]:
         return {"status": "trained", "losses": losses, "peak_bytes": peak_memory(torch.device("cpu")) - before}
 
 
-def steps(config: Any, grad_accum: int, count: int) -> list[float]:
+def steps(config: Config, grad_accum: int, count: int) -> list[float]:
+    """Train for `count` steps and return their losses."""
     model = GPT.empty(config.model)
     model.init_weights(torch.Generator().manual_seed(0))
     dtype = DTYPES[config.strategy.dtype]
@@ -144,8 +160,7 @@ def steps(config: Any, grad_accum: int, count: int) -> list[float]:
     losses = []
     for step in range(count):
         strategy.set_lr(1e-3 * min(1.0, (step + 1) / 5))
-        shape = config.optimizer.micro_batch_size, config.model.block_size
-        loss = strategy.forward_backward(text_batches(*shape, grad_accum, seed=step))
+        loss = strategy.forward_backward(text_batches(config, grad_accum, seed=step))
         strategy.step(loss)
         losses.append(loss.item())
     return losses
