@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine.config import ModelConfig
+from engine.strategy.activations import ON_DEVICE
 from engine.streaming import HOST_SLAB_BYTES, PORTION, SLOTS
 from kernels.cross_entropy import CPU_LOGITS_BYTES
 from kernels.cross_entropy_gpu import LOGITS_BYTES, SLAB_BYTES, WORKSPACE_BYTES
@@ -39,7 +40,6 @@ HOST_PROCESS_BYTES = 3 * GiB  # assumed: Python, torch, the CUDA libraries, the 
 DEEPSPEED_BUCKET = 50_000_000  # elements, engine/strategy/zero.py
 DEEPSPEED_REDUCE = 500_000_000  # elements that its bf16 stage 1 reduces at once
 DEEPSPEED_LIVE = 1_000_000_000  # elements of gathered parameters that stage 3 keeps
-INPUTS_ON_CARD = 2  # of offloaded blocks, engine/strategy/activations.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +189,7 @@ def predict(
         card["context"] = int(CONTEXT_BYTES + FRAGMENTATION_BYTES + FRAGMENTATION * passing + NCCL_BYTES * (gpus > 1))
     if recompute.kind == "offloaded":
         inputs = micro_batch_size * model.block_size * model.n_embd * ITEMSIZE[dtype]
-        host = host | {"saved_activations": _pinned(max(0, recompute.layers - INPUTS_ON_CARD) * inputs)}
+        host = host | {"saved_activations": _pinned(max(0, recompute.layers - ON_DEVICE) * inputs)}
     # A model is built in fp32 in host memory and then moved: whichever is more, the building or the states.
     held = {part: int(size) for part, size in host.items()}
     held["process"] = HOST_PROCESS_BYTES + max(0, 4 * sizes.total - sum(held.values()))
@@ -281,7 +281,7 @@ def _moments(
 
     def saved(blocks: int) -> int:
         first = min(blocks, recompute.layers)
-        here = min(first, INPUTS_ON_CARD) if recompute.kind == "offloaded" else first
+        here = min(first, ON_DEVICE) if recompute.kind == "offloaded" else first
         return here * again + (blocks - first) * whole
 
     # Beyond what it saved, a block's backward pass holds at most: the gradients of its output and of the activation

@@ -136,23 +136,23 @@ class AdamW(torch.optim.Optimizer):
     def _update(
         self, group_number: int, parameters: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        group = self.param_groups[group_number]
         states = [self._state(p) for p in parameters]
         adamw(
             parameters,
             [p.grad for p in parameters],
             *([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "step")),
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
             residuals=[s["residual"] for s in states] if "residual" in states[0] else None,
             exponents=[s["exponents"] for s in states] if "exponents" in states[0] else None,
-            bound=group["bound"],
             keys=[self._key(p) for p in parameters],
             grad_scale=grad_scale,
             found_inf=found_inf,
+            **self._numbers(group_number),
         )
+
+    def _numbers(self, group_number: int) -> dict[str, Any]:
+        """What a group says of every update."""
+        group = self.param_groups[group_number]
+        return {key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "bound")}
 
     def _key(self, parameter: Tensor) -> int:
         """What tells a parameter's random bits from others'."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from engine.cards import Card
 from engine.config import ModelConfig
-from engine.footprint import INPUTS_ON_CARD, ITEMSIZE, Elements, Method, Recompute, itemsizes
+from engine.footprint import ITEMSIZE, Elements, Method, Recompute, itemsizes
+from engine.strategy.activations import ON_DEVICE
 from kernels.dispatch import CHIPS, Chip
 
 # Share of the peak that large matrix products reach, by compile target, and by name for cards held back by power.
@@ -121,7 +122,7 @@ def step_time(
 
     micro_transfer, step_transfer, host_adam = _host(method, sizes, dtype, card, gpus, gpus_per_machine)
     if recompute.kind == "offloaded":
-        inputs = max(0, recompute.layers - INPUTS_ON_CARD) * tokens * C * a / (card.pcie_bytes_s * LINK_SHARE)
+        inputs = max(0, recompute.layers - ON_DEVICE) * tokens * C * a / (card.pcie_bytes_s * LINK_SHARE)
         micro_transfer += max(0.0, inputs - device / 3)  # out during the forward pass, back during the longer backward
     link = card.link_bytes_s * LINK_SHARE
     if gpus > gpus_per_machine:

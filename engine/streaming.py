@@ -184,7 +184,6 @@ class StreamedAdamW(AdamW):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        group = self.param_groups[group_number]
         here = {name: [piece.within(name, slot.buffers[name]) for piece in pieces] for name in names}
         steps = [states[piece.parameter]["step"] for piece in pieces]
         adamw(
@@ -194,17 +193,13 @@ class StreamedAdamW(AdamW):
             here["exp_avg_sq"],
             # Each call counts a step; only a parameter's last piece may count it for good.
             [step if piece.last else step.clone() for piece, step in zip(pieces, steps)],
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
             residuals=here.get("residual"),
             exponents=here.get("exponents"),
-            bound=group["bound"],
             keys=[self._key(piece.parameter) for piece in pieces],
             first_blocks=[piece.start // BLOCK for piece in pieces],
             grad_scale=grad_scale,
             found_inf=found_inf,
+            **self._numbers(group_number),
         )
 
     def synchronize(self) -> None:
