@@ -119,7 +119,6 @@ def measure(job: Job, rank: int, port: int, channel: Connection) -> None:
     processes = Processes.from_environment()
     device, _ = choose_device(job.config.strategy.device, rank)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         limit_memory(device, job.gpu_memory)
     if processes.world_size > 1:
         processes.connect(device)

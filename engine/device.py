@@ -13,10 +13,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> tuple[torch.device, str]:
-    """Return the device for "auto", "cpu", "cuda" or "cuda:N", and why. ConfigError where it is not there."""
+    """Return the device for "auto", "cpu", "cuda" or "cuda:N", and why; a GPU is this process's current one from now on.
+
+    ConfigError where it is not there, or where this PyTorch was not built for it.
+    """
     if wanted == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", local_rank), torch.cuda.get_device_name(local_rank)
+            return _use(torch.device("cuda", local_rank)), torch.cuda.get_device_name(local_rank)
         return torch.device("cpu"), f"no GPU found; {torch.get_num_threads()} threads"
     try:
         device = torch.device(wanted)
@@ -29,7 +32,20 @@ def choose_device(wanted: str, local_rank: int = 0) -> tuple[torch.device, str]:
     index = local_rank if device.index is None else device.index
     count = torch.cuda.device_count()
     require(index < count, f"--device {wanted}: there are {count} GPUs, numbered from 0")
-    return torch.device("cuda", index), f"{torch.cuda.get_device_name(index)}, asked for"
+    return _use(torch.device("cuda", index)), f"{torch.cuda.get_device_name(index)}, asked for"
+
+
+def _use(device: torch.device) -> torch.device:
+    """Make a GPU the one that Triton launches on, whatever device its tensors are on."""
+    torch.cuda.set_device(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    built = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_") and arch[3:].isdigit()]
+    require(
+        not built or 10 * major + minor >= min(built),
+        f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and this PyTorch ({torch.__version__}) begins "
+        f"at {min(built, default=0) / 10}: install a build for CUDA 12.6, whose names end in +cu126",
+    )
+    return device
 
 
 def choose_dtype(wanted: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> tuple[torch.dtype, str]:

@@ -47,6 +47,22 @@ def test_a_device_that_is_not_there_is_refused(wanted):
         choose_device(wanted)
 
 
+@pytest.mark.parametrize("capability, built", [((6, 0), ["sm_75", "sm_90", "compute_90"]), ((6, 1), ["sm_70", "sm_86"])])
+def test_a_gpu_that_this_pytorch_was_not_built_for_is_refused_with_the_build_that_was(monkeypatch, capability, built):
+    current = []
+    for name, value in {"is_available": True, "device_count": 2, "get_device_name": "GTX 1080 Ti"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    for wanted in ("auto", "cuda:1"):
+        with pytest.raises(ConfigError, match=r"begins at [67]\.[05].*cu126"):
+            choose_device(wanted)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_60", *built])
+    assert choose_device("cuda:1")[0] == current[-1] == torch.device("cuda", 1)
+    assert choose_device("auto", 1)[0] == current[-1] == torch.device("cuda", 1)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the system's own counter is right")
 def test_the_peak_is_the_programs_own_and_not_its_parents(start):
     held = np.ones(1 << 27)  # 1 GiB, held while the child starts
