@@ -98,8 +98,6 @@ def prepare_default_data(config: Config, processes: Processes) -> None:
 def set_up(config: Config, resume: str | None, processes: Processes) -> Run:
     """Build everything that `config` describes; `resume` is None, "latest" or a checkpoint's path."""
     device, device_reason = choose_device(config.strategy.device, processes.local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if processes.world_size > 1:
         processes.connect(device)
     dispatch.set_backend(config.strategy.kernels)
@@ -165,13 +163,13 @@ def loop(run: Run, interrupt: Interrupt) -> int:
         lr = learning_rate(progress["step"], options)
         strategy.set_lr(lr)
         loss = strategy.forward_backward(batches)
-        asked = torch.tensor(float(interrupt.asked), device=run.device)
+        asked = torch.full((), float(interrupt.asked), device=run.device)  # torch.tensor would wait for the device
         loss, asked = run.processes.mean(torch.stack([loss, asked]))  # all stop if one was asked to
         step = progress["step"] + 1
         gradients = gradient_bytes(strategy.parameters.values(), run.device) if step == first else 0
         result = strategy.step(loss)
 
-        bad_steps = progress["bad_steps"] + 1 if result.skipped else 0
+        bad_steps = progress["bad_steps"] + (not result.rescaled) if result.skipped else 0
         progress |= {"step": step, "tokens": progress["tokens"] + options.batch_tokens, "bad_steps": bad_steps, "val_loss": None}
         stop, last = bool(asked > 0), step == options.max_steps
         if report:

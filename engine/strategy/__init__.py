@@ -2,6 +2,7 @@
 
 The loop calls `set_lr`, `forward_backward`, `step`, and for a checkpoint `state` and `load_state`; it knows nothing of their inside.
 """
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,10 +18,14 @@ from engine.model import GPT
 
 @dataclass(frozen=True)
 class StepResult:
-    """grad_norm: global, before clipping. skipped: the gradients or the loss were not finite and nothing was updated."""
+    """grad_norm: global, before clipping. skipped: the gradients or the loss were not finite and nothing was updated.
+
+    rescaled: that was so because the loss scale was too large, and it is smaller now.
+    """
 
     grad_norm: float
     skipped: bool
+    rescaled: bool = False
 
 
 class Strategy(Protocol):
@@ -57,6 +62,8 @@ class Strategy(Protocol):
 def build(config: Config, model: GPT, processes: Processes, device: torch.device, dtype: torch.dtype, grad_accum: int) -> Strategy:
     """Return the strategy of a config whose choices are made (engine/placement.py)."""
     if config.strategy.strategy == "zero":
+        if device.type == "cpu":  # else DeepSpeed takes a GPU where there is one
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         try:
             from engine.strategy.zero import Zero  # deepspeed takes seconds to import: only where it is used
         except ImportError as error:

@@ -77,7 +77,7 @@ class Resident:
         total = torch.zeros((), device=self.device)
         scale = self._scale()
         if self.in_backward:
-            self.optimizer.grad_scale = torch.tensor(1 / scale, device=self.device)
+            self.optimizer.grad_scale = torch.full((), 1 / scale, device=self.device)
         for number, batch in enumerate(batches, start=1):
             batch = batch.to(self.device)
             with self.distributed.no_sync() if self.distributed and number < len(batches) else nullcontext():
@@ -101,7 +101,8 @@ class Resident:
         self.updates += not skipped
         if self.loss_scale:
             self.loss_scale.update(skipped)
-        return StepResult(grad_norm=norm.item() / scale, skipped=skipped)
+        rescaled = skipped and self._scale() < scale and bool(torch.isfinite(loss))
+        return StepResult(grad_norm=norm.item() / scale, skipped=skipped, rescaled=rescaled)
 
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         for name, parameter in self.parameters.items():

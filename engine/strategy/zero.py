@@ -117,13 +117,18 @@ class Zero:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values()]) if self.stage == 0 else None
         if norm is not None and not torch.isfinite(norm):
             self.engine.optimizer.zero_grad(set_to_none=True)  # the step below then finds nothing to do
+        scale = self._scale()
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() if norm is None else norm)
         skipped = not math.isfinite(norm) or bool(getattr(self.engine.optimizer, "overflow", False))
         if self.updates == 0 and not skipped and self.stage in (1, 2):
             self._link_moments()
         self.updates += not skipped
-        return StepResult(grad_norm=norm, skipped=skipped)
+        rescaled = skipped and self._scale() < scale and bool(torch.isfinite(loss))
+        return StepResult(grad_norm=norm, skipped=skipped, rescaled=rescaled)
+
+    def _scale(self) -> float:
+        return float(self.engine.optimizer.cur_scale) if self.dtype == torch.float16 else 1.0
 
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         for name, parameter in self.parameters.items():
@@ -167,7 +172,7 @@ class Zero:
         self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def counters(self) -> dict[str, Any]:
-        scale = {"value": float(self.engine.optimizer.cur_scale), "good_steps": 0} if self.dtype == torch.float16 else None
+        scale = {"value": self._scale(), "good_steps": 0} if self.dtype == torch.float16 else None
         return {"updates": self.updates, "loss_scale": scale}
 
     def load_counters(self, counters: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from engine import checkpoint, train
 from engine.report import read_metrics
+from engine.strategy.loss_scaling import LossScale
 from engine.strategy.resident import Resident
 
 
@@ -128,6 +129,22 @@ def test_fp16_scales_its_loss(tiny_flags, tmp_path):
     good = {r["step"]: r["grad_norm"] for r in read_metrics(tmp_path / "half") if "loss" in r and not r.get("skipped")}
     whole = {r["step"]: r["grad_norm"] for r in read_metrics(tmp_path / "full") if "loss" in r}
     assert good and good[1] == pytest.approx(whole[1], rel=0.02)  # the norm is reported without the scale
+
+
+def test_a_loss_scale_on_its_way_down_is_no_divergence(tiny_flags, tmp_path, monkeypatch):
+    Poison(monkeypatch, range(1, 7))
+    assert train.main([*tiny_flags, "--dtype=fp16", "--max_bad_steps=3"]) == 0
+    records = [r for r in read_metrics(tmp_path / "run") if "loss" in r]
+    assert [r["step"] for r in records if r.get("skipped")] == [1, 2, 3, 4, 5, 6]
+    state = checkpoint.read_state(checkpoint.newest(tmp_path / "run"))
+    assert state["counters"]["loss_scale"]["value"] == 65536 / 2**6
+
+
+def test_a_loss_scale_that_cannot_go_lower_is(tiny_flags, tmp_path, monkeypatch):
+    Poison(monkeypatch, range(1, 100))
+    monkeypatch.setattr("engine.strategy.resident.LossScale", lambda: LossScale(minimum=65536 / 4))
+    assert train.main([*tiny_flags, "--dtype=fp16", "--max_bad_steps=3"]) == train.EXIT_DIVERGED
+    assert list(losses(tmp_path / "run"))[-1] == 5  # two steps that halve it, then three bad ones
 
 
 def test_resume_from_a_named_checkpoint(tiny_flags, tmp_path):
