@@ -12,7 +12,7 @@ import torch
 
 from engine.cards import CARDS, Card, find
 from engine.config import ConfigError, ModelConfig, require
-from engine.footprint import METHODS, Elements, Footprint, GiB, Method, Recompute, predict
+from engine.footprint import CONTEXT_BYTES, METHODS, Elements, Footprint, GiB, Method, Recompute, predict
 from engine.model import flops_per_token
 from engine.step_time import NETWORK_BYTES_S, StepTime, chip_of, communication_bytes, step_time
 from kernels import dispatch
@@ -300,10 +300,12 @@ def nearest(model: ModelConfig, card: Card, host_memory: int, **options: Any) ->
 def card_of(device: torch.device) -> Card:
     """Return the card of a CUDA device with the memory that it really has and that this process may use.
 
-    A card that the table does not have gets the speeds of a listed one of its kind: enough to choose, not to promise.
+    What other programs hold of it, a desktop for one, is not there for us. A card that the table does not have gets the speeds of a listed one of its kind: enough to choose, not to promise.
     """
     properties = torch.cuda.get_device_properties(device)
-    memory = int(properties.total_memory * torch.cuda.get_per_process_memory_fraction(device))
+    free, total = torch.cuda.mem_get_info(device)
+    others = max(0, total - free - torch.cuda.memory_reserved(device) - CONTEXT_BYTES)
+    memory = int(properties.total_memory * torch.cuda.get_per_process_memory_fraction(device)) - others
     target = dispatch.chip(device).target
     kin = next((card for card in CARDS if card.target == target), CARDS[0])
     known = find(properties.name)

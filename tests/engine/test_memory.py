@@ -163,10 +163,16 @@ def test_where_nothing_fits_the_nearest_change_is_named():
 
 def test_a_device_is_known_by_its_name_and_its_real_memory(monkeypatch):
     properties = SimpleNamespace(name="NVIDIA GeForce RTX 3090", total_memory=24 * GiB)
+    free = [23.5 * GiB]  # our own context takes the rest
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free[0]), 24 * GiB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.5)
     monkeypatch.setattr("kernels.dispatch.chip", lambda device: SimpleNamespace(target="cuda:86"))
     assert card_of(torch.device("cuda")) == replace(get("RTX 3090"), memory_bytes=12 * GiB)
+    free[0] = 21.5 * GiB
+    assert card_of(torch.device("cuda")).memory_bytes == 10 * GiB, "2 GiB are a desktop's"
+    free[0] = 23.5 * GiB
     properties.name = "NVIDIA RTX of next year"
     unknown = card_of(torch.device("cuda"))
     assert unknown.name == properties.name and unknown.target == "cuda:86" and unknown.memory_bytes == 12 * GiB
