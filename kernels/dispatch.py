@@ -258,6 +258,8 @@ def _look_up(device: torch.device) -> Chip:
         target = "hip:" + properties.gcnArchName.split(":")[0]
         # An AMD chip outside the table keeps PyTorch's kernels: nothing of ours was compiled for it.
         row = CHIPS.get(target, replace(CHIPS["hip:gfx906"], target=target, sdpa="flash"))
+        if target not in CHIPS and torch.cuda.is_bf16_supported(including_emulation=False):
+            row = replace(row, dtype="bfloat16")
         return replace(row, name=properties.name)
     capability = properties.major * 10 + properties.minor
     known = max((n for n in _cuda_capabilities() if n <= capability), default=min(_cuda_capabilities()))

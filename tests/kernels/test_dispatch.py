@@ -111,6 +111,22 @@ def test_an_unlisted_gpu_is_treated_as_the_nearest_older_one(major, minor, share
         dispatch.force_chip(None)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_unlisted_amd_chip_trains_in_what_it_multiplies(bf16, monkeypatch):
+    class Properties:
+        name, gcnArchName = "some AMD GPU", "gfx1201:sramecc-"
+
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 and not including_emulation)
+    dispatch.force_chip(None)
+    try:
+        chip = dispatch.chip(GPU)
+        assert (chip.target, chip.bf16, chip.triton) == ("hip:gfx1201", bf16, False)
+    finally:
+        dispatch.force_chip(None)
+
+
 def test_the_interpreter_runs_only_when_asked_for(kernel_path):
     dispatch.set_backend("auto")
     assert dispatch.backend("attention", CPU) == "torch"
