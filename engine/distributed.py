@@ -1,6 +1,7 @@
 """The processes of a run: who this one is, and the few things all of them agree on."""
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -26,10 +27,11 @@ class Processes:
 
     def connect(self, device: torch.device) -> None:
         """Join the others (nccl between GPUs, gloo between CPUs); a lone process only where a backend is needed."""
-        for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 0)):
+        for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", device.index or 0), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 0)):
             os.environ.setdefault(name, str(value))
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # The others wait while the first writes a checkpoint or prepares data, longer than the ten minutes of nccl.
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
 
     def mean(self, values: Tensor) -> Tensor:
         """Average `values` over the processes, in place."""
