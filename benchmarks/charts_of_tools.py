@@ -4,8 +4,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.chart_style import PARTS, plain
+from benchmarks.chart_style import plain
 from benchmarks.reading import Results, device_name, of_kind
+from tools.plan import draw
 
 
 def plan_data(results: Results) -> Any:
@@ -22,28 +23,7 @@ def plan_data(results: Results) -> Any:
 
 
 def draw_plan(data: Any) -> Figure:
-    rows = data["rows"]
-    parts = [part for part in rows[0][2] if any(sizes.get(part) for _, _, sizes, _ in rows)]
-    figure = Figure(figsize=(10, 1.6 + 0.42 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for y, (_, name, sizes, limit) in enumerate(rows):
-        left = 0.0
-        for i, part in enumerate(parts):
-            size = sizes.get(part, 0) / 2**30
-            label = part.replace("_", " ") if y == 0 else None
-            axes.barh(y, size, left=left, color=PARTS[i % len(PARTS)], label=label)
-            left += size
-        label = "the card's memory" if y == 0 else None
-        axes.plot([limit / 2**30] * 2, [y - 0.42, y + 0.42], color="black", linewidth=2, label=label)
-        axes.text(max(left, limit / 2**30) + 0.4, y, name, va="center", fontsize=8)
-    axes.set_yticks(range(len(rows)), [card for card, *_ in rows], fontsize=9)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.2 * max(limit for *_, limit in rows) / 2**30)
-    axes.set_xlabel("GiB at the fullest moment of a step")
-    axes.set_title(data["title"], loc="left", fontsize=10)
-    figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-    plain(axes)
-    return figure
+    return draw([(card, sizes, limit, name) for card, name, sizes, limit in data["rows"]], data["title"])
 
 
 FATES = {

@@ -179,19 +179,18 @@ def show_cards(made: dict[Card, tuple[Plan | None, list[Plan], Nearest]]) -> str
     return table(header, rows)
 
 
-def draw(bars: list[tuple[str, Plan | None, float]], title: str, path: str) -> None:
-    """Draw memory by part, a bar for each (label, plan, limit in bytes), as a PNG or whatever `path` ends in."""
+def draw(bars: Sequence[tuple[str, dict[str, int], float, str]], title: str) -> Figure:
+    """Return a picture of memory by part, a bar for each (label, bytes by part, bytes of the card, words beside it)."""
     figure = Figure(figsize=(11, 1.6 + 0.42 * len(bars)), layout="constrained")
     axes = figure.subplots()
-    for row, (_, made, limit) in enumerate(bars):
+    for row, (_, sizes, limit, words) in enumerate(bars):
         left = 0.0
         for part, colour in zip(PARTS, COLOURS, strict=True):
-            size = made.footprint.card[part] / GiB if made else 0.0
+            size = sizes[part] / GiB
             axes.barh(row, size, left=left, color=colour, label=PARTS[part] if row == 0 else None, height=0.7)
             left += size
         ends = [row - 0.45, row + 0.45]
         axes.plot([limit / GiB] * 2, ends, color="black", linewidth=2, label="memory of the card" if row == 0 else None)
-        words = speed(made) + " tokens/s" if made and made.fits else "does not fit"
         axes.text(max(left, limit / GiB) + 0.3, row, words, va="center", fontsize=8)
     axes.set_yticks(range(len(bars)), [label for label, *_ in bars], fontsize=9)
     axes.invert_yaxis()
@@ -200,7 +199,12 @@ def draw(bars: list[tuple[str, Plan | None, float]], title: str, path: str) -> N
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=150)
+    return figure
+
+
+def bar(label: str, made: Plan, card: Card) -> tuple[str, dict[str, int], float, str]:
+    """Return what `draw` shows of a plan."""
+    return label, made.footprint.card, card.memory_bytes, f"{speed(made)} tokens/s" if made.fits else "does not fit"
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -258,7 +262,7 @@ def run(asked: argparse.Namespace) -> int:
     shape = f"sequences of {model.block_size}, {batch_tokens:,} tokens a step"
     title = f"{asked.preset}: {millions:,.0f} M parameters, {shape}"
     if len(cards) > 1:
-        bars = [(card.name, made[card][0] or made[card][1][0], card.memory_bytes) for card in cards[: len(CLASSIC)]]
+        bars = [bar(card.name, made[card][0] or made[card][1][0], card) for card in cards[: len(CLASSIC)]]
         entries = [
             to_json(chosen, card, True, reason(chosen, plans)) if chosen else to_json(None, card, False, near=near)
             for card, (chosen, plans, near) in made.items()
@@ -267,7 +271,7 @@ def run(asked: argparse.Namespace) -> int:
     else:
         ((card, (chosen, plans, near)),) = made.items()
         shown = one_of_each_method(plans, chosen)
-        bars = [(p.name + (" (chosen)" if p is chosen else ""), p, card.memory_bytes) for p in shown]
+        bars = [bar(p.name + (" (chosen)" if p is chosen else ""), p, card) for p in shown]
         entries = [to_json(p, card, p is chosen, reason(p, plans) if p is chosen else "") for p in plans]
         if near:
             entries[0] = to_json(plans[0], card, False, near=near)
@@ -277,7 +281,7 @@ def run(asked: argparse.Namespace) -> int:
         text += show_scales(scales(model, card, host_memory, options))
         title += f" on {options['gpus']} x {card.name}" if options["gpus"] > 1 else f" on {card.name}"
     if asked.picture:
-        draw(bars, title, asked.picture)
+        draw(bars, title).savefig(asked.picture, dpi=150)
     print(json.dumps(entries, indent=1) if asked.json else f"{title}\n{text}")
     return 0
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 
 from benchmarks import charts, render, tables
+from engine.footprint import PARTS
 
 ENVIRONMENT = {
     "cpu": "EPYC", "cores": 2, "gpu": None, "system": "Linux", "python": "3.12", "versions": {"torch": "2.13.0"},
@@ -155,7 +156,7 @@ def tools_results():
     suite = {"benchmark": "suite", "seconds": 69.0, "parts": [part, late]}
     plan = {
         "gpu": "T4", "fits": True, "strategy": "stochastic", "title": "16-bit weights", "micro_batch_size": 1,
-        "host_bytes": 0, "peak_bytes": {"weights": 4 << 30, "context": 1 << 29}, "card_limit_bytes": 14 << 30, "tokens_per_s": 1234.5,
+        "host_bytes": 0, "peak_bytes": dict.fromkeys(PARTS, 0) | {"weights": 4 << 30, "context": 1 << 29}, "card_limit_bytes": 14 << 30, "tokens_per_s": 1234.5,
     }  # fmt: skip
     lacking = {"gpu": "GTX 1080 Ti", "fits": False} | dict.fromkeys(
         ("strategy", "micro_batch_size", "peak_bytes", "host_bytes", "tokens_per_s")
