@@ -177,9 +177,10 @@ def in_a_process(asked: Trial) -> dict[str, Any]:
 
     RuntimeError where it ends by anything but the limit.
     """
-    freeing = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    variables = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    variables |= {"CUDA_VISIBLE_DEVICES": ""}  # a CPU is what is measured, whatever else there is
     command = [sys.executable, "-m", "benchmarks.miniature", "--trial", json.dumps(asdict(asked))]
-    done = subprocess.run(command, env=os.environ | freeing, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     if any(words in done.stderr for words in ("can't allocate memory", "MemoryError", "bad_alloc")):
