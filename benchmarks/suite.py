@@ -142,6 +142,8 @@ def run(part: Part, folder: Path, limit_s: float) -> tuple[str, str]:
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"PYTHONPATH": paths}
     late = False
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell; a part would ignore it too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(log, "w+") as output:
         process = subprocess.Popen(
             part.command(folder), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=variables,

@@ -79,11 +79,16 @@ def test_a_part_that_hangs_or_fails_does_not_stop_the_others(tmp_path, writes, m
     assert "no such card" in (tmp_path / "all.json").read_text()
 
 
-def test_what_is_out_of_time_is_interrupted_and_can_write_what_it_has(tmp_path):
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN], ids=["asked for", "in the background"])
+def test_what_is_out_of_time_is_interrupted_and_can_write_what_it_has(tmp_path, before):
     program = "import sys, time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: open(sys.argv[1], 'w').write('{}')"
     script = tmp_path / "program.py"
     script.write_text(program)
-    assert suite.suite([Part("one", f"-S {script} {{file}}", 4)], tmp_path, "all", again=False, seconds=60) == 1
+    handler = signal.signal(signal.SIGINT, before)
+    try:
+        assert suite.suite([Part("one", f"-S {script} {{file}}", 4)], tmp_path, "all", again=False, seconds=60) == 1
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert statuses(tmp_path) == {"one": "out of time"} and (tmp_path / "one.json").read_text() == "{}"
 
 
