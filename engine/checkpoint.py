@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.config import Config, load_file
+from engine.config import Config, differences, load_file
 from engine.distributed import Processes
 from engine.strategy import Strategy
 
@@ -93,8 +93,7 @@ def save(config: Config, strategy: Strategy, processes: Processes, progress: dic
 def load(path: Path, config: Config, strategy: Strategy) -> dict[str, Any]:
     """Put a checkpoint's weights, moments and counters into `strategy`; return its state.json."""
     state = read_state(path)
-    there, here = load_file(path / "config.json")["model"], config.to_dict()["model"]
-    other = [f"{key} is {there[key]} there and {here[key]} here" for key in here if key != "z_loss" and there.get(key) != here[key]]
+    other = differences(load_file(path / "config.json")["model"], config.model)
     if other:
         raise CheckpointError(f"{path} belongs to another model: {', '.join(other)}")
     files = {name: safe_open(path / name, framework="pt") for name in {"model.safetensors", *state["shards"].values()}}

@@ -56,6 +56,11 @@ class ModelConfig:
         return self.n_embd // self.n_head
 
 
+def differences(there: dict[str, Any], here: ModelConfig) -> list[str]:
+    """Say of each setting what it is in another model's and `here`, where weights of one do not fit the other."""
+    return [f"{k} is {there.get(k)} there and {v} here" for k, v in dataclasses.asdict(here).items() if k != "z_loss" and there.get(k) != v]
+
+
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     """Where the tokens are and how they are cut."""

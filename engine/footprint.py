@@ -190,9 +190,9 @@ def predict(
     if recompute.kind == "offloaded":
         inputs = micro_batch_size * model.block_size * model.n_embd * ITEMSIZE[dtype]
         host = host | {"saved_activations": _pinned(max(0, recompute.layers - ON_DEVICE) * inputs)}
-    # A model is built in fp32 in host memory and then moved: whichever is more, the building or the states.
     held = {part: int(size) for part, size in host.items()}
-    held["process"] = HOST_PROCESS_BYTES + max(0, 4 * sizes.total - sum(held.values()))
+    # The weights come into the world in fp32 in host memory, one parameter at a time (engine/strategy).
+    held["process"] = HOST_PROCESS_BYTES + 4 * max(sizes.head, sizes.largest)
     return Footprint(card, held, name)
 
 
@@ -225,17 +225,16 @@ def _deepspeed(model: ModelConfig, method: Method, sizes: Elements, dtype: str, 
     else:
         weights = w * n
     card = {"weights": weights, "communication": bucket}
-    start = {"start": {"working_layer": max(0, w * n - weights)}}  # the whole model is there before it is cut up
     if method.offload == "none":
         card |= {"master_weights": 4 * share, "optimizer_states": 8 * share}
         if method.stage == 1 and dtype == "bf16":
             # BF16_Optimizer keeps all gradients twice and, at the end, reduces them in two dtypes at once.
             card["gradients"] = (4 + w) * n
-            return card, {}, start | {"reduce": {"communication": (4 + w) * min(n, DEEPSPEED_REDUCE)}}
+            return card, {}, {"reduce": {"communication": (4 + w) * min(n, DEEPSPEED_REDUCE)}}
         card["gradients"] = 4 * (n if method.stage == 1 else share)
         # Another copy of gradients: stage 1's averages, stage 3's of a group of parameters, fp32 ones that are scaled.
         copied = {1: 4 * share, 2: 4 * share * (dtype == "fp32"), 3: 4 * min(share, DEEPSPEED_LIVE)}[method.stage]
-        return card, {}, start | {"update": {"communication": max(copied, in_double)}}
+        return card, {}, {"update": {"communication": max(copied, in_double)}}
     if method.stage == 1:
         card["gradients"] = 4 * n
     staging = w * max(sizes.head, sizes.largest) if method.stage < 3 else 0  # one parameter on its way, at both ends
@@ -247,7 +246,7 @@ def _deepspeed(model: ModelConfig, method: Method, sizes: Elements, dtype: str, 
         "master_weights": _pinned(4 * share),
         "optimizer_states": 8 * share,
     }
-    return card, host, start | {"norm": {"communication": in_double}}
+    return card, host, {"norm": {"communication": in_double}}
 
 
 def _pinned(size: float) -> int:

@@ -5,6 +5,7 @@ Parameter names are GPT-2's, so weights come and go without a table. Weights are
 where they are used, so one model runs with fp32 weights and bf16 activations, or all in one dtype.
 """
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -158,10 +159,15 @@ class GPT(nn.Module):
         self._rope: tuple[Tensor, Tensor] | None = None
 
     @classmethod
+    def outline(cls, config: ModelConfig) -> "GPT":
+        """Return a model on the meta device: parameters with shapes and no memory, for a strategy to place and fill."""
+        with torch.device("meta"):
+            return cls(config)
+
+    @classmethod
     def empty(cls, config: ModelConfig) -> "GPT":
         """Return a model in host memory whose weights are not drawn yet; drawing PyTorch's first would take as long again."""
-        with torch.device("meta"):
-            model = cls(config)
+        model = cls.outline(config)
         model.to_empty(device="cpu")
         if config.tie_head:  # which to_empty unties
             model.lm_head.weight = model.transformer["wte"].weight
@@ -170,11 +176,19 @@ class GPT(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw GPT-2's initial weights: normal(0, 0.02), the residual projections smaller by sqrt(2 n_layer)."""
         for name, parameter in self.named_parameters():
-            if parameter.dim() < 2:
-                nn.init.constant_(parameter, 1.0 if "ln_" in name and name.endswith("weight") else 0.0)
-            else:
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
-                nn.init.normal_(parameter, std=std, generator=generator)
+            self._draw(name, parameter, generator)
+
+    def initial_weights(self, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        """Yield each parameter's name and what `init_weights` gives it, fp32 in host memory, drawn when it is asked for."""
+        shapes = {name: parameter.shape for name, parameter in self.named_parameters()}  # what fills them may cut them up
+        for name, shape in shapes.items():
+            yield name, self._draw(name, torch.empty(shape, dtype=torch.float32), generator)
+
+    def _draw(self, name: str, weight: Tensor, generator: torch.Generator | None) -> Tensor:
+        if weight.dim() < 2:
+            return nn.init.constant_(weight, 1.0 if "ln_" in name and name.endswith("weight") else 0.0)
+        std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+        return nn.init.normal_(weight, std=std, generator=generator)
 
     def forward(
         self,

@@ -51,12 +51,17 @@ def clip_coefficient(parameters: Iterable[nn.Parameter], max_norm: float) -> tup
     return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
+def stored_dtype(parameter: Tensor, weights: Weights = "fp32", dtype: torch.dtype = torch.bfloat16) -> torch.dtype:
+    """Return the dtype that an AdamW of such `weights` and `dtype` gives a parameter; only its shape is read."""
+    return dtype if parameter.dim() >= 2 and weights != "fp32" else torch.float32
+
+
 def state_bytes(parameters: Iterable[Tensor], weights: Weights = "fp32", moments: Moments = "fp32") -> dict[str, int]:
     """Return what an AdamW holds in bytes: "weights", "residuals", "moments". Only the parameters' shapes are read."""
     total = {"weights": 0, "residuals": 0, "moments": 0}
     for parameter in parameters:
         compact, n = parameter.dim() >= 2, parameter.numel()
-        total["weights"] += n * (2 if compact and weights != "fp32" else 4)
+        total["weights"] += n * stored_dtype(parameter, weights).itemsize
         total["residuals"] += n * 2 * (compact and weights == "residual")
         width = {"fp32": 8, "bf16": 4, "int8": 2}[moments] if compact else 8
         exponents = -(-n // BLOCK) if compact and moments == "int8" else 0

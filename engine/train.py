@@ -12,16 +12,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 import torch
+from torch import Tensor
 
 from engine import checkpoint
 from engine.cards import peak_flops
-from engine.config import Config, ConfigError, DataConfig, parse, require
+from engine.config import Config, ConfigError, DataConfig, ModelConfig, differences, parse, require
 from engine.data import Batch, DataError, TokenFile, TrainingBatches, prefetch, validation_batches
 from engine.device import choose_device, choose_dtype, peak_memory
 from engine.distributed import Processes
@@ -116,13 +118,13 @@ def set_up(config: Config, resume: str | None, processes: Processes) -> Run:
     data = TrainingBatches(train_file, micro_batch_size=micro_batch_size, grad_accum=grad_accum, seed=config.seed, **common)
     validation = validation_batches(val_file, batch_size=micro_batch_size, tokens=config.report.eval_tokens, **common)
 
-    model = GPT.empty(config.model)
-    if config.init_from and not start_from:
-        start_from_weights(model, config.init_from)
-    else:
-        model.init_weights(torch.Generator().manual_seed(config.seed))
+    model = GPT.outline(config.model)
     n_parameters = model.num_parameters()
-    strategy = build(config, model, processes, device, dtype, grad_accum)
+    if elsewhere := start_from or config.init_from:
+        weights = weights_from(elsewhere, config.model)
+    else:
+        weights = model.initial_weights(torch.Generator().manual_seed(config.seed))
+    strategy = build(config, model, processes, device, dtype, grad_accum, weights)
     progress: dict[str, Any] = {"step": 0, "tokens": 0, "val_loss": None, "bad_steps": 0}
     if start_from:
         saved = checkpoint.load(start_from, config, strategy)
@@ -235,13 +237,15 @@ def save(run: Run, final: bool) -> Path | None:
         return checkpoint.newest(run.config.run_dir)
 
 
-def start_from_weights(model: GPT, path: str) -> None:
-    """Give `model` the weights of any file that generate reads: a run, Hugging Face's GPT-2, the classic script's .pt."""
+def weights_from(path: str | Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Return the names and fp32 weights of any file that generate reads: a run, a checkpoint, GPT-2's folder, the classic .pt.
+
+    ConfigError where they belong to another model than `config` describes.
+    """
     there, state = read_weights(path)
-    here = model.config
-    other = [f"{k} is {v} there and {getattr(here, k)} here" for k, v in asdict(there).items() if k != "z_loss" and v != getattr(here, k)]
-    require(not other, f"--init_from {path} holds another model: {', '.join(other)}")
-    model.load_state_dict(state, strict=not here.tie_head)  # a tied head is stored once
+    other = differences(asdict(there), config)
+    require(not other, f"{path} holds another model: {', '.join(other)}")
+    return ((name, state.pop(name).float()) for name in list(state))
 
 
 def kernel_lines(device: torch.device) -> list[str]:

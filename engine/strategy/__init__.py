@@ -3,12 +3,12 @@
 The loop calls `set_lr`, `forward_backward`, `step`, and for a checkpoint `state` and `load_state`; it knows nothing of their inside.
 """
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.config import Config, ConfigError
 from engine.data import Batch
@@ -59,8 +59,21 @@ class Strategy(Protocol):
     def load_counters(self, counters: dict[str, Any]) -> None: ...
 
 
-def build(config: Config, model: GPT, processes: Processes, device: torch.device, dtype: torch.dtype, grad_accum: int) -> Strategy:
-    """Return the strategy of a config whose choices are made (engine/placement.py)."""
+def build(
+    config: Config,
+    model: GPT,
+    processes: Processes,
+    device: torch.device,
+    dtype: torch.dtype,
+    grad_accum: int,
+    weights: Iterable[tuple[str, Tensor]] = (),
+) -> Strategy:
+    """Return the strategy of a config whose choices are made (engine/placement.py).
+
+    weights: the name and the fp32 weights, in host memory, of every parameter of a `model` on the meta device. Each goes
+    to its place and into its format before the next is asked for, so that no process ever holds the whole model in fp32
+    in host memory. Without them the model must have its own.
+    """
     if config.strategy.strategy == "zero":
         if device.type == "cpu":  # else DeepSpeed takes a GPU where there is one
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -68,7 +81,12 @@ def build(config: Config, model: GPT, processes: Processes, device: torch.device
             from engine.strategy.zero import Zero  # deepspeed takes seconds to import: only where it is used
         except ImportError as error:
             raise ConfigError(f"ZeRO needs DeepSpeed, which does not import: {error}; pip install deepspeed") from None
-        return Zero(config, model, processes, device, dtype, grad_accum)
+        return Zero(config, model, processes, device, dtype, grad_accum, weights)
     from engine.strategy.resident import Resident
 
-    return Resident(config, model, processes, device, dtype, grad_accum)
+    return Resident(config, model, processes, device, dtype, grad_accum, weights)
+
+
+def give_memory(parameter: nn.Parameter, memory: Tensor) -> None:
+    """Make `memory` what a parameter is, in every module and optimizer group that has it; its shape may have had none."""
+    torch.utils.swap_tensors(parameter, nn.Parameter(memory))

@@ -2,7 +2,7 @@
 
 Residuals and moments lie on the device, or in host memory (engine/streaming.py).
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,8 +13,8 @@ from engine.config import Config, require
 from engine.data import Batch
 from engine.distributed import Processes
 from engine.model import GPT
-from engine.optimizer import AdamW, InBackwardAdamW, clip_coefficient, parameter_groups
-from engine.strategy import StepResult
+from engine.optimizer import AdamW, InBackwardAdamW, clip_coefficient, parameter_groups, stored_dtype
+from engine.strategy import StepResult, give_memory
 from engine.strategy.activations import in_words, recompute_blocks
 from engine.strategy.data_parallel import average_in_backward, data_parallel
 from engine.strategy.loss_scaling import LossScale
@@ -23,15 +23,27 @@ from engine.streaming import StreamedAdamW
 
 class Resident:
     def __init__(
-        self, config: Config, model: GPT, processes: Processes, device: torch.device, dtype: torch.dtype, grad_accum: int
+        self,
+        config: Config,
+        model: GPT,
+        processes: Processes,
+        device: torch.device,
+        dtype: torch.dtype,
+        grad_accum: int,
+        weights: Iterable[tuple[str, Tensor]] = (),
     ) -> None:
         self.device, self.processes = device, processes.world_size
         self.options, choices = config.optimizer, config.strategy
-        self.model = model.to(device)
-        self.model.dtype = dtype
         self.formats = {"weights": choices.weights, "moments": choices.moments}
         # Chips that train in fp16 may have no bf16; where the computation is in fp32, bf16 has its range.
         storage = torch.float16 if dtype == torch.float16 else torch.bfloat16
+        self.parameters = dict(model.named_parameters())
+        for parameter in self.parameters.values():
+            if parameter.is_meta:
+                stored = stored_dtype(parameter, choices.weights, storage)
+                give_memory(parameter, torch.empty(parameter.shape, dtype=stored, device=device))
+        self.model = model.to(device)
+        self.model.dtype = dtype
         self.streamed = choices.offload == "states"
         adamw, settings = StreamedAdamW if self.streamed else AdamW, {}
         if choices.optimizer_in_backward:
@@ -49,6 +61,8 @@ class Resident:
             **self.formats,
             **settings,
         )
+        for name, weight in weights:
+            self.optimizer.import_state(self.parameters[name], weight)
         self.in_backward = choices.optimizer_in_backward
         recomputed = choices.activation_checkpointing, choices.recomputed_blocks
         recompute_blocks(self.model, *recomputed, compiled=choices.compile)
@@ -57,7 +71,6 @@ class Resident:
         self.module, self.trained = self.model, self.distributed or self.model
         if choices.compile:
             self.module, self.trained = torch.compile(self.module), torch.compile(self.trained)
-        self.parameters = dict(self.model.named_parameters())
         self.loss_scale = LossScale() if dtype == torch.float16 else None
         self.updates = 0
 

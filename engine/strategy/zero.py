@@ -2,7 +2,7 @@
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.config import Config, ConfigError, load_file, merge
 from engine.data import Batch
 from engine.distributed import Processes
 from engine.model import GPT
 from engine.optimizer import parameter_groups
-from engine.strategy import StepResult
+from engine.strategy import StepResult, give_memory
 from engine.strategy.activations import in_words, recompute_blocks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -66,7 +66,14 @@ def deepspeed_config(config: Config, dtype: torch.dtype, grad_accum: int, world_
 
 class Zero:
     def __init__(
-        self, config: Config, model: GPT, processes: Processes, device: torch.device, dtype: torch.dtype, grad_accum: int
+        self,
+        config: Config,
+        model: GPT,
+        processes: Processes,
+        device: torch.device,
+        dtype: torch.dtype,
+        grad_accum: int,
+        weights: Iterable[tuple[str, Tensor]] = (),
     ) -> None:
         if config.strategy.zero_stage == 0 and dtype != torch.float32:
             raise ConfigError("--zero_stage 0 computes wrong updates in 16 bits: use --zero_stage 1, which is right on one card too")
@@ -84,7 +91,8 @@ class Zero:
             path = Path(config.run_dir) / "deepspeed.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(settings, indent=2) + "\n")
-        groups = parameter_groups(model, options.weight_decay)
+        groups = parameter_groups(model, options.weight_decay)  # by shapes, which stage 3 takes away
+        self._place(model, weights or ((name, p.data) for name, p in model.named_parameters()), settings)
         optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.adam_eps, fused=True)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         if self.stage > 0:
@@ -92,6 +100,17 @@ class Zero:
         self.module = self.engine
         self.parameters = dict(self.engine.module.named_parameters())
         self.updates = 0
+
+    def _place(self, model: GPT, weights: Iterable[tuple[str, Tensor]], settings: dict[str, Any]) -> None:
+        """Give every parameter its weights where and as DeepSpeed wants them, which then has nothing to move or to cast."""
+        parameters, shared = dict(model.named_parameters()), None
+        if self.stage == 3:
+            deepspeed.init_distributed()  # takes the processes that are connected; else it counts only this one
+            shared = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings)
+        for name, weight in weights:
+            give_memory(parameters[name], weight.to(self.device, self.dtype, copy=True))  # a file may lie behind `weight`
+            if shared:
+                shared._convert_to_zero_parameters([parameters[name]])  # each process keeps its part; the whole is freed
 
     def describe(self) -> str:
         moved = {"none": "", "optimizer": ", optimizer in host memory", "params": ", optimizer and parameters in host memory"}
