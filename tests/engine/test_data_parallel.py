@@ -18,9 +18,11 @@ def losses(run_dir) -> dict[tuple[int, str], float]:
     [
         (["--micro_batch_size=2"], 2e-5),  # 2 micro-batches in each process
         (["--weights=residual", "--moments=int8", "--micro_batch_size=4", "--activation_checkpointing=true"], 2e-3),
+        (["--weights=residual", "--moments=int8", "--offload=states", "--micro_batch_size=2"], 2e-3),
+        (["--weights=fp32", "--moments=fp32", "--offload=states", "--micro_batch_size=2"], 2e-5),
         (["--weights=stochastic", "--moments=int8", "--optimizer_in_backward=true", "--grad_clip=0"], 2e-3),
     ],
-    ids=["fp32", "residual-int8", "in-backward"],
+    ids=["fp32", "residual-int8", "streamed-int8", "streamed-fp32", "in-backward"],
 )
 def test_two_processes_train_as_one_does(tiny_flags, start, tmp_path, flags, tolerance):
     alone, together = tmp_path / "alone", tmp_path / "together"
@@ -29,6 +31,7 @@ def test_two_processes_train_as_one_does(tiny_flags, start, tmp_path, flags, tol
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "the same in 2 processes, gradients averaged" in output
+    assert ("streamed from host memory" in output) == ("--offload=states" in flags)
     assert losses(together) == pytest.approx(losses(alone), rel=tolerance)
 
     # Saved by two processes, resumed by one.

@@ -69,10 +69,13 @@ def test_what_in_backward_cannot_do_is_refused(tiny_flags, capsys, flags, compla
 
 
 def test_streamed_runs_are_resident_runs(tiny_flags, tmp_path):
-    """With clipping and accumulation: every loss and every weight, bit for bit; and the choice is said and kept."""
+    """With clipping and accumulation: every loss and all that a checkpoint holds, bit for bit."""
     flags = [*tiny_flags, "--weights=residual", "--moments=int8", "--micro_batch_size=2"]
     for name, offload in (("here", "none"), ("there", "states")):
         assert train.main([*flags, f"--offload={offload}", f"--run_dir={tmp_path / name}"]) == 0
     assert losses(tmp_path / "here") == losses(tmp_path / "there")
-    ends = [load_file(checkpoint.newest(tmp_path / name) / "model.safetensors") for name in ("here", "there")]
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    here, there = (sorted(checkpoint.newest(tmp_path / name).glob("*.safetensors")) for name in ("here", "there"))
+    assert [file.name for file in here] == ["model.safetensors", "optimizer-00000.safetensors"]
+    for ours, theirs in zip(here, there, strict=True):
+        ours, theirs = load_file(ours), load_file(theirs)
+        assert ours and all(torch.equal(ours[name], theirs[name]) for name in ours)

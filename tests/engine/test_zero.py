@@ -31,11 +31,12 @@ def single(tiny_flags, start, tmp_path):
     return run
 
 
-def cut_back(run: Path, to: Path) -> Path:
-    """Copy a run and leave it only its first checkpoint, of step 4."""
+def cut_back(run: Path, to: Path, step: int = 4) -> Path:
+    """Copy a run and leave it only its checkpoint of this step."""
     shutil.copytree(run, to)
-    for path in checkpoint.checkpoints(to)[1:]:
-        shutil.rmtree(path)
+    for path in checkpoint.checkpoints(to):
+        if path.name != f"step_{step:08d}":
+            shutil.rmtree(path)
     return to
 
 
@@ -56,6 +57,33 @@ def test_stages_agree_with_one_process_and_checkpoints_pass_between_them(single,
     together = cut_back(single, tmp_path / "together")
     finish(start(*TORCHRUN, "engine/train.py", "--resume", f"--run_dir={together}", "--zero_stage=3"))
     assert losses(together) == pytest.approx(reference, rel=2e-5)
+
+
+def test_streamed_states_pass_to_zero_and_back(tiny_flags, start, tmp_path):
+    """What goes on from a checkpoint is what resident states in a single process make of the same checkpoint."""
+    streamed = ("--strategy=resident", "--zero_stage=auto", "--weights=residual", "--moments=int8", "--offload=states")
+    compact = (*streamed, "--offload=none")
+    exact = ("--strategy=resident", "--weights=fp32", "--moments=fp32", "--offload=none")
+    shared = ("--strategy=zero", "--weights=auto", "--moments=auto", "--offload=none")
+
+    def go_on(run: Path, step: int, name: str, *flags: str, processes: int) -> dict[tuple[int, str], float]:
+        to = cut_back(run, tmp_path / name, step)
+        launcher = TORCHRUN if processes == 2 else ()
+        output = finish(start(*launcher, "engine/train.py", "--resume", f"--run_dir={to}", *flags))
+        assert f"resumed from {to}/checkpoints/step_{step:08d}" in output
+        assert ("streamed from host memory" in output) == (flags[-1] == "--offload=states"), output
+        return losses(to)
+
+    run = tmp_path / "streamed"
+    finish(start("engine/train.py", *tiny_flags, "--micro_batch_size=2", *streamed, f"--run_dir={run}"))
+    reference = go_on(run, 4, "exact", *exact, processes=1)
+    assert reference[12, "loss"] != losses(run)[12, "loss"]
+    for stage in (1, 3):
+        there = go_on(run, 4, f"stage{stage}", f"--zero_stage={stage}", *shared, processes=2)
+        assert there == pytest.approx(reference, rel=2e-5), f"stage {stage}"
+        own = tmp_path / f"stage{stage}"
+        back = go_on(own, 8, f"back{stage}", *streamed, processes=2)
+        assert back == pytest.approx(go_on(own, 8, f"compact{stage}", *compact, processes=1), rel=2e-3), f"stage {stage}"
 
 
 def test_the_deepspeed_launcher_starts_the_same_program(tiny_flags, start, tmp_path):
