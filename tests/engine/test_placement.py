@@ -28,7 +28,13 @@ def settled(*flags: str, device=CUDA, dtype=torch.bfloat16, world_size=1):
 
 @pytest.mark.parametrize(
     "flags, world_size, strategy, stage",
-    [([], 1, "resident", None), ([], 2, "zero", 1), (["--zero_stage=2"], 1, "zero", 2), (["--offload=params"], 1, "zero", 3)],
+    [
+        ([], 1, "resident", None),
+        ([], 2, "zero", 1),
+        (["--zero_stage=2"], 1, "zero", 2),
+        (["--offload=params"], 1, "zero", 3),
+        (["--offload=states"], 2, "resident", None),
+    ],
 )
 def test_without_a_card(flags, world_size, strategy, stage):
     config, grad_accum, chosen = settled("--preset=13m", *flags, device=CPU, dtype=torch.float32, world_size=world_size)

@@ -61,9 +61,12 @@ def test_a_checkpoint_passes_between_formats(tiny_flags, tmp_path):
         (["--optimizer_in_backward"], "--grad_clip 0"),
         (["--optimizer_in_backward", "--grad_clip=0", "--micro_batch_size=2"], "cannot accumulate over 4"),
         (["--strategy=zero", "--moments=int8"], "are the resident strategy's"),
+        (["--offload=states", "--optimizer_in_backward", "--grad_clip=0"], "--offload states excludes --optimizer_in_backward"),
+        (["--offload=states", "--strategy=zero"], "--offload states is the resident strategy's"),
+        (["--offload=states", "--zero_stage=1"], "--offload states is the resident strategy's"),
     ],
 )
-def test_what_in_backward_cannot_do_is_refused(tiny_flags, capsys, flags, complaint):
+def test_what_a_strategy_cannot_do_is_refused(tiny_flags, capsys, flags, complaint):
     assert train.main([*tiny_flags, *flags]) == 2
     assert complaint in capsys.readouterr().err
 
