@@ -286,7 +286,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config, options = parse(sys.argv[1:] if arguments is None else arguments)
         with Interrupt() as interrupt:
-            return loop(set_up(config, options.resume, processes), interrupt)
+            code = loop(set_up(config, options.resume, processes), interrupt)
+        # gloo's threads, which DeepSpeed keeps, free the last tensor some time after it has arrived, and abort the program
+        # where Python is already ending.
+        processes.barrier()
+        return code
     except (ConfigError, DataError, WeightsError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
