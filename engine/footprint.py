@@ -191,8 +191,8 @@ def predict(
         inputs = micro_batch_size * model.block_size * model.n_embd * ITEMSIZE[dtype]
         host = host | {"saved_activations": _pinned(max(0, recompute.layers - ON_DEVICE) * inputs)}
     held = {part: int(size) for part, size in host.items()}
-    # The weights come into the world in fp32 in host memory, one parameter at a time (engine/strategy).
-    held["process"] = HOST_PROCESS_BYTES + 4 * max(sizes.head, sizes.largest)
+    # Weights are made in fp32 in host memory, one parameter at a time (engine/strategy), when there are no moments yet.
+    held["process"] = HOST_PROCESS_BYTES + max(0, 4 * max(sizes.head, sizes.largest) - held.get("optimizer_states", 0))
     return Footprint(card, held, name)
 
 

@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from engine import train
-from engine.config import parse
+from engine.config import from_dict, parse, preset
 from engine.distributed import Processes
+from engine.footprint import HOST_PROCESS_BYTES, METHODS, predict
 from engine.model import GPT
 from engine.strategy import build
 
@@ -96,3 +97,12 @@ def test_a_model_that_has_its_weights_keeps_them(tiny_flags):
     drawn = {name: p.detach().clone() for name, p in model.named_parameters()}
     strategy = build(config, model, Processes(), torch.device("cpu"), torch.float32, 1)
     assert all(torch.equal(state["weight"], drawn[name]) for name, state in strategy.state())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_the_planner_counts_one_parameter_in_fp32(method):
+    """Which the host needs beside the process until the moments, where it keeps these, take more."""
+    model = from_dict(preset("2b")).model
+    host = predict(model, method, dtype="bf16", micro_batch_size=1).host
+    largest = 4 * max(p.numel() for p in GPT.outline(model).parameters())
+    assert host["process"] == HOST_PROCESS_BYTES + (0 if method.streamed or method.offload != "none" else largest)
