@@ -42,7 +42,7 @@ def throughput_rows(result: dict[str, Any]) -> str:
     limit = f", at most {result['gpu_memory_bytes'] / 2**30:.3g} GiB" if result["gpu_memory_bytes"] and gpu else ""
     shape = f"`{config['preset']}`, {human(result['n_parameters'])} parameters, {result['dtype']}"
     shape += f", {config['optimizer']['batch_tokens']:,} tokens a step"
-    if result.get("card"):
+    if result["card"]:
         limit = f", as {result['card']}{limit}"
     if not gpu:
         shape += f", {result['threads']} thread{'s' * (result['threads'] > 1)}"
@@ -78,7 +78,7 @@ def memory(results: Results, base: str) -> str:
         if not plan:
             continue
         limit = f"{result['gpu_memory_bytes'] / 2**30:.3g} GiB" if result["gpu_memory_bytes"] else "all"
-        if result.get("card"):
+        if result["card"]:
             limit += f", as {result['card']}"
         measured = isinstance(ours, dict)
         rows.append([
@@ -92,7 +92,7 @@ def memory(results: Results, base: str) -> str:
 
 def _fall(row: dict[str, Any]) -> str:
     """The first and the last loss, and over how many steps."""
-    losses = row.get("losses", [])
+    losses = row["losses"]
     return f"{losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps" if losses else ""
 
 

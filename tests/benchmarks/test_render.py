@@ -25,7 +25,7 @@ def results():
     config = {"preset": "13m", "model": {}, "optimizer": {"batch_tokens": 2048}, "strategy": {}}
     common = {
         "benchmark": "throughput", "environment": ENVIRONMENT, "config": config, "dtype": "float32",
-        "n_parameters": 13_142_656, "processes": 1, "threads": 2, "gpu_memory_bytes": None, "flops_per_token": 1, "peak_flops": None, "plan": None,
+        "n_parameters": 13_142_656, "processes": 1, "threads": 2, "gpu_memory_bytes": None, "card": None, "flops_per_token": 1, "peak_flops": None, "plan": None,
     }  # fmt: skip
     slow = ROW | {"tokens_per_s": 1500.0, "step_bytes": 2400 << 20}
     cpu = common | {"results": {"pilesmith": ROW, "classic": slow, "liger": "not run: needs a GPU"}}
