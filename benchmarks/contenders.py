@@ -4,7 +4,7 @@ All take the same config, with its open choices made, random tokens, dtype and A
 backward, clipping, update. Only ours runs in several processes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,9 +27,8 @@ class Unsupported(Exception):
 
 
 def pilesmith(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int, processes: Processes) -> Step:
-    model = GPT.empty(config.model)  # in host memory, as a run begins
-    fill_weights(model, config.seed)
-    strategy = build(config, model, processes, device, dtype, grad_accum)
+    model = GPT.outline(config.model)
+    strategy = build(config, model, processes, device, dtype, grad_accum, some_weights(model, config.seed))
 
     def step(batches: list[Batch]) -> Tensor:
         strategy.set_lr(config.optimizer.lr)
@@ -40,20 +39,21 @@ def pilesmith(config: Config, device: torch.device, dtype: torch.dtype, grad_acc
     return step
 
 
-def fill_weights(model: nn.Module, seed: int) -> None:
-    """Give every matrix GPT-2's spread of 0.02 and every norm its ones, in place.
+def some_weights(model: GPT, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter's name and fp32 weights with the spread of GPT-2's, 0.02: a norm's are ones, a bias's zeros.
 
     One draw of numbers is laid end to end: drawing billions takes minutes, and no speed depends on them.
     """
     numbers = torch.randn(1_000_003, generator=torch.Generator().manual_seed(seed)) * 0.02  # prime: no two rows alike
-    for name, parameter in model.named_parameters():
-        values = parameter.data.view(-1)
-        if parameter.dim() < 2:
-            values.fill_(1.0 if "ln_" in name and name.endswith("weight") else 0.0)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # what fills them may cut them up
+    for name, shape in shapes.items():
+        if len(shape) < 2:
+            yield name, torch.full(shape, 1.0 if "ln_" in name and name.endswith("weight") else 0.0)
             continue
-        for start in range(0, len(values), len(numbers)):
-            part = values[start : start + len(numbers)]
+        weight = torch.empty(shape)
+        for part in weight.view(-1).split(len(numbers)):
             part.copy_(numbers[: len(part)])
+        yield name, weight
 
 
 class PlainAttention(nn.Module):

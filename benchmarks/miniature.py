@@ -153,10 +153,9 @@ def train(asked: Trial) -> dict[str, Any]:
 
 def steps(config: Config, grad_accum: int, count: int) -> list[float]:
     """Train for `count` steps and return their losses."""
-    model = GPT.empty(config.model)
-    model.init_weights(torch.Generator().manual_seed(0))
-    dtype = DTYPES[config.strategy.dtype]
-    strategy = build(config, model, Processes(), torch.device("cpu"), dtype, grad_accum)
+    model, dtype = GPT.outline(config.model), DTYPES[config.strategy.dtype]
+    weights = model.initial_weights(torch.Generator().manual_seed(0))
+    strategy = build(config, model, Processes(), torch.device("cpu"), dtype, grad_accum, weights)
     losses = []
     for step in range(count):
         strategy.set_lr(1e-3 * min(1.0, (step + 1) / 5))

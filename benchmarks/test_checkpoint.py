@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.contenders import fill_weights
+from benchmarks.contenders import some_weights
 from benchmarks.throughput import random_batches
 from engine import checkpoint
 from engine.config import Config, from_dict, merge, preset
@@ -32,9 +32,8 @@ def run(device: torch.device, tmp_path: Path) -> tuple[Config, Strategy, GPT]:
     }
     dtype = choose_dtype("auto", device)[0]
     config, grad_accum, _ = settle(from_dict(merge(preset(PRESET), small)), device, dtype, 1)
-    model = GPT(config.model)
-    fill_weights(model, config.seed)
-    strategy = build(config, model, Processes(), device, dtype, grad_accum)
+    model = GPT.outline(config.model)
+    strategy = build(config, model, Processes(), device, dtype, grad_accum, some_weights(model, config.seed))
     strategy.set_lr(config.optimizer.lr)
     strategy.step(strategy.forward_backward(random_batches(config, config.optimizer.micro_batch_size, grad_accum, 0)))
     return config, strategy, model

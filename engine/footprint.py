@@ -223,7 +223,7 @@ def _deepspeed(model: ModelConfig, method: Method, sizes: Elements, dtype: str, 
         gathered = w * min(n, DEEPSPEED_LIVE) if gpus > 1 or method.offload == "params" else 0
         weights = gathered + (w * share if method.offload != "params" else 0)
     else:
-        weights = w * n
+        gathered, weights = 0, w * n
     card = {"weights": weights, "communication": bucket}
     if method.offload == "none":
         card |= {"master_weights": 4 * share, "optimizer_states": 8 * share}
@@ -234,7 +234,8 @@ def _deepspeed(model: ModelConfig, method: Method, sizes: Elements, dtype: str, 
         card["gradients"] = 4 * (n if method.stage == 1 else share)
         # Another copy of gradients: stage 1's averages, stage 3's of a group of parameters, fp32 ones that are scaled.
         copied = {1: 4 * share, 2: 4 * share * (dtype == "fp32"), 3: 4 * min(share, DEEPSPEED_LIVE)}[method.stage]
-        return card, {}, {"update": {"communication": max(copied, in_double)}}
+        # What was gathered has been let go by then.
+        return card, {}, {"update": {"weights": -gathered, "communication": max(copied, in_double)}}
     if method.stage == 1:
         card["gradients"] = 4 * n
     staging = w * max(sizes.head, sizes.largest) if method.stage < 3 else 0  # one parameter on its way, at both ends

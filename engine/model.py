@@ -164,15 +164,6 @@ class GPT(nn.Module):
         with torch.device("meta"):
             return cls(config)
 
-    @classmethod
-    def empty(cls, config: ModelConfig) -> "GPT":
-        """Return a model in host memory whose weights are not drawn yet; drawing PyTorch's first would take as long again."""
-        model = cls.outline(config)
-        model.to_empty(device="cpu")
-        if config.tie_head:  # which to_empty unties
-            model.lm_head.weight = model.transformer["wte"].weight
-        return model
-
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw GPT-2's initial weights: normal(0, 0.02), the residual projections smaller by sqrt(2 n_layer)."""
         for name, parameter in self.named_parameters():

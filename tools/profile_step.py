@@ -22,7 +22,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.charts import draw_timelines, timelines_data
-from benchmarks.contenders import fill_weights
+from benchmarks.contenders import some_weights
 from benchmarks.environment import environment, write_result
 from benchmarks.meters import kernels_in_use
 from benchmarks.throughput import random_batches
@@ -78,9 +78,8 @@ def measure(
     config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int, warmup: int, trace: Path
 ) -> dict[str, Any]:
     """Run and profile a step; return what is written of it."""
-    model = GPT.empty(config.model)
-    fill_weights(model, config.seed)
-    strategy = build(config, model, Processes(), device, dtype, grad_accum)
+    model = GPT.outline(config.model)
+    strategy = build(config, model, Processes(), device, dtype, grad_accum, some_weights(model, config.seed))
     batches = random_batches(config, config.optimizer.micro_batch_size, grad_accum, config.seed)
     strategy.set_lr(config.optimizer.lr)
 

@@ -66,13 +66,13 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     grad_accum: int,
-    weights: Iterable[tuple[str, Tensor]] = (),
+    weights: Iterable[tuple[str, Tensor]],
 ) -> Strategy:
     """Return the strategy of a config whose choices are made (engine/placement.py).
 
-    weights: the name and the fp32 weights, in host memory, of every parameter of a `model` on the meta device. Each goes
-    to its place and into its format before the next is asked for, so that no process ever holds the whole model in fp32
-    in host memory. Without them the model must have its own.
+    model: on the meta device (`GPT.outline`). weights: the name and the fp32 weights, in host memory, of each of its
+    parameters (`GPT.initial_weights`). Each goes to its place and into its format before the next is asked for, so that
+    no process ever holds the whole model in fp32 in host memory.
     """
     if config.strategy.strategy == "zero":
         if device.type == "cpu":  # else DeepSpeed takes a GPU where there is one

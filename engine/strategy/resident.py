@@ -30,7 +30,7 @@ class Resident:
         device: torch.device,
         dtype: torch.dtype,
         grad_accum: int,
-        weights: Iterable[tuple[str, Tensor]] = (),
+        weights: Iterable[tuple[str, Tensor]],
     ) -> None:
         self.device, self.processes = device, processes.world_size
         self.options, choices = config.optimizer, config.strategy
@@ -39,9 +39,8 @@ class Resident:
         storage = torch.float16 if dtype == torch.float16 else torch.bfloat16
         self.parameters = dict(model.named_parameters())
         for parameter in self.parameters.values():
-            if parameter.is_meta:
-                stored = stored_dtype(parameter, choices.weights, storage)
-                give_memory(parameter, torch.empty(parameter.shape, dtype=stored, device=device))
+            stored = stored_dtype(parameter, choices.weights, storage)
+            give_memory(parameter, torch.empty(parameter.shape, dtype=stored, device=device))
         self.model = model.to(device)
         self.model.dtype = dtype
         self.streamed = choices.offload == "states"

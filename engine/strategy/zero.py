@@ -73,7 +73,7 @@ class Zero:
         device: torch.device,
         dtype: torch.dtype,
         grad_accum: int,
-        weights: Iterable[tuple[str, Tensor]] = (),
+        weights: Iterable[tuple[str, Tensor]],
     ) -> None:
         if config.strategy.zero_stage == 0 and dtype != torch.float32:
             raise ConfigError("--zero_stage 0 computes wrong updates in 16 bits: use --zero_stage 1, which is right on one card too")
@@ -92,7 +92,7 @@ class Zero:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(settings, indent=2) + "\n")
         groups = parameter_groups(model, options.weight_decay)  # by shapes, which stage 3 takes away
-        self._place(model, weights or ((name, p.data) for name, p in model.named_parameters()), settings)
+        self._place(model, weights, settings)
         optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.adam_eps, fused=True)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         if self.stage > 0:

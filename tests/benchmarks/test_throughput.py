@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import contenders, meters, throughput
-from benchmarks.contenders import CONTENDERS, Unsupported, fill_weights
+from benchmarks.contenders import CONTENDERS, Unsupported, some_weights
 from benchmarks.throughput import Job, Measured, random_batches, summarise
 from engine.cards import get
 from engine.config import ConfigError, from_dict, merge, preset
@@ -66,9 +66,8 @@ def our_name(name, key):
 
 
 def our_weights(config):
-    model = GPT.empty(config.model)
-    fill_weights(model, config.seed)
-    return dict(model.state_dict())
+    weights = dict(some_weights(GPT.outline(config.model), config.seed))
+    return {"lm_head.weight": weights["transformer.wte.weight"]} | weights  # which a tied head has no weights beside
 
 
 @pytest.mark.parametrize("name", ["pytorch", "transformers"])
@@ -118,7 +117,7 @@ def test_contenders_have_our_parameters_and_operations(name, preset_name):
     config = tiny(preset_name, n_embd=64)
     if name == "classic" and config.model.positions != "learned":
         return
-    ours = GPT.empty(config.model)
+    ours = GPT.outline(config.model)
     step = CONTENDERS[name](config, CPU, torch.float32, 1, Processes())
     head = config.model.vocab_size * (config.model.n_embd + 1) if name == "classic" and config.model.tie_head else 0
     n = sum(p.numel() for p in step.model.parameters()) - head

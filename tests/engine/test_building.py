@@ -7,7 +7,6 @@ from engine.config import from_dict, parse, preset
 from engine.distributed import Processes
 from engine.footprint import HOST_PROCESS_BYTES, METHODS, predict
 from engine.model import GPT
-from engine.strategy import build
 
 SIZE = ["--n_layer=8", "--n_embd=512", "--tie_head=true"]  # 26 million parameters, the largest a million
 GROWTH = """
@@ -35,11 +34,9 @@ build("--run_dir=" + FOLDER + "/small")  # what the first call of each op loads 
 before = peak_memory(torch.device("cpu"))
 run = build("--run_dir=" + FOLDER + "/large", *SIZE)
 grown = (given[-1] if ZERO else peak_memory(torch.device("cpu"))) - before
-drawn = GPT.empty(run.config.model)
-drawn.init_weights(torch.Generator().manual_seed(run.config.seed))
-drawn = dict(drawn.named_parameters())
+drawn = dict(GPT.outline(run.config.model).initial_weights(torch.Generator().manual_seed(run.config.seed)))
 for name, state in run.strategy.state():
-    weight = drawn[name].detach()
+    weight = drawn[name]
     if ZERO:
         weight = weight.bfloat16()
     elif weight.dim() >= 2:
@@ -88,15 +85,6 @@ def test_every_exact_strategy_begins_with_the_weights_that_the_seed_draws(tiny_f
     model = run.strategy.module
     assert (model.lm_head.weight is model.transformer["wte"].weight) == (tied == "true")
     assert all(p.dtype == (torch.bfloat16 if flags and p.dim() >= 2 else torch.float32) for p in model.parameters())
-
-
-def test_a_model_that_has_its_weights_keeps_them(tiny_flags):
-    config = train.set_up(parse([*tiny_flags, "--weights=residual", "--moments=int8"])[0], None, Processes()).config
-    model = GPT(config.model)
-    model.init_weights(torch.Generator().manual_seed(8))
-    drawn = {name: p.detach().clone() for name, p in model.named_parameters()}
-    strategy = build(config, model, Processes(), torch.device("cpu"), torch.float32, 1)
-    assert all(torch.equal(state["weight"], drawn[name]) for name, state in strategy.state())
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)

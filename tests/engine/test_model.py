@@ -185,10 +185,11 @@ def test_flops_count_what_multiplies():
     assert flops_per_token(model.config, model.num_parameters()) == 6 * multiplied + 12 * 128 * 128
 
 
-def test_an_empty_model_is_filled_with_the_same_weights():
+def test_the_weights_of_an_outline_are_those_of_the_model():
     config = ModelConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=64, block_size=8)
-    made, empty = GPT(config), GPT.empty(config)
-    for model in (made, empty):
-        model.init_weights(torch.Generator().manual_seed(1))
-    assert empty.lm_head.weight is empty.transformer["wte"].weight
-    assert all(torch.equal(value, empty.state_dict()[name]) for name, value in made.state_dict().items())
+    made = GPT(config)
+    made.init_weights(torch.Generator().manual_seed(1))
+    drawn = dict(GPT.outline(config).initial_weights(torch.Generator().manual_seed(1)))
+    parameters = dict(made.named_parameters())
+    assert drawn.keys() == parameters.keys()
+    assert all(torch.equal(drawn[name], parameter) for name, parameter in parameters.items())

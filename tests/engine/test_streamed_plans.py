@@ -30,9 +30,9 @@ def test_the_chosen_settings_train_a_smaller_model(monkeypatch, name, host_gib):
 
     config.model = SMALL
     config.strategy.recomputed_blocks = min(config.strategy.recomputed_blocks, SMALL.n_layer)
-    model = GPT.empty(SMALL)
-    model.init_weights(torch.Generator().manual_seed(0))
-    strategy = build(config, model, Processes.from_environment(), CPU, dtype, grad_accum)
+    model = GPT.outline(SMALL)
+    weights = model.initial_weights(torch.Generator().manual_seed(0))
+    strategy = build(config, model, Processes.from_environment(), CPU, dtype, grad_accum, weights)
     assert "streamed from host memory" in strategy.describe()
     tokens = torch.arange(2 * 33).view(2, 33) % 60
     losses = []
