@@ -49,7 +49,7 @@ class Encoder:
 class Worker:
     """Encodes documents on one thread, the GIL released; made by Encoder.worker.
 
-    It holds 11 MB, and during a call two bytes for each byte of text at most, whatever the text.
+    It holds 27 MB, and during a call two bytes for each byte of text at most, whatever the text.
     """
 
     def __init__(self, encoder: Encoder, window_bytes: int = kernels.WINDOW_BYTES) -> None:

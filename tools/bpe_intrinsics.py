@@ -60,6 +60,17 @@ def prefetch(typingctx, place, index):
 
 
 @intrinsic
+def copy_bytes(typingctx, target, source, index, count):
+    """Copy count bytes from source[index] on to target."""
+
+    def codegen(context, builder, signature, args):
+        cgutils.raw_memcpy(builder, args[0], builder.gep(args[1], [args[2]]), args[3], 1)
+        return context.get_dummy_value()
+
+    return types.void(target, source, types.int64, types.int64), codegen
+
+
+@intrinsic
 def trailing_zeros(typingctx, value):
     """Return the number of zero bits below the lowest one bit of a uint64; 64 for zero."""
 
@@ -75,6 +86,16 @@ def leading_zeros(typingctx, value):
 
     def codegen(context, builder, signature, args):
         return builder.ctlz(args[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.int64(types.uint64), codegen
+
+
+@intrinsic
+def popcount(typingctx, value):
+    """Return the number of one bits."""
+
+    def codegen(context, builder, signature, args):
+        return builder.ctpop(args[0])
 
     return types.int64(types.uint64), codegen
 

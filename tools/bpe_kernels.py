@@ -9,20 +9,34 @@ import numpy as np
 from numba import int32, int64, njit, uint16, uint32, uint64
 
 from engine.tokenizer import END_OF_TEXT
-from tools.bpe_intrinsics import byte_masks, leading_zeros, load64, pointer, prefetch, store64, trailing_zeros
+from tools.bpe_intrinsics import (
+    byte_masks,
+    copy_bytes,
+    leading_zeros,
+    load64,
+    pointer,
+    popcount,
+    prefetch,
+    store64,
+    trailing_zeros,
+)
 from tools.bpe_tables import LETTER, NUMBER, SPACE
 
 CHUNK_BYTES = 1 << 14  # text looked at at once; with all that is written about it, it stays in the L2 cache
 PADDING_BYTES = 128  # after a chunk: one block of 64 and what is read past its end
 MASK_WORDS = CHUNK_BYTES // 64 + 2
 BATCH = 512  # pre-tokens whose rows of the cache are asked for before the first of them is read
+UNROLLED = 24  # starts of a block written without asking whether there are so many
 WINDOW_BYTES = 8192  # longer pre-tokens are merged a window at a time
 
-SHORT_BYTES, SHORT_IDS = 15, 7  # what half a row of the cache has room for
-LONG_BYTES, LONG_IDS = 63, 28  # what a long row has room for
-ROWS_LOG2, ROW_WORDS_LOG2 = 17, 3
-LONG_ROWS_LOG2, LONG_ROW_WORDS_LOG2 = 14, 4
-LONG_ROWS = 1 << ROWS_LOG2 + ROW_WORDS_LOG2  # the word of the cache where they begin
+# The cache has rows for short, medium and long pre-tokens, so many that it forgets few words of a language.
+SHORT_BYTES, SHORT_IDS = 15, 7  # what half a short row has room for
+MEDIUM_BYTES, LONG_BYTES = 40, 127  # the longest pre-tokens that the other rows are for
+SHORT_ROWS_LOG2, SHORT_ROW_WORDS_LOG2 = 18, 3
+MEDIUM_ROWS_LOG2, MEDIUM_ROW_WORDS_LOG2 = 16, 4
+LONG_ROWS_LOG2, LONG_ROW_WORDS_LOG2 = 13, 5
+MEDIUM_ROWS = 1 << SHORT_ROWS_LOG2 + SHORT_ROW_WORDS_LOG2  # the word of the cache where they begin
+LONG_ROWS = MEDIUM_ROWS + (1 << MEDIUM_ROWS_LOG2 + MEDIUM_ROW_WORDS_LOG2)
 CACHE_WORDS = LONG_ROWS + (1 << LONG_ROWS_LOG2 + LONG_ROW_WORDS_LOG2)
 MERGE_GROUPS_LOG2, MERGE_SLOTS_LOG2 = 13, 16
 
@@ -67,7 +81,7 @@ class Scratch(NamedTuple):
     cache: np.ndarray  # uint64 (CACHE_WORDS,)
     text: np.ndarray  # uint8 (CHUNK_BYTES + PADDING_BYTES,)
     masks: np.ndarray  # uint64 (6 * MASK_WORDS,): bits over the chunk, see classify
-    positions: np.ndarray  # int64 (CHUNK_BYTES + PADDING_BYTES,)
+    positions: np.ndarray  # int32 (CHUNK_BYTES + PADDING_BYTES + UNROLLED,)
     keys: np.ndarray  # uint64 (3 * BATCH,), see make_keys
     parts: np.ndarray  # uint32 (128,), see merge_short
 
@@ -90,19 +104,22 @@ def new_merge_scratch(n: int) -> MergeScratch:
 
 
 def zeros_by_line(words: int) -> np.ndarray:
-    """Return uint64 zeros that begin where a cache line of 64 bytes does, so that no row of the cache lies in two."""
+    """Return uint64 zeros that begin where a cache line of 64 bytes does, so that no row of the cache lies in two.
+
+    NumPy asks for huge pages where it allocates 4 MiB or more: with small ones, encoding takes a tenth longer.
+    """
     room = np.zeros(words + 7, np.uint64)
     first = -room.ctypes.data // 8 % 8
     return room[first : first + words]
 
 
 def new_scratch() -> Scratch:
-    """Return what one thread needs, 11 MB, the cache empty."""
+    """Return what one thread needs, 27 MB, the cache empty."""
     return Scratch(
         cache=zeros_by_line(CACHE_WORDS),
         text=np.empty(CHUNK_BYTES + PADDING_BYTES, np.uint8),
         masks=np.empty(6 * MASK_WORDS, np.uint64),
-        positions=np.empty(CHUNK_BYTES + PADDING_BYTES, np.int64),
+        positions=np.empty(CHUNK_BYTES + PADDING_BYTES + UNROLLED, np.int32),
         keys=np.empty(3 * BATCH, np.uint64),
         parts=np.empty(128, np.uint32),
     )
@@ -233,10 +250,15 @@ def find_starts(text, n, tables, scratch):
     count = 0
     for block in range(blocks):
         bits = masks[starts + block]
-        while bits:
-            positions[count] = (block << 6) + trailing_zeros(bits)
-            count += 1
-            bits &= bits - one
+        begin, written = block << 6, count
+        count += popcount(bits)
+        while True:
+            for k in range(UNROLLED):
+                positions[written + k] = begin + trailing_zeros(bits)
+                bits &= bits - one
+            if not bits:
+                break
+            written += UNROLLED
     while positions[count - 1] >= n:
         count -= 1
     return count
@@ -527,11 +549,16 @@ def make_keys(text, first, count, scratch):
         low, high = load64(text, i), load64(text, i + 8)
         if n <= SHORT_BYTES:
             low, high = low & LOW_MASKS[n], high & HIGH_MASKS[n] | uint64(n) << uint64(56)
-            row = (low * HASH + high * HASH_2) >> uint64(64 - ROWS_LOG2) << uint64(ROW_WORDS_LOG2)
+            row = (low * HASH + high * HASH_2) >> uint64(64 - SHORT_ROWS_LOG2) << uint64(SHORT_ROW_WORDS_LOG2)
         else:
             hashed = low * HASH + high * HASH_2 + (load64(text, i + n - 8) + uint64(n)) * HASH_3
-            row = hashed >> uint64(64 - LONG_ROWS_LOG2) << uint64(LONG_ROW_WORDS_LOG2)
-            row += uint64(LONG_ROWS)
+            if n <= MEDIUM_BYTES:
+                row = hashed >> uint64(64 - MEDIUM_ROWS_LOG2) << uint64(MEDIUM_ROW_WORDS_LOG2)
+                row += uint64(MEDIUM_ROWS)
+            else:
+                row = hashed >> uint64(64 - LONG_ROWS_LOG2) << uint64(LONG_ROW_WORDS_LOG2)
+                row += uint64(LONG_ROWS)
+                prefetch(cache, row + uint64(16))
             prefetch(cache, row + uint64(8))
         prefetch(cache, row)
         keys[k], keys[BATCH + k], keys[2 * BATCH + k] = low, high, row
@@ -567,8 +594,8 @@ def keep_short(cache, row, low, high, out, at, count):
 
 
 @njit
-def long_row_holds(text, i, n, cache, row):
-    """Say whether a long row is that of text[i : i + n]."""
+def row_holds(text, i, n, cache, row):
+    """Say whether a medium or long row is that of text[i : i + n]."""
     full = n >> 3
     same = cache[row] & uint64(0xFF) == uint64(n)
     same &= cache[row + 1 + full] == load64(text, i + 8 * full) & LOW_MASKS[n & 7]
@@ -578,20 +605,21 @@ def long_row_holds(text, i, n, cache, row):
 
 
 @njit
-def keep_long(cache, row, text, i, n, out, at, count):
-    """Cache the ids of a pre-token of SHORT_BYTES + 1 to LONG_BYTES bytes, if they are at most LONG_IDS.
+def keep(cache, row, text, i, n, out, at, count):
+    """Cache the ids of a pre-token of SHORT_BYTES + 1 to LONG_BYTES bytes, if its row has room for them.
 
-    A long row has the numbers of bytes and of ids, eight words of bytes, seven of ids.
+    A medium or long row has the numbers of bytes and of ids, then the bytes, then the ids, each in whole words.
     """
-    if count > LONG_IDS:
-        return
     full = n >> 3
+    words = 1 << MEDIUM_ROW_WORDS_LOG2 if n <= MEDIUM_BYTES else 1 << LONG_ROW_WORDS_LOG2
+    if 2 + full + (count + 3 >> 2) > words:  # bytes of no language
+        return
     cache[row] = uint64(n) | uint64(count) << uint64(8)
     for k in range(full):
         cache[row + 1 + k] = load64(text, i + 8 * k)
     cache[row + 1 + full] = load64(text, i + 8 * full) & LOW_MASKS[n & 7]
     for k in range(0, count, 4):
-        cache[row + 9 + (k >> 2)] = pack(out, at + k, count - k)
+        cache[row + 2 + full + (k >> 2)] = pack(out, at + k, count - k)
 
 
 @njit
@@ -603,21 +631,25 @@ def encode_short(text, i, n, row, low, high, tables, scratch, out, at):
 
 
 @njit
-def encode_long(text, i, n, row, tables, scratch, out, at):
+def encode_longer(text, i, n, row, tables, scratch, merging, out, at):
     """Write the ids of a pre-token of SHORT_BYTES + 1 to LONG_BYTES bytes to out[at:]; return where they end."""
     cache = scratch.cache
-    if long_row_holds(text, i, n, cache, row):
+    if row_holds(text, i, n, cache, row):
         count = int64(cache[row] >> uint64(8))
+        first = row + 2 + (n >> 3)
         for k in range(0, count, 4):
-            store64(out, at + k, cache[row + 9 + (k >> 2)])
+            store64(out, at + k, cache[first + (k >> 2)])
         return at + count
-    end = merge_short(text, i, n, tables, scratch, out, at)
-    keep_long(cache, row, text, i, n, out, at, end - at)
+    if n <= 64:
+        end = merge_short(text, i, n, tables, scratch, out, at)
+    else:
+        end = at + merge_lists(text, i, n, tables, merging, out, at)
+    keep(cache, row, text, i, n, out, at, end - at)
     return end
 
 
 @njit
-def encode_pretokens(text, first, count, tables, scratch, out, at):
+def encode_pretokens(text, first, count, tables, scratch, merging, out, at):
     """Write the ids of pre-tokens number `first` to `count` to out[at:], up to one that is longer than LONG_BYTES.
 
     Returns the number of that one, or `count`, and where the ids end; up to seven places further may be written to. A
@@ -629,12 +661,12 @@ def encode_pretokens(text, first, count, tables, scratch, out, at):
         make_keys(text, first, batch, scratch)
         for k in range(batch):
             low, high, row = keys[k], keys[BATCH + k], int64(keys[2 * BATCH + k])
-            if row >= LONG_ROWS:
+            if row >= MEDIUM_ROWS:
                 i = positions[first + k]
                 n = positions[first + k + 1] - i
                 if n > LONG_BYTES:
                     return first + k, at
-                at = encode_long(text, i, n, row, tables, scratch, out, at)
+                at = encode_longer(text, i, n, row, tables, scratch, merging, out, at)
                 continue
             if cache[row] != low or cache[row + 1] != high:
                 if cache[row + 4] != low or cache[row + 5] != high:
@@ -697,7 +729,7 @@ def encode(text, ends, table_arrays, scratch_arrays, merge_arrays, window, out, 
         end = ends[document]
         while start < end:
             n = min(CHUNK_BYTES, end - start)
-            s.text[:n] = text[start : start + n]
+            copy_bytes(chunk, whole, start, n)
             s.text[n : n + PADDING_BYTES] = 0x20
             count = find_starts(chunk, n, tables, scratch)
             if start + n == end:
@@ -716,7 +748,7 @@ def encode(text, ends, table_arrays, scratch_arrays, merge_arrays, window, out, 
                 continue
             done = 0
             while True:
-                done, at = encode_pretokens(chunk, done, count, tables, scratch, ids, at)
+                done, at = encode_pretokens(chunk, done, count, tables, scratch, merging, ids, at)
                 if done == count:
                     break
                 written = merge_windows(chunk, positions[done], positions[done + 1], window, tables, merging, ids, at)

@@ -125,9 +125,12 @@ def test_real_text(encoder, reference):
 
 def test_a_full_cache_forgets_and_stays_exact(encoder, reference):
     """More different pre-tokens than the cache has rows, of every length that is cached, all of them twice."""
-    rng = random.Random(4)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["".join(rng.choices(letters, k=rng.choice((5, 9, 14, 15, 16, 30, 63, 64)))) for _ in range(400_000)]
+    rng = np.random.default_rng(4)
+    lengths = rng.choice([9, 12, 14, 15] * 2 + [16, 30, 40, 41, 63, 64, 65, 100, 127, 128], 700_000)
+    assert np.sum(lengths <= kernels.SHORT_BYTES) > 1 << kernels.SHORT_ROWS_LOG2
+    ends = np.cumsum(lengths).tolist()
+    letters = rng.integers(0x61, 0x7B, ends[-1], np.uint8).tobytes().decode()
+    words = [letters[start:end] for start, end in zip([0, *ends], ends)]
     texts = [" ".join(words[first : first + 1000]) for first in range(0, len(words), 1000)]
     text, ends = join(texts)
     worker = encoder.worker()
@@ -221,6 +224,21 @@ def test_one_document_of_200_megabytes(encoder, reference):
     assert ids.size > (twice.size - once.size) * (repeats - 2)
     assert reference.decode_bytes(ids[:-1].tolist()) == page.encode() * repeats
     assert worker.window_bytes == kernels.WINDOW_BYTES
+
+
+def test_the_cache_compares_all_bytes(encoder, reference):
+    """Pre-tokens of one length that differ in the middle, which is not in their hash, or at the end."""
+    for n in (16, 22, 32, 38, 39, 40, 63, 126):  # and a blank before them
+        middles = ["a" * at + letters + "a" * (n - at - 3) for at in range(n - 3) for letters in ("bcd", "the", "ing")]
+        numbers = (f"{k:07}".translate(str.maketrans("0123456789", "ghijklmnop")) for k in range(3000))
+        check(encoder.worker(), reference, [" ".join(middles), " ".join("a" * (n - 7) + letters for letters in numbers)])
+
+
+def test_ids_that_no_row_has_room_for(encoder, reference):
+    runs = np.random.default_rng(5).integers(0x1F300, 0x1F600, (4000, 30))
+    texts, worker = [" ".join("".join(map(chr, run)) for run in runs)], encoder.worker()
+    check(worker, reference, texts)
+    check(worker, reference, texts)
 
 
 def test_no_row_of_the_cache_lies_in_two_lines():
