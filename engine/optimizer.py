@@ -46,8 +46,12 @@ def clip_coefficient(parameters: Iterable[nn.Parameter], max_norm: float) -> tup
     Both fp32 scalars on the device of the gradients, computed in fp32 and not read on the host. Nothing is scaled here:
     the coefficient goes to `AdamW.step`. Where the norm is not finite the coefficient means nothing.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
+    alike = defaultdict(list)
+    for p in parameters:
+        if p.grad is not None:
+            alike[p.grad.dtype].append(p.grad)  # only gradients of one dtype share a launch
+    norms = [norm for grads in alike.values() for norm in torch._foreach_norm(grads, 2, dtype=torch.float32)]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
