@@ -7,8 +7,8 @@ setup(
     description="Train GPTs from scratch on the Pile, on the card you have.",
     license="MIT",
     python_requires=">=3.11",
-    packages=["engine", "engine.strategy", "kernels", "tools", "benchmarks"],
-    package_data={"engine": ["vocabulary/*.tiktoken"], "kernels": ["configs/*.json"], "tools": ["code_point_classes.txt"]},
+    packages=["engine", "engine.strategy", "kernels", "tools", "tools.bpe", "benchmarks"],
+    package_data={"engine": ["vocabulary/*.tiktoken"], "kernels": ["configs/*.json"], "tools.bpe": ["code_point_classes.txt"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.9; platform_system == 'Linux'",

@@ -1,5 +1,9 @@
 """The encoder returns tiktoken's ids, whatever the text, in linear time."""
+import os
 import random
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,9 +15,8 @@ from hypothesis import strategies as st
 
 import tools.bpe
 from engine.tokenizer import END_OF_TEXT, load_encoding
-from tools import bpe_kernels as kernels
-from tools.bpe import Encoder, Worker
-from tools.bpe_tables import load_code_point_classes, probe_code_point_classes
+from tools.bpe import Encoder, Worker, memory
+from tools.bpe.classes import load_code_point_classes, probe_code_point_classes
 
 # What decides where pre-tokens end: letters, numbers and spaces of one to four bytes, contractions, marks, emoji.
 PIECES = [
@@ -91,7 +94,7 @@ def test_mixtures_of_scripts_spaces_and_contractions(encoder, reference):
 
 def test_boundaries_of_blocks_and_chunks(encoder, reference):
     worker = encoder.worker()
-    edges = (60, 61, 62, 63, 64, 65, 124, 127, 128, *range(kernels.CHUNK_BYTES - 12, kernels.CHUNK_BYTES + 4))
+    edges = (60, 61, 62, 63, 64, 65, 124, 127, 128, *range(memory.CHUNK_BYTES - 12, memory.CHUNK_BYTES + 4))
     tails = ("中 文", "\u3000a", " \u3000", "\xa0\xa0b", "'ll go", " 's", "  x", "\n\n", "😀😀", "½ 1", "'", "")
     texts = [("ab " * n)[:n] + tail + end for n in edges for tail in tails for end in ("", " end", "\n")]
     check(worker, reference, texts)
@@ -127,7 +130,7 @@ def test_a_full_cache_forgets_and_stays_exact(encoder, reference):
     """More different pre-tokens than the cache has rows, of every length that is cached, all of them twice."""
     rng = np.random.default_rng(4)
     lengths = rng.choice([9, 12, 14, 15] * 2 + [16, 30, 40, 41, 63, 64, 65, 100, 127, 128], 700_000)
-    assert np.sum(lengths <= kernels.SHORT_BYTES) > 1 << kernels.SHORT_ROWS_LOG2
+    assert np.sum(lengths <= memory.SHORT_BYTES) > 1 << memory.SHORT_ROWS_LOG2
     ends = np.cumsum(lengths).tolist()
     letters = rng.integers(0x61, 0x7B, ends[-1], np.uint8).tobytes().decode()
     words = [letters[start:end] for start, end in zip([0, *ends], ends)]
@@ -223,7 +226,7 @@ def test_one_document_of_200_megabytes(encoder, reference):
     assert np.array_equal(ids[: once.size - 10], once[:-10])
     assert ids.size > (twice.size - once.size) * (repeats - 2)
     assert reference.decode_bytes(ids[:-1].tolist()) == page.encode() * repeats
-    assert worker.window_bytes == kernels.WINDOW_BYTES
+    assert worker.window_bytes == memory.WINDOW_BYTES
 
 
 def test_the_cache_compares_all_bytes(encoder, reference):
@@ -242,7 +245,7 @@ def test_ids_that_no_row_has_room_for(encoder, reference):
 
 
 def test_no_row_of_the_cache_lies_in_two_lines():
-    assert all(kernels.new_scratch().cache.ctypes.data % 64 == 0 for _ in range(4))
+    assert all(memory.new_scratch().cache.ctypes.data % 64 == 0 for _ in range(4))
 
 
 def test_threads_have_workers_of_their_own(encoder, reference):
@@ -316,3 +319,25 @@ def test_start_up_is_quick(encoder):
     start = time.perf_counter()
     Encoder().worker()
     assert time.perf_counter() - start < 1
+
+
+@pytest.mark.slow
+def test_what_is_compiled_is_kept_until_any_of_its_files_changes(tmp_path):
+    shutil.copytree(Path(tools.bpe.__file__).parent, tmp_path / "tools/bpe", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tools/__init__.py").touch()
+    program = "from tools.bpe import Encoder; print(Encoder().encode_ordinary(\"it's\"))"
+    paths = os.pathsep.join([str(tmp_path), str(Path(tools.__file__).parents[1])])
+
+    def ids():
+        environment = os.environ | {"PYTHONPATH": paths, "NUMBA_CACHE_DIR": str(tmp_path / "compiled")}
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True).stdout
+
+    def compiled():
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "compiled").rglob("*.nbc")}
+
+    first, kept = ids(), compiled()
+    assert kept and ids() == first and compiled() == kept
+    file = tmp_path / "tools/bpe/pretokens.py"
+    file.write_text(file.read_text().replace("return 2\n", "return 0\n"))  # no more contractions of two characters
+    assert ids() != first and compiled() != kept

@@ -11,8 +11,8 @@ place of one used longer ago. Compiling takes about ten seconds, once: Numba kee
 import numpy as np
 
 from engine.tokenizer import load_ranks
-from tools import bpe_kernels as kernels
-from tools.bpe_tables import CODE_POINTS, load_code_point_classes
+from tools.bpe import kernels, memory
+from tools.bpe.classes import CODE_POINTS, load_code_point_classes
 
 
 class Encoder:
@@ -25,16 +25,16 @@ class Encoder:
         byte_ids = np.array([ranks[bytes([byte])] for byte in range(256)], np.uint16)
         content = np.frombuffer(b"".join(tokens), np.uint8)
         learned = kernels.learn_merges(content, np.cumsum(lengths, dtype=np.int64), byte_ids)
-        odd = np.flatnonzero((learned == kernels.EMPTY) & (lengths > 1))
+        odd = np.flatnonzero((learned == memory.EMPTY) & (lengths > 1))
         if odd.size:
             raise ValueError(f"token {odd[0]}, {tokens[odd[0]]!r}, does not come from merging two tokens of lower rank")
         classes = np.zeros(1 << 21, np.uint8)
         classes[:CODE_POINTS] = load_code_point_classes()
-        byte_pairs = np.full(1 << 16, kernels.NO_RANK, np.uint16)
+        byte_pairs = np.full(1 << 16, memory.NO_RANK, np.uint16)
         two_bytes = np.flatnonzero(lengths == 2)
         byte_pairs[[int.from_bytes(tokens[token]) for token in two_bytes]] = two_bytes
         shifts, merges = kernels.place_merges(learned)
-        self.tables = kernels.Tables(classes, byte_ids, byte_pairs, shifts, merges, lengths)
+        self.tables = memory.Tables(classes, byte_ids, byte_pairs, shifts, merges, lengths)
 
     def worker(self) -> "Worker":
         """Return an encoder for one thread, with its own cache."""
@@ -52,11 +52,11 @@ class Worker:
     It holds 27 MB, and during a call two bytes for each byte of text at most, whatever the text.
     """
 
-    def __init__(self, encoder: Encoder, window_bytes: int = kernels.WINDOW_BYTES) -> None:
+    def __init__(self, encoder: Encoder, window_bytes: int = memory.WINDOW_BYTES) -> None:
         self.tables = encoder.tables
-        self.scratch = kernels.new_scratch()
+        self.scratch = memory.new_scratch()
         self.window_bytes = window_bytes
-        self.merge_scratch = kernels.new_merge_scratch(window_bytes)
+        self.merge_scratch = memory.new_merge_scratch(window_bytes)
 
     def encode(self, text: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Return the ids of documents, uint16, END_OF_TEXT after each.
@@ -80,4 +80,4 @@ class Worker:
                 ids.resize(count, refcheck=False)
                 return ids
             self.window_bytes *= 2  # no text is known that needs it
-            merging = self.merge_scratch = kernels.new_merge_scratch(self.window_bytes)
+            merging = self.merge_scratch = memory.new_merge_scratch(self.window_bytes)
