@@ -234,8 +234,9 @@ def _deepspeed(model: ModelConfig, method: Method, sizes: Elements, dtype: str, 
         card["gradients"] = 4 * (n if method.stage == 1 else share)
         # Another copy of gradients: stage 1's averages, stage 3's of a group of parameters, fp32 ones that are scaled.
         copied = {1: 4 * share, 2: 4 * share * (dtype == "fp32"), 3: 4 * min(share, DEEPSPEED_LIVE)}[method.stage]
-        # What was gathered has been let go by then.
-        return card, {}, {"update": {"weights": -gathered, "communication": max(copied, in_double)}}
+        # What was gathered, and other processes' gradients where the communication overlaps, have been let go by then.
+        gone = 4 * (n - share) if method.stage == 1 else 0
+        return card, {}, {"update": {"weights": -gathered, "gradients": -gone, "communication": max(copied, in_double)}}
     if method.stage == 1:
         card["gradients"] = 4 * n
     staging = w * max(sizes.head, sizes.largest) if method.stage < 3 else 0  # one parameter on its way, at both ends

@@ -152,6 +152,7 @@ for stage, offload, dtype in CASES:
     del strategy, model
 if processes.main:
     print(json.dumps(rows))
+processes.barrier()  # as at the end of training
 """
 
 
@@ -170,8 +171,8 @@ def test_deepspeed_holds_what_is_planned(launcher, start, tmp_path):
     assert len(rows) == len(cases)
     errors = {name: round(planned / held - 1, 3) for name, planned, held in rows}
     assert all(-0.02 < error < 0.15 for error in errors.values()), errors
-    # With several processes stage 1 holds less than is planned: 14 % of this model's bytes.
-    assert sum(errors.values()) / len(errors) < (0.08 if launcher else 0.06), errors
+    # Stage 1 with offload: the card's fullest moment and the host's, which are added here, are not the same.
+    assert sum(errors.values()) / len(errors) < 0.07, errors
 
 
 PROCESS = """
