@@ -185,7 +185,7 @@ def predict(
     name, fullest = max(moments.items(), key=lambda item: sum(item[1].values()))
     card = {part: int(states.get(part, 0) + fullest.get(part, 0)) for part in PARTS}
     if chip is not None:
-        passing = sum(fullest.values()) - fullest.get("gradients", 0)
+        passing = sum(size for part, size in fullest.items() if part not in ("weights", "gradients"))
         card["context"] = int(CONTEXT_BYTES + FRAGMENTATION_BYTES + FRAGMENTATION * passing + NCCL_BYTES * (gpus > 1))
     if recompute.kind == "offloaded":
         inputs = micro_batch_size * model.block_size * model.n_embd * ITEMSIZE[dtype]

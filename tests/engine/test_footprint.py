@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from engine import footprint
 from engine.config import PRESETS, ModelConfig
 from engine.footprint import METHODS, PARTS, Elements, GiB, Recompute, predict
 from engine.model import GPT
@@ -83,6 +84,16 @@ def test_sharding_over_more_cards_takes_less_of_each(stage):
     made = [predict(model, method, dtype="bf16", micro_batch_size=1, chip=H100, gpus=n) for n in (2, 8, 64)]
     assert made[0].card_bytes > made[1].card_bytes > made[2].card_bytes
     assert made[0].card["optimizer_states"] == 4 * made[1].card["optimizer_states"]
+
+
+def test_what_has_been_let_go_takes_nothing_off_the_fragmentation():
+    """At the update ZeRO 3 has its gathered parameters no more, and another copy of its share of the gradients."""
+    model = model_of("2b", block_size=128)
+    made = predict(model, BY_NAME["zero-3"], dtype="bf16", micro_batch_size=1, chip=H100, gpus=2)
+    copied = 4 * min(Elements.of(model).total // 2, footprint.DEEPSPEED_LIVE)
+    assert made.moment == "update"
+    fixed = footprint.CONTEXT_BYTES + footprint.FRAGMENTATION_BYTES + footprint.NCCL_BYTES
+    assert made.card["context"] >= fixed + int(footprint.FRAGMENTATION * copied)
 
 
 DEEPSPEED = """
@@ -171,8 +182,9 @@ def test_deepspeed_holds_what_is_planned(launcher, start, tmp_path):
     assert len(rows) == len(cases)
     errors = {name: round(planned / held - 1, 3) for name, planned, held in rows}
     assert all(-0.02 < error < 0.15 for error in errors.values()), errors
-    # Stage 1 with offload: the card's fullest moment and the host's, which are added here, are not the same.
-    assert sum(errors.values()) / len(errors) < 0.07, errors
+    if launcher:  # the card's fullest moment and the host's, which are added here, are not the same
+        del errors["1 optimizer bf16"]
+    assert sum(errors.values()) / len(errors) < 0.06, errors
 
 
 PROCESS = """

@@ -102,7 +102,7 @@ def keep(cache, row, text, i, n, out, at, count):
     """
     full = n >> 3
     words = 1 << MEDIUM_ROW_WORDS_LOG2 if n <= MEDIUM_BYTES else 1 << LONG_ROW_WORDS_LOG2
-    if 2 + full + (count + 3 >> 2) > words:  # bytes of no language
+    if 2 + full + (count + 3 >> 2) > words:  # as a long run of a rare script may want
         return
     cache[row] = uint64(n) | uint64(count) << uint64(8)
     for k in range(full):

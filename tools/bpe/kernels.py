@@ -93,8 +93,11 @@ def encode_documents(text, ends, table_arrays, scratch_arrays, merge_arrays, win
     return document, start, at
 
 
-def compiled(sources):
-    """Return `encode_documents`, `learn_merges` and `place_merges` for Python to call, the GIL released."""
+def compiled(sources: str):
+    """Return `encode_documents`, `learn_merges` and `place_merges` for Python to call, the GIL released.
+
+    sources: what their machine code is kept for.
+    """
 
     @njit(nogil=True, cache=True)
     def encode(text, ends, tables, scratch, merging, window, out, document, start, at):
