@@ -5,9 +5,11 @@
 On a machine that others use, `--clock cpu` counts the processor's seconds, on one thread, instead of the wall's.
 """
 
+import ctypes
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -17,6 +19,11 @@ from benchmarks.environment import environment
 from benchmarks.meters import step_bytes
 from engine.device import choose_device
 
+# glibc's mallopt: freed memory stays with the process. Else results of a few MB are at times handed back and faulted in
+# again each round, which takes ten times as long as filling them, and whether they are is decided by earlier cases.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+MALLOC = {M_TRIM_THRESHOLD: 1 << 30, M_MMAP_THRESHOLD: 32 << 20}
+
 ROUND_S = 0.01  # a shorter round would measure the clock and the wait
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 
@@ -24,6 +31,9 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 100
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise pytest.UsageError("TRITON_INTERPRET=1 is set: the interpreter's times mean nothing; unset it")
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        for option, value in MALLOC.items():
+            ctypes.CDLL(None).mallopt(option, value)
     if config.getoption("--clock") == "cpu":
         torch.set_num_threads(1)
 
