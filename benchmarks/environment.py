@@ -58,5 +58,8 @@ def _version(name: str) -> str | None:
 
 
 def _git(*command: str) -> str | None:
-    done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:  # git is not installed
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
