@@ -19,7 +19,7 @@ from benchmarks.environment import environment, write_result
 from benchmarks.throughput import Job, Measured, compare, summarise
 from engine import cards
 from engine.config import Config, ConfigError, from_dict, merge, preset, require
-from engine.device import choose_device, choose_dtype
+from engine.device import choose_dtype, find_device
 from engine.memory import Plan, choose, plan
 from engine.model import GPT, flops_per_token
 from engine.report import human
@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch_tokens", type=int, help="tokens of a step [2048, on a GPU 65536]")
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     options = parser.parse_args(arguments)
-    device, reason = choose_device("auto")
+    device, reason = find_device("auto")  # its memory is for the processes that measure
     kind, dtype = device.type, choose_dtype("auto", device)[0]
     known = [*AXES[kind], "paper"]
     chosen = options.axes.split(",") if options.axes else known

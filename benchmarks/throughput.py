@@ -39,7 +39,7 @@ from engine import cards
 from engine.cards import Card
 from engine.config import Config, ConfigError, parse, require
 from engine.data import Batch
-from engine.device import choose_device, choose_dtype
+from engine.device import choose_device, choose_dtype, find_device
 from engine.distributed import Processes
 from engine.memory import Plan
 from engine.model import GPT, flops_per_token
@@ -219,7 +219,7 @@ class Running:
         for rank in range(job.processes):
             mine, theirs = context.Pipe()
             self.channels.append(mine)
-            self.processes.append(context.Process(target=measure, args=(job, rank, port, theirs)))
+            self.processes.append(context.Process(target=measure, args=(job, rank, port, theirs), daemon=True))
             self.processes[-1].start()
             theirs.close()
 
@@ -258,7 +258,7 @@ def summarise(measured: Measured, peak_flops_s: float | None, flops: int) -> dic
         else [median] * 3,
         "steps": len(seconds),
         "mfu": tokens_per_s * flops / peak_flops_s if peak_flops_s else None,
-        "tokens_per_j": None if energy is None else len(seconds) * batch_tokens / energy,
+        "tokens_per_j": len(seconds) * batch_tokens / energy if energy else None,
         "peak_bytes": measured.peak_bytes,
         "reserved_bytes": measured.reserved_bytes,
         "step_bytes": measured.step_bytes,
@@ -299,7 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
         require(options.processes == 1 or len(wanted) == 1, "--compare runs in one process: leave --processes out")
         card = cards.get(options.card) if options.card else None
         gpu_memory = cards.parse_memory(options.gpu_memory) if options.gpu_memory else card and card.memory_bytes
-        device, reason = choose_device(config.strategy.device)
+        device, reason = find_device(config.strategy.device)  # its memory is for the processes that measure
         dispatch.force_chip(chip_of(card).target if card else None)
         dtype, _ = choose_dtype(config.strategy.dtype, device)
         dispatch.force_chip(None)  # the processes that measure pretend; this one need not

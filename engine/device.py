@@ -13,13 +13,24 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> tuple[torch.device, str]:
-    """Return the device for "auto", "cpu", "cuda" or "cuda:N", and why; a GPU is this process's current one from now on.
+    """Return what `find_device` does; a GPU is this process's current one from now on, and some of its memory taken."""
+    device, reason = find_device(wanted, local_rank)
+    if device.type == "cuda":
+        # States stay while activations come and go: in segments of a fixed size one would keep the other's from use.
+        if not (torch.version.hip or os.environ.keys() & {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}):
+            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+        torch.cuda.set_device(device)  # the one that Triton launches on, whatever device its tensors are on
+    return device, reason
+
+
+def find_device(wanted: str, local_rank: int = 0) -> tuple[torch.device, str]:
+    """Return the device for "auto", "cpu", "cuda" or "cuda:N", and why.
 
     ConfigError where it is not there, or where this PyTorch was not built for it.
     """
     if wanted == "auto":
         if torch.cuda.is_available():
-            return _use(torch.device("cuda", local_rank)), torch.cuda.get_device_name(local_rank)
+            return _supported(torch.device("cuda", local_rank)), torch.cuda.get_device_name(local_rank)
         return torch.device("cpu"), f"no GPU found; {torch.get_num_threads()} threads"
     try:
         device = torch.device(wanted)
@@ -32,12 +43,11 @@ def choose_device(wanted: str, local_rank: int = 0) -> tuple[torch.device, str]:
     index = local_rank if device.index is None else device.index
     count = torch.cuda.device_count()
     require(index < count, f"--device {wanted}: there are {count} GPUs, numbered from 0")
-    return _use(torch.device("cuda", index)), f"{torch.cuda.get_device_name(index)}, asked for"
+    return _supported(torch.device("cuda", index)), f"{torch.cuda.get_device_name(index)}, asked for"
 
 
-def _use(device: torch.device) -> torch.device:
-    """Make a GPU the one that Triton launches on, whatever device its tensors are on."""
-    torch.cuda.set_device(device)
+def _supported(device: torch.device) -> torch.device:
+    """Return a GPU that this PyTorch has machine code for; ConfigError for others."""
     major, minor = torch.cuda.get_device_capability(device)
     built = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_") and arch[3:].isdigit()]
     require(

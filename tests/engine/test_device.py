@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+from engine import device
 from engine.cards import CARDS
 from engine.config import ConfigError
-from engine.device import DTYPES, choose_device, choose_dtype
+from engine.device import DTYPES, choose_device, choose_dtype, find_device
 from engine.memory import best_dtype
 from engine.step_time import chip_of
 from kernels import dispatch
@@ -59,8 +60,26 @@ def test_a_gpu_that_this_pytorch_was_not_built_for_is_refused_with_the_build_tha
         with pytest.raises(ConfigError, match=r"begins at [67]\.[05].*cu126"):
             choose_device(wanted)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_60", *built])
+    assert find_device("cuda:1")[0] == torch.device("cuda", 1) and not current
     assert choose_device("cuda:1")[0] == current[-1] == torch.device("cuda", 1)
     assert choose_device("auto", 1)[0] == current[-1] == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize("asked", ["", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_segments_expand_unless_a_person_says_something_else_of_the_allocator(monkeypatch, asked):
+    monkeypatch.setattr(device, "find_device", lambda wanted, rank: (torch.device("cuda", 0), "there"))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if asked:
+        monkeypatch.setenv(asked, "max_split_size_mb:256")
+    before = torch._C._accelerator_getAllocatorSettings()
+    try:
+        choose_device("auto")
+        after = torch._C._accelerator_getAllocatorSettings()
+    finally:
+        torch._C._accelerator_setAllocatorSettings(before)
+    assert after == (before if asked else "expandable_segments:True")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the system's own counter is right")
