@@ -189,6 +189,11 @@ class AdamW(torch.optim.Optimizer):
                 state["exponents"] = self._zeros(parameter, (-(-parameter.numel() // BLOCK),), torch.uint8)
         return state
 
+    def allocate_states(self) -> None:
+        """Make all moments, zero. Left to the first step they would take the places that its activations leave."""
+        for parameter in self._places:
+            self._state(parameter)
+
     def _zeros(self, parameter: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return a state of a parameter, or a part of it, where states are kept."""
         return torch.zeros(shape, dtype=dtype, device=parameter.device)
@@ -200,20 +205,6 @@ class AdamW(torch.optim.Optimizer):
             for part, size in state_bytes(group["params"], group["weights"], group["moments"]).items():
                 total[part] += size
         return dict(total)
-
-    def master_weights(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Yield every parameter with its fp32 weights, exactly those that training goes on from."""
-        for parameter in self._places:
-            yield parameter, self._master(parameter)
-
-    @torch.no_grad()
-    def _master(self, parameter: Tensor) -> Tensor:
-        if self._weights(parameter) != "residual":
-            return parameter.detach().float()
-        master, residual = torch.empty_like(parameter, dtype=torch.float32), self.state[parameter]["residual"]
-        for part, _ in _chunks(parameter):
-            master.view(-1)[part] = join(parameter.view(-1)[part], residual.view(-1)[part].to(parameter.device))
-        return master
 
     @torch.no_grad()
     def _set_master(self, parameter: Tensor, master: Tensor) -> None:
@@ -230,22 +221,32 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def export_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Return fp32 "weight" and, once there was a step, "exp_avg" and "exp_avg_sq", in the parameter's shape.
+        """Return fp32 "weight" and, where there are moments, "exp_avg" and "exp_avg_sq", in the parameter's shape.
 
+        They are in host memory: a card whose memory is planned to the last has no room for the whole of a matrix in fp32.
         `import_state` of these into an optimizer of the same formats restores the very same state; into one of other
         formats, the nearest.
         """
-        state, exported = self.state[parameter], {"weight": self._master(parameter)}
-        if "step" not in state:
-            return exported
-        if "exponents" not in state:
-            return exported | {key: state[key].float() for key in ("exp_avg", "exp_avg_sq")}
-        exported |= {key: torch.empty_like(parameter, dtype=torch.float32) for key in ("exp_avg", "exp_avg_sq")}
+        state, weights = self.state[parameter], parameter.view(-1)
+        states = {key: value.view(-1) for key, value in state.items() if key != "step"}
+
+        def read(part: slice, blocks: slice) -> dict[str, Tensor]:
+            values = {"weight": weights[part]}
+            if "residual" in state:
+                values["weight"] = join(weights[part], states["residual"][part].to(parameter.device))
+            if "step" not in state:
+                return values
+            moments = states["exp_avg"][part], states["exp_avg_sq"][part]
+            if "exponents" in state:
+                moments = decode_moments(*moments, states["exponents"][blocks], self._group(parameter)["bound"])
+            return values | dict(zip(("exp_avg", "exp_avg_sq"), moments))
+
+        exported: dict[str, Tensor] = {}
         for part, blocks in _chunks(parameter):
-            codes = state["exp_avg"].view(-1)[part], state["exp_avg_sq"].view(-1)[part], state["exponents"][blocks]
-            m, v = decode_moments(*codes, self._group(parameter)["bound"])
-            exported["exp_avg"].view(-1)[part] = m
-            exported["exp_avg_sq"].view(-1)[part] = v
+            for key, values in read(part, blocks).items():
+                if key not in exported:
+                    exported[key] = torch.empty(parameter.shape, dtype=torch.float32)
+                exported[key].view(-1)[part] = values.cpu()
         return exported
 
     @torch.no_grad()

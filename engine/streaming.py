@@ -207,9 +207,9 @@ class StreamedAdamW(AdamW):
         if self._outbound:
             self._outbound.synchronize()
 
-    def _master(self, parameter: Tensor) -> Tensor:
+    def export_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         self.synchronize()
-        return super()._master(parameter)
+        return super().export_state(parameter)
 
     def import_state(self, parameter: nn.Parameter, *args: Any, **options: Any) -> None:
         self.synchronize()

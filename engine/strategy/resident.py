@@ -62,6 +62,7 @@ class Resident:
         )
         for name, weight in weights:
             self.optimizer.import_state(self.parameters[name], weight)
+        self.optimizer.allocate_states()
         self.in_backward = choices.optimizer_in_backward
         recomputed = choices.activation_checkpointing, choices.recomputed_blocks
         recompute_blocks(self.model, *recomputed, compiled=choices.compile)

@@ -60,7 +60,8 @@ def test_a_model_comes_into_its_place_and_format_without_being_whole_in_fp32(tin
     output, _ = (process := start(script, MALLOC_MMAP_THRESHOLD_="131072")).communicate(timeout=120)
     assert process.returncode == 0, output
     n = GPT.outline(parse([*tiny_flags, *SIZE])[0].model).num_parameters()
-    assert 1.9 * n < int(output.splitlines()[-1]) < 3 * n  # it holds two bytes of each parameter; the model in fp32 is four
+    held = (2 if zero else 4) * n  # 16-bit weights, and moments, which DeepSpeed has not made by then
+    assert held - 0.1 * n < int(output.splitlines()[-1]) < held + n  # the model in fp32 would be four bytes more
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.model import GPT
@@ -115,13 +116,19 @@ def test_fp32_is_pytorchs_adamw():
     assert apart.median() < 1e-6
 
 
+def masters(optimizer: AdamW) -> list[tuple[nn.Parameter, Tensor]]:
+    """Every parameter with its fp32 weights."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return [(p, optimizer.export_state(p)["weight"]) for p in parameters]
+
+
 def test_what_is_converted():
     model, optimizer = build(weights="residual", moments="int8")
     before = dict(tiny_gpt().named_parameters())
     for name, p in model.named_parameters():
         assert p.dtype == (torch.bfloat16 if p.dim() == 2 else torch.float32)
         assert (p.float() - before[name]).abs().max() <= before[name].abs().max() / 256
-    for p, master in optimizer.master_weights():
+    for p, master in masters(optimizer):
         name = next(n for n, q in model.named_parameters() if q is p)
         assert torch.equal(master, before[name]) and master.dtype == torch.float32
     assert model.lm_head.weight is model.transformer["wte"].weight
@@ -136,7 +143,7 @@ def test_a_model_that_is_in_16_bits_already():
     for p in groups[0]["params"]:
         p.data = p.data.bfloat16()
     optimizer = AdamW(groups, weights="residual")
-    assert all(torch.equal(master, p.float()) for p, master in optimizer.master_weights())
+    assert all(torch.equal(master, p.float()) for p, master in masters(optimizer))
     losses = train(model, optimizer, 0, 40)
     assert losses[-1] < losses[0] - 1
 
@@ -166,7 +173,7 @@ def test_residual_training_is_fp32_training():
     """The same gradients give the same masters bit for bit; the model sees them rounded to bf16."""
     model, optimizer = build(weights="residual", moments="int8")
     twin = copy.deepcopy(model).float()
-    for p, (_, master) in zip(sorted_like(optimizer, model, twin), optimizer.master_weights()):
+    for p, (_, master) in zip(sorted_like(optimizer, model, twin), masters(optimizer)):
         p.data = master.clone()
     fp32 = AdamW(parameter_groups(twin, 0.1), moments="int8")
     for step in range(30):
@@ -176,7 +183,7 @@ def test_residual_training_is_fp32_training():
         for o in (optimizer, fp32):
             o.step()
         optimizer.zero_grad()
-    for (p, master), q in zip(optimizer.master_weights(), sorted_like(optimizer, model, twin)):
+    for (p, master), q in zip(masters(optimizer), sorted_like(optimizer, model, twin)):
         assert torch.equal(master, q) and (p.dim() < 2 or not torch.equal(p.float(), q))
 
 
@@ -184,7 +191,7 @@ def sorted_like(optimizer: AdamW, model: GPT, twin: GPT) -> list[nn.Parameter]:
     """twin's parameters in the order in which the optimizer has model's."""
     names = {p: name for name, p in model.named_parameters()}
     others = dict(twin.named_parameters())
-    return [others[names[p]] for p, _ in optimizer.master_weights()]
+    return [others[names[p]] for p, _ in masters(optimizer)]
 
 
 @pytest.mark.parametrize("formats", [{"weights": "fp32", "moments": "fp32"}, *FORMATS], ids=["fp32", *NAMES])
@@ -208,7 +215,7 @@ def test_resumed_training_is_uninterrupted_training(formats, way):
     train(*second, 6, 12)
     if way == "state_dict":
         assert_identical(second, whole)
-    for (_, a), (_, b) in zip(whole[1].master_weights(), second[1].master_weights()):
+    for (_, a), (_, b) in zip(masters(whole[1]), masters(second[1])):
         assert torch.equal(a, b)
     for p, q in zip(whole[0].parameters(), second[0].parameters()):
         for key, value in whole[1].export_state(p).items():
@@ -264,7 +271,7 @@ def test_convex_problem(formats):
             weight.grad = (curvature * (weight.detach().float() - target) + noise).to(weight.dtype)
             optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 300)
             optimizer.step()
-        (_, master), = optimizer.master_weights()
+        (_, master), = masters(optimizer)
         return (curvature * (master - target) ** 2).sum().item()
 
     assert distance(**formats) == pytest.approx(distance(), rel=0.2)
