@@ -144,7 +144,7 @@ def forward_kernel(
     )  # fmt: skip
 
     l = tl.where(l == 0.0, 1.0, l)
-    out += offset(batch, first, head, T * H * D, H * D, D)
+    out += offset(batch, first, head, tl.cast(T, tl.int64) * H * D, H * D, D)
     store_tile(out, H * D, T - first, acc / l[:, None], ROWS, D, BLOCK_D)
     lse += (tl.cast(batch, tl.int64) * H + head) * T
     tl.store(lse + rows, m + tl.math.log2(l), mask=rows < T)
@@ -184,7 +184,7 @@ def backward_q_kernel(
     q_tile = load_tile(q + offset(batch, first, head, q_b, q_t, q_h), q_t, T - first, ROWS, D, BLOCK_D, True)
     grad += offset(batch, first, head, grad_b, grad_t, grad_h)
     grad_tile = load_tile(grad, grad_t, T - first, ROWS, D, BLOCK_D, True)
-    dense = offset(batch, first, head, T * H * D, H * D, D)
+    dense = offset(batch, first, head, tl.cast(T, tl.int64) * H * D, H * D, D)
     out_tile = load_tile(out + dense, H * D, T - first, ROWS, D, BLOCK_D, True)
     row_sum = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     statistics = (tl.cast(batch, tl.int64) * H + head) * T
@@ -299,7 +299,7 @@ def backward_kv_kernel(
         )  # fmt: skip
 
     groups = H // SHARED
-    dense = offset(batch, first, group, T * groups * D, groups * D, D)
+    dense = offset(batch, first, group, tl.cast(T, tl.int64) * groups * D, groups * D, D)
     store_tile(dk + dense, groups * D, T - first, acc_k * scale, KEYS, D, BLOCK_D)
     store_tile(dv + dense, groups * D, T - first, acc_v, KEYS, D, BLOCK_D)
 

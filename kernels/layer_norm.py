@@ -92,6 +92,16 @@ def _forward_kernel(
 
 
 @triton.jit
+def _load_sum(x_ptr, residual_ptr, sum_ptr, cols, n_cols):
+    """fp32 values of a row, with the residual added and rounded as it is stored; 0 beyond the row."""
+    x = tl.load(x_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+        x = (x + residual).to(sum_ptr.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@triton.jit
 def _forward_wide_kernel(
     x_ptr,
     residual_ptr,
@@ -109,28 +119,25 @@ def _forward_wide_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`_forward_kernel` for rows that do not fit a tile: one program a row (ROWS is 1), three walks over it."""
+    """`_forward_kernel` for rows that do not fit a tile: one program a row (ROWS is 1), three walks over it.
+
+    Each walk adds the residual anew: a sum that other threads have stored is not sure to be there for a load (on AMD a
+    barrier does not wait for stores to global memory).
+    """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
     y_ptr += row * n_cols
+    if residual_ptr is not None:
+        residual_ptr += row * residual_stride
+        sum_ptr += row * n_cols
     partial = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n_cols, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
-        if residual_ptr is not None:
-            residual = tl.load(residual_ptr + row * residual_stride + cols, mask=cols < n_cols, other=0.0)
-            total = (x + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
-            tl.store(sum_ptr + row * n_cols + cols, total, mask=cols < n_cols)
-            x = total.to(tl.float32)
-        partial += x
-    if residual_ptr is not None:
-        # The sum below is a barrier between these stores and the loads that follow.
-        x_ptr = sum_ptr + row * n_cols
+        partial += _load_sum(x_ptr, residual_ptr, sum_ptr, start + tl.arange(0, BLOCK), n_cols)
     mean = tl.sum(partial, axis=0) / n_cols
     partial = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n_cols, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+        x = _load_sum(x_ptr, residual_ptr, sum_ptr, cols, n_cols)
         centred = tl.where(cols < n_cols, x - mean, 0.0)
         partial += centred * centred
     rstd = tl.rsqrt(tl.sum(partial, axis=0) / n_cols + eps)
@@ -139,11 +146,13 @@ def _forward_wide_kernel(
     for start in range(0, n_cols, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         mask = cols < n_cols
-        x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        x = _load_sum(x_ptr, residual_ptr, sum_ptr, cols, n_cols)
         y = (x - mean) * rstd * tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
         if bias_ptr is not None:
             y += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
         tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+        if residual_ptr is not None:
+            tl.store(sum_ptr + cols, x.to(sum_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -291,14 +300,15 @@ def _layer_norm_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n_rows, n_cols = x.shape
     y, s, mean, rstd = _outputs(x, residual)
-    if n_cols > WIDEST_TILE:
-        kernel, launch = _forward_wide_kernel, WIDE_TILE | {"num_warps": 8}
+    wide = n_cols > WIDEST_TILE
+    kernel = _forward_wide_kernel if wide else _forward_kernel  # so that torch.compile sees which kernels there are
+    if wide:
+        launch = WIDE_TILE | {"num_warps": 8}
     else:
         rows, block, num_warps = row_tile(n_cols)
         default = {"ROWS": rows, "num_warps": num_warps}
         case = tile_case(block, y.element_size())
-        tuned = launch_config(chip(x.device), "layer_norm_forward", case, default)
-        kernel, launch = _forward_kernel, {"BLOCK": block} | tuned
+        launch = {"BLOCK": block} | launch_config(chip(x.device), "layer_norm_forward", case, default)
     wrap_triton(kernel)[(triton.cdiv(n_rows, launch["ROWS"]),)](
         x,
         residual,

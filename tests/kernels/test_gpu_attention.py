@@ -158,7 +158,11 @@ def test_no_access_out_of_bounds():
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
-    command = [sanitizer, "--error-exitcode", "9", sys.executable, "-c", MEMORY_PROGRAM]
+    # PyTorch asks CUDA for things that it may not have, which are errors of the API and none of memory.
+    options = ["--error-exitcode", "9", "--report-api-errors", "no"]
+    command = [sanitizer, *options, sys.executable, "-c", MEMORY_PROGRAM]
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that an allocation ends where its tensor ends
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=300)
+    if "Device not supported" in done.stdout:
+        pytest.skip("compute-sanitizer cannot see into this device")
     assert done.returncode == 0, done.stdout[-3000:]

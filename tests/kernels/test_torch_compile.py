@@ -115,6 +115,10 @@ spec.loader.exec_module(block)
 backend = aot_autograd(fw_compiler=capture, bw_compiler=capture)
 compiled = torch.compile(block.Block().bfloat16(), fullgraph=True, backend=backend)
 compiled(*block.inputs()).backward()
+
+from torch._library.triton import triton_ops_to_kernels
+for name, found in triton_ops_to_kernels.items():
+    print("op", name, len(found))
 """
 
 
@@ -128,4 +132,7 @@ def test_on_a_gpu_the_compiler_sees_every_kernel():
     # The loss chooses its chunks at run time; every other op must be open to the compiler.
     assert {line for line in lines if line.startswith("opaque")} <= {"opaque pilesmith.linear_cross_entropy.default"}
     assert "assuming every input is mutated" not in done.stderr
+    # By their sources a compiled graph on disk is known to be stale.
+    kernels_by_op = dict(line.split()[1:] for line in lines if line.startswith("op "))
+    assert len(kernels_by_op) == 9 and "0" not in kernels_by_op.values(), kernels_by_op
     assert lines.count("kernel lse out") == lines.count("kernel delta dq") == lines.count("kernel dk dv") == 2
