@@ -306,6 +306,28 @@ def test_updates_inside_the_backward_pass(formats):
     assert_identical(after, inside)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("formats", [{}, *FORMATS], ids=["fp32", *NAMES])
+def test_on_a_gpu_updates_inside_the_backward_pass_are_those_after_it(formats):
+    """Launched from autograd's own thread, while later gradients are computed by weights that must not change yet."""
+
+    def trained(cls: type) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(12))).cuda()
+        optimizer = cls(parameter_groups(model, 0.1), lr=1e-3, **formats)
+        for step in range(6):
+            x = torch.randn(256, 512, device="cuda", generator=torch.Generator("cuda").manual_seed(step))
+            for layer in model:
+                x = torch.nn.functional.gelu(torch.nn.functional.linear(x, layer.weight.float(), layer.bias))
+            x.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach().cpu() for p in model.parameters()]
+
+    for p, q in zip(trained(AdamW), trained(InBackwardAdamW)):
+        assert torch.equal(p, q)
+
+
 def test_updates_inside_the_backward_pass_are_scaled_and_skipped():
     after, inside = build(), build(cls=InBackwardAdamW)
     after[0](*batch(0)).backward()

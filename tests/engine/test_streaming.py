@@ -21,19 +21,22 @@ FORMATS = [
 NAMES = ["-".join(str(v).removeprefix("torch.") for v in f.values()) for f in FORMATS]
 
 
-def make(cls: type, formats: dict, **options) -> tuple[list[nn.Parameter], AdamW]:
+def make(cls: type, formats: dict, device: str = "cpu", **options) -> tuple[list[nn.Parameter], AdamW]:
     generator = torch.Generator().manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(shape, generator=generator) * 0.02) for shape in SHAPES]
+    weights = [torch.randn(shape, generator=generator) * 0.02 for shape in SHAPES]
+    parameters = [nn.Parameter(weight.to(device)) for weight in weights]
     return parameters, cls(parameter_groups(nn.ParameterList(parameters), 0.1), lr=1e-3, seed=5, **formats, **options)
 
 
 def step(parameters: list[nn.Parameter], optimizer: AdamW, number: int, bad: bool = False) -> None:
     """One update by gradients in two parts, scaled as clipping and loss scaling do."""
-    generator = torch.Generator().manual_seed(100 + number)
+    device = parameters[0].device
+    generator = torch.Generator(device).manual_seed(100 + number)
     for p in parameters:
-        parts = [torch.randn(p.shape, generator=generator).to(p.dtype) for _ in range(2)]
+        parts = [torch.randn(p.shape, generator=generator, device=device).to(p.dtype) for _ in range(2)]
         p.grad = parts[0] + parts[1]
-    optimizer.step(grad_scale=torch.tensor(0.37), found_inf=torch.tensor(float(bad)))
+    grad_scale, found_inf = (torch.full((), value, device=device) for value in (0.37, float(bad)))
+    optimizer.step(grad_scale=grad_scale, found_inf=found_inf)
     optimizer.zero_grad()
 
 
@@ -58,6 +61,25 @@ def test_streamed_is_resident_bit_for_bit(formats, portion):
         if before:
             assert_identical(bits(*there), before)
     assert_identical(bits(*there), bits(*here))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("formats", FORMATS, ids=NAMES)
+def test_on_a_gpu_copies_race_with_updates_and_no_bit_changes(formats):
+    """More portions than slots, steps launched without waiting, a computation between them that takes freed memory."""
+    there, here = make(StreamedAdamW, formats, "cuda", portion=UNIT), make(AdamW, formats, "cuda")
+    for pair in (there, here):
+        for number in range(8):
+            step(*pair, number, bad=number == 3)
+            torch.randn(2048, 2048, device="cuda").exp_().sum()
+    torch.cuda.synchronize()
+    there[1].synchronize()
+    assert all(slot.free is not None for slot in there[1]._slots)
+    assert all(there[1].state[p]["exp_avg"].is_pinned() for p in there[0] if p.dim() >= 2)
+    assert_identical([bit.cpu() for bit in bits(*there)], [bit.cpu() for bit in bits(*here)])
+    for p, q in zip(there[0], here[0]):
+        exported, expected = there[1].export_state(p), here[1].export_state(q)
+        assert_identical(list(exported.values()), list(expected.values()))
 
 
 @pytest.mark.parametrize("formats", FORMATS, ids=NAMES)
