@@ -29,7 +29,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from benchmarks.contenders import CONTENDERS, Step, Unsupported
@@ -43,7 +42,7 @@ from engine.device import choose_device, choose_dtype, find_device
 from engine.distributed import Processes
 from engine.memory import Plan
 from engine.model import GPT, flops_per_token
-from engine.placement import settle
+from engine.placement import host_memory, settle
 from engine.report import human
 from engine.step_time import chip_of
 from kernels import dispatch
@@ -325,7 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
         "processes": options.processes,
         "threads": torch.get_num_threads(),
         "gpu_memory_bytes": gpu_memory,
-        "host_memory_bytes": psutil.virtual_memory().total,
+        "host_memory_bytes": host_memory(config.strategy.host_memory),
         "card": card and card.name,
         "flops_per_token": flops,
         "peak_flops": peak,

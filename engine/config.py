@@ -142,6 +142,9 @@ class StrategyConfig:
             "with it, are ZeRO's"
         },
     )
+    host_memory: str = field(
+        default="", metadata={"help": "host memory to plan with, such as 32GB; empty: all that this machine or container has"}
+    )
     nvme_path: str = field(default="", metadata={"help": "ZeRO stage 3: offload to this folder instead of host memory"})
     deepspeed_config: str = field(default="", metadata={"help": "JSON file merged over the derived DeepSpeed config"})
 

@@ -1,16 +1,20 @@
 """What a run leaves open, settled: strategy, formats, recomputation, micro-batch. With a card the planner chooses."""
 import copy
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import psutil
 import torch
 
-from engine.cards import Card
-from engine.config import Config, require
+from engine.cards import Card, parse_memory
+from engine.config import Config, ConfigError, require
 from engine.memory import Plan, card_of, choose, nearest, plan
 
 CPU_MICRO_BATCH_TOKENS = 8192  # beyond this a CPU gains nothing and the activations leave its caches
 _OPEN = (None, "auto")
+_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _EXACT = ("auto", "fp32")
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -70,7 +74,7 @@ def _asks_for_zero(config: Config, world_size: int) -> bool:
 
 
 def _plan(config: Config, device: torch.device, dtype: torch.dtype, world_size: int, other: Card | None) -> Plan:
-    card, host = card_of(device), psutil.virtual_memory().total
+    card, host = card_of(device), host_memory(config.strategy.host_memory)
     if other:
         card = replace(other, memory_bytes=min(other.memory_bytes, card.memory_bytes))
     options = {"gpus": world_size, "batch_tokens": config.optimizer.batch_tokens, "dtype": _DTYPE_NAMES[dtype]}
@@ -90,6 +94,34 @@ def allowed(config: Config, plans: list[Plan]) -> list[Plan]:
     if config.strategy.compile:  # which offloaded inputs cannot be
         plans = [p for p in plans if p.recompute.kind != "offloaded"]
     return [p for p in plans if all(asked.get(key, value) == value for key, value in p.settings["strategy"].items())]
+
+
+def host_memory(asked: str = "") -> int:
+    """Return the bytes of host memory to plan with: what is asked for, as "32GB", or what the machine or container has.
+
+    ConfigError where `asked` is no size of memory.
+    """
+    if not asked:
+        return min([psutil.virtual_memory().total, *_memory_limits()])
+    try:
+        return parse_memory(asked)
+    except ValueError as error:
+        raise ConfigError(f"--host_memory: {error}") from None
+
+
+def _memory_limits() -> Iterator[int]:
+    """The limits of the control groups that this process is in, of either version of them; none outside Linux."""
+    lines = _OWN_CGROUPS.read_text().splitlines() if _OWN_CGROUPS.exists() else []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, file = (_CGROUPS / "memory", "memory.limit_in_bytes") if controllers else (_CGROUPS, "memory.max")
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):  # a group has no more than those that it is in
+            if folder.is_relative_to(root):
+                with suppress(OSError, ValueError):  # not seen from inside a container; "max"
+                    yield int((folder / file).read_text())
 
 
 def _fill(config: Config, values: dict[str, object]) -> None:

@@ -32,19 +32,28 @@ class HostMemory:
         self._slabs: list[tuple[Tensor, int]] = []  # uint8, how much of it is taken
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return a tensor of zeros that begins at a multiple of 256 bytes; a slab grows with what there is, to 1 GiB."""
+        """Return a tensor of zeros that begins at a multiple of 256 bytes; a slab grows with what there is, to 1 GiB.
+
+        MemoryError where the system gives no more.
+        """
         size = -(-torch.Size(shape).numel() * dtype.itemsize // 256) * 256
         for number, (slab, taken) in enumerate(self._slabs):
             if slab.numel() - taken >= size:
                 break
         else:
             least = max(size, min(HOST_SLAB_BYTES, self.bytes), 1 << 16)
-            slab, taken = torch.zeros(1 << (least - 1).bit_length(), dtype=torch.uint8, pin_memory=self.pinned), 0
-            number = len(self._slabs)
+            slab, taken, number = self._slab(1 << (least - 1).bit_length()), 0, len(self._slabs)
             self._slabs.append((slab, 0))
             self.bytes += slab.numel()
         self._slabs[number] = slab, taken + size
         return slab[taken : taken + torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
+
+    def _slab(self, size: int) -> Tensor:
+        try:
+            return torch.zeros(size, dtype=torch.uint8, pin_memory=self.pinned)
+        except RuntimeError as error:
+            kind, said = "pinned host memory" if self.pinned else "host memory", str(error).splitlines()[0]
+            raise MemoryError(f"no {size >> 20} MiB of {kind} beside {self.bytes >> 20} MiB: {said}") from None
 
 
 @dataclass(frozen=True)

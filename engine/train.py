@@ -42,6 +42,10 @@ from kernels import dispatch
 
 EMBEDDED_DATA = Path("data/embedded")
 EXIT_DIVERGED = 3
+LESS_MEMORY = """\
+The planner counts what other programs held of the card when the run began. To leave more of it: --micro_batch_size 1,
+--activation_checkpointing blocks or --offload states; more of the host: a smaller --host_memory. tools/plan.py shows what
+each takes; --resume goes on from the newest checkpoint."""
 
 
 class Interrupt:
@@ -293,6 +297,10 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except (ConfigError, DataError, WeightsError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        what = str(error).partition("\n")[0] or "out of memory"
+        print(f"error: {what}\n{LESS_MEMORY}", file=sys.stderr, flush=True)
         return 2
     finally:
         processes.close()

@@ -53,6 +53,35 @@ def test_a_card_gets_the_plan_that_fits(on_card):
     assert any("GiB on the card" in line for line in placement.explain(chosen))
 
 
+def test_a_container_has_no_more_memory_than_its_limit(monkeypatch, tmp_path):
+    monkeypatch.setattr(placement.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 64 * GiB}))
+    monkeypatch.setattr(placement, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(placement, "_OWN_CGROUPS", own := tmp_path / "own")
+    assert placement.host_memory() == 64 * GiB  # no control groups
+    for limits, lines in (
+        ({"memory.max": 48 * GiB}, "0::/"),
+        ({"memory.max": "max", "job/memory.max": 48 * GiB, "job/step/memory.max": "max"}, "0::/job/step"),
+        ({"memory.max": 48 * GiB}, "0::/not/seen/from/inside"),
+        ({"memory/memory.limit_in_bytes": 2**63 - 4096, "memory/job/memory.limit_in_bytes": 48 * GiB}, "3:cpu:/\n2:rdma,memory:/job"),
+    ):
+        for name, limit in limits.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(f"{limit}\n")
+        own.write_text(lines + "\n")
+        assert placement.host_memory() == 48 * GiB, lines
+        for name in limits:
+            (tmp_path / name).unlink()
+        assert placement.host_memory() == 64 * GiB
+
+
+def test_the_host_memory_that_is_asked_for_is_planned_with(on_card):
+    on_card("gtx1080ti", 64)
+    more, less = (settled("--preset=2b", f"--host_memory={size}", dtype=torch.float16)[2] for size in ("", "12GB"))
+    assert more.host_limit > 12 * GiB >= less.host_bytes and more.name != less.name
+    with pytest.raises(ConfigError, match="--host_memory: 'much' is no size of memory"):
+        settled("--preset=2b", "--host_memory=much")
+
+
 @pytest.mark.parametrize(
     "flag, field, value",
     [

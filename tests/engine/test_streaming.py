@@ -132,6 +132,15 @@ def test_matrices_alone_lie_in_host_memory_and_share_slabs():
             assert (state.untyped_storage().data_ptr() in slabs) == (p.dim() >= 2 and key != "step")
 
 
+def test_memory_that_the_system_does_not_give_is_named(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("CUDA error: out of memory\nmore")
+
+    monkeypatch.setattr(torch, "zeros", refuse)
+    with pytest.raises(MemoryError, match="no 4 MiB of pinned host memory beside 0 MiB: CUDA error: out of memory$"):
+        HostMemory(pinned=True).zeros((1 << 20,), torch.float32)
+
+
 @pytest.mark.parametrize("preset", ["gpt2", "gpt2-xl", "2b", "3b"])
 @pytest.mark.parametrize("moments", ["fp32", "int8"])
 def test_the_planner_counts_what_the_host_allocates(preset, moments, monkeypatch):

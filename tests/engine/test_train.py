@@ -191,3 +191,15 @@ def test_a_run_is_not_overwritten(tiny_flags, capsys):
     assert train.main(tiny_flags) == 0
     assert train.main(tiny_flags) == 2
     assert "--resume goes on with it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nIf reserved"), MemoryError()])
+def test_without_enough_memory_a_run_says_what_takes_less(tiny_flags, monkeypatch, capsys, error):
+    def build(*_):
+        raise error
+
+    monkeypatch.setattr(train, "build", build)
+    assert train.main(tiny_flags) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] in ("error: CUDA out of memory. Tried 2 GiB.", "error: out of memory")
+    assert any("--micro_batch_size 1" in line for line in said) and not any("If reserved" in line for line in said)
