@@ -80,7 +80,7 @@ def trial(chosen: Plan, steps: int) -> tuple[Trial, int]:
     """Return the miniature of a card's plan inside its limit, and the bytes that the formulas predict for it."""
     small, method = miniature(chosen.model), chosen.method
     options = dict(dtype=chosen.dtype, micro_batch_size=chosen.micro_batch_size, recompute=chosen.recompute)
-    with mock.patch.multiple(footprint, DEEPSPEED_BUCKET=BUCKET, _pinned=lambda size: size):  # nothing is pinned here
+    with mock.patch.object(footprint, "DEEPSPEED_BUCKET", BUCKET):
         predicted = held_bytes(predict(small, method, **options))
     free = (chosen.card_limit - chosen.footprint.card_bytes) // SCALE**2  # what the plan leaves of the card
     grad_accum = 1 if method.in_backward else 2

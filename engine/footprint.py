@@ -177,8 +177,11 @@ def predict(
     kernels/dispatch.py; None for a CPU. traced: as torch's memory tracker sees it, without what ops hold inside and
     with autograd adding gradients out of place, as it does under every dispatch mode.
     """
-    sizes = Elements.of(model)
-    states, host, extra = (_deepspeed if method.stage else _ours)(model, method, sizes, dtype, gpus)
+    sizes, pins = Elements.of(model), chip is not None
+    if method.stage:
+        states, host, extra = _deepspeed(model, method, sizes, dtype, gpus, pins)
+    else:
+        states, host, extra = _ours(method, sizes, dtype)
     # With several processes the gradients lie in the buckets that are averaged, for good (strategy/data_parallel.py).
     accumulates = accumulates or gpus > 1
     moments = _moments(model, method, sizes, dtype, micro_batch_size, recompute, accumulates, chip, traced) | extra
@@ -189,14 +192,14 @@ def predict(
         card["context"] = int(CONTEXT_BYTES + FRAGMENTATION_BYTES + FRAGMENTATION * passing + NCCL_BYTES * (gpus > 1))
     if recompute.kind == "offloaded":
         inputs = micro_batch_size * model.block_size * model.n_embd * ITEMSIZE[dtype]
-        host = host | {"saved_activations": _pinned(max(0, recompute.layers - ON_DEVICE) * inputs)}
+        host = host | {"saved_activations": _on_host(max(0, recompute.layers - ON_DEVICE) * inputs, pins)}
     held = {part: int(size) for part, size in host.items()}
     # Weights are made in fp32 in host memory, one parameter at a time (engine/strategy), when there are no moments yet.
     held["process"] = HOST_PROCESS_BYTES + max(0, 4 * max(sizes.head, sizes.largest) - held.get("optimizer_states", 0))
     return Footprint(card, held, name)
 
 
-def _ours(model: ModelConfig, method: Method, sizes: Elements, dtype: str, gpus: int) -> tuple[dict, dict, dict]:
+def _ours(method: Method, sizes: Elements, dtype: str) -> tuple[dict, dict, dict]:
     """Bytes of the states of our own strategy on the card and on the host, and its further moments."""
     n, stored = sizes.total, itemsizes(method, dtype)[0]
     master = 2 * (method.weights == "residual")
@@ -212,7 +215,9 @@ def _ours(model: ModelConfig, method: Method, sizes: Elements, dtype: str, gpus:
     return card | {part: size * passing for part, size in parts.items()}, host, {}
 
 
-def _deepspeed(model: ModelConfig, method: Method, sizes: Elements, dtype: str, gpus: int) -> tuple[dict, dict, dict]:
+def _deepspeed(
+    model: ModelConfig, method: Method, sizes: Elements, dtype: str, gpus: int, pins: bool
+) -> tuple[dict, dict, dict]:
     """The same of DeepSpeed with fp32 accumulation of gradients, as engine/strategy/zero.py configures it."""
     n, share, w = sizes.total, sizes.total / gpus, ITEMSIZE[dtype]
     # A flat buffer of the bucket's length, two where communication overlaps; and the gradients that wait to be reduced,
@@ -241,26 +246,29 @@ def _deepspeed(model: ModelConfig, method: Method, sizes: Elements, dtype: str, 
         card["gradients"] = 4 * n
     staging = w * max(sizes.head, sizes.largest) if method.stage < 3 else 0  # one parameter on its way, at both ends
     card["communication"] += staging
-    # Flat partitions and each parameter's accumulated gradient are pinned, and pinned memory comes in powers of two.
+
+    def matrices(itemsize: int) -> int:
+        """A tensor for each matrix, or one process's part of it."""
+        C = model.n_embd
+        block = sum(_on_host(itemsize * m * C * C / gpus, pins) for m in (3, 1, 4, 4))
+        return model.n_layer * block + (1 if model.tie_head else 2) * _on_host(itemsize * sizes.head / gpus, pins)
+
+    # Pinned: flat partitions, each parameter's accumulated gradient; and stage 3's parameters one by one before they are
+    # pinned as a whole, since pinned memory is kept once it is free.
     host = {
-        "weights": _pinned(w * share) if method.offload == "params" or method.stage < 3 else 0,
-        "gradients": _pinned(4 * share) + _pinned_gradients(model, sizes, gpus) + _pinned(staging),
-        "master_weights": _pinned(4 * share),
+        "weights": _on_host(w * share, pins) if method.offload == "params" or method.stage < 3 else 0,
+        "gradients": _on_host(4 * share, pins) + matrices(4) + _on_host(staging, pins),
+        "master_weights": _on_host(4 * share, pins),
         "optimizer_states": 8 * share,
     }
+    if method.offload == "params" and pins:
+        host["weights"] += matrices(w)
     return card, host, {"norm": {"communication": in_double}}
 
 
-def _pinned(size: float) -> int:
-    """What torch's caching allocator of pinned memory takes for `size`: the next power of two."""
-    return 1 << (int(size) - 1).bit_length() if size > 0 else 0
-
-
-def _pinned_gradients(model: ModelConfig, sizes: Elements, gpus: int) -> int:
-    """fp32 gradients in host memory, a pinned tensor for each matrix."""
-    C = model.n_embd
-    block = sum(_pinned(4 * m * C * C / gpus) for m in (3, 1, 4, 4))
-    return model.n_layer * block + (1 if model.tie_head else 2) * _pinned(4 * sizes.head / gpus)
+def _on_host(size: float, pins: bool) -> int:
+    """What host memory takes for a tensor: pinned for a card, by torch's caching allocator, the next power of two."""
+    return 1 << (int(size) - 1).bit_length() if pins and size > 0 else int(size)
 
 
 def _moments(

@@ -136,7 +136,6 @@ from deepspeed.accelerator import get_accelerator
 get_accelerator().is_fp16_supported = lambda: True  # so that DeepSpeed runs it on a CPU
 zero.BUCKET_ELEMENTS = footprint.DEEPSPEED_BUCKET = 500_000
 processes = Processes.from_environment()
-footprint._pinned = lambda size: size  # nothing is pinned here
 rows = []
 for stage, offload, dtype in CASES:
     config = from_dict({
