@@ -69,7 +69,7 @@ def test_checkpoint(measure: Callable[..., None], run: tuple, step: str) -> None
 def test_torch_save(measure: Callable[..., None], run: tuple, tmp_path: Path, step: str) -> None:
     """The usual script's: one file, here synced as well, so that both have reached the disk when they are done."""
     _, strategy, model = run
-    state = {name: tensors for name, tensors in strategy.state()}
+    state = dict(strategy.state())
 
     def save() -> None:
         with open(tmp_path / "checkpoint.pt", "wb") as file:

@@ -7,7 +7,6 @@ turns, so that what else the machine does meets all of them.
 """
 import importlib.util
 import json
-import os
 import statistics
 import subprocess
 import sys

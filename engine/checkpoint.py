@@ -146,7 +146,7 @@ class _Writer:
         if self.moments:
             name = f"optimizer-{len(set(self.shards.values())):05d}.safetensors"
             self._attempt(lambda: save_file(self.moments, self.folder / name))
-            self.shards |= {entry: name for entry in self.moments}
+            self.shards |= dict.fromkeys(self.moments, name)
             self.moments = {}
 
     def _attempt(self, action: Callable[[], Any]) -> None:

@@ -7,6 +7,7 @@ Kernel files take `triton`, `tl`, `custom_op` and `wrap_triton` from here, so th
 """
 
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -110,6 +111,7 @@ OPS: dict[str, bool] = {
 
 LaunchConfig = dict[str, int | None]  # a kernel's constants, num_warps, num_stages
 CONFIGS = Path(__file__).parent / "configs"
+_OWN_TAG = torch.compiler.config.cache_key_tag
 
 _preference = "auto"
 _forced_target: str | None = None
@@ -234,6 +236,19 @@ def write_config_table(target: str, table: dict[str, dict[str, Any]]) -> None:
     os.replace(partial, config_file(target))
     config_table.cache_clear()
     config_target.cache_clear()
+    _tag_compiled_graphs()
+
+
+def _tag_compiled_graphs() -> None:
+    """Have torch.compile take graphs from disk only if they were made with these launch configurations.
+
+    It knows the kernels by their sources, and not what they are launched with.
+    """
+    tables = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(CONFIGS.glob("*.json"))))
+    torch.compiler.config.cache_key_tag = _OWN_TAG + tables.hexdigest()[:16]
+
+
+_tag_compiled_graphs()
 
 
 @functools.cache

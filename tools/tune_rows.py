@@ -108,7 +108,7 @@ def _softmax(rows: int, width: int, device: torch.device, dtype: torch.dtype) ->
 
 def _activation(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Problem:
     inputs = {"x": random((rows, width), device, dtype), "bias": random((width,), device, dtype, seed=1)}
-    ours: Function = lambda x, bias: kernels.bias_activation(x, bias, "gelu_tanh")  # noqa: E731
+    ours: Function = lambda x, bias: kernels.bias_activation(x, bias, "gelu_tanh")
     return Problem(inputs, ours, lambda x, bias: F.gelu(x + bias, approximate="tanh"))
 
 

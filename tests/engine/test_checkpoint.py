@@ -2,7 +2,6 @@
 import errno
 import json
 
-import pytest
 from safetensors.torch import load_file
 
 from engine import checkpoint, train

@@ -20,7 +20,7 @@ DEVICE = torch.device("cuda")
 def triton_path():
     torch.manual_seed(0)
     if dispatch.backend("attention", DEVICE) != "triton":
-        pytest.skip(dict((op, why) for op, _, why in dispatch.decisions(DEVICE))["attention"])
+        pytest.skip({op: why for op, _, why in dispatch.decisions(DEVICE)}["attention"])
 
 
 def training_dtype():

@@ -433,7 +433,7 @@ def test_a_full_disk_keeps_what_is_done(inputs, expected, small_segments, tmp_pa
     kept = Workspace(out, inputs, Settings(tokenizer="r50k_base", chunk_bytes=8000, segment_chunks=3), np.dtype("<u2"))
     done = sum(kept.made(source).tokens for source in inputs)
     assert done > 1000 or megabytes == 0.02
-    assert not [path for path in folder.glob("*.part")]
+    assert not list(folder.glob("*.part"))
     prepare.prepare(inputs, out, workers=2)
     assert tokens(out) == expected
 
