@@ -3,6 +3,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -57,8 +58,9 @@ def settle(
 
 def explain(chosen: Plan) -> list[str]:
     """Return the lines that say what was chosen, why, and what it is predicted to hold."""
+    missing = [] if find_spec("deepspeed") else ["plan: DeepSpeed is not installed, so what needs it is left out"]
     parts = ", ".join(f"{part.replace('_', ' ')} {size / 2**30:.2f}" for part, size in chosen.footprint.card.items() if size)
-    return [
+    return missing + [
         f"plan: {chosen.title}; tools/plan.py shows the others",
         f"plan: {chosen.footprint.card_bytes / 2**30:.2f} GiB on the card ({parts}), {chosen.host_bytes / 2**30:.1f} GiB on the host",
     ]
@@ -93,6 +95,8 @@ def allowed(config: Config, plans: list[Plan]) -> list[Plan]:
     asked = {key: value for key, value in asdict(config.strategy).items() if value not in _OPEN}
     if config.strategy.compile:  # which offloaded inputs cannot be
         plans = [p for p in plans if p.recompute.kind != "offloaded"]
+    if not (find_spec("deepspeed") or config.strategy.strategy == "zero" or _asks_for_zero(config, 1)):
+        plans = [p for p in plans if not p.method.stage]
     return [p for p in plans if all(asked.get(key, value) == value for key, value in p.settings["strategy"].items())]
 
 

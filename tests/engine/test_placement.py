@@ -74,6 +74,15 @@ def test_a_container_has_no_more_memory_than_its_limit(monkeypatch, tmp_path):
         assert placement.host_memory() == 64 * GiB
 
 
+def test_what_needs_deepspeed_is_not_chosen_where_it_is_not_installed(on_card, monkeypatch):
+    on_card("quadro rtx 8000", 64)
+    assert settled("--preset=2b", dtype=torch.float16)[2].method.stage
+    monkeypatch.setattr(placement, "find_spec", lambda name: None)
+    config, _, chosen = settled("--preset=2b", dtype=torch.float16)
+    assert config.strategy.strategy == "resident" and "DeepSpeed is not installed" in placement.explain(chosen)[0]
+    assert settled("--preset=2b", "--zero_stage=1", dtype=torch.float16)[2].method.stage == 1  # its own error says more
+
+
 def test_the_host_memory_that_is_asked_for_is_planned_with(on_card):
     on_card("gtx1080ti", 64)
     more, less = (settled("--preset=2b", f"--host_memory={size}", dtype=torch.float16)[2] for size in ("", "12GB"))
