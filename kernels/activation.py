@@ -30,11 +30,10 @@ class _BiasActivation(torch.autograd.Function):
     def forward(ctx, x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
         ctx.save_for_backward(x, bias)
         ctx.kind = kind
-        if kind == "relu":
-            return torch.relu(x) if bias is None else (x + bias).relu_()
-        if bias is None:
-            return torch.ops.aten.gelu(x, approximate=_approximate(kind))
-        return torch.ops.aten.gelu_(x + bias, approximate=_approximate(kind))
+        z = x if bias is None else x + bias
+        if bias is None or torch.compiler.is_compiling():  # in place, PyTorch 2.11 compiles it to wrong gradients
+            return torch.relu(z) if kind == "relu" else torch.ops.aten.gelu(z, approximate=_approximate(kind))
+        return z.relu_() if kind == "relu" else torch.ops.aten.gelu_(z, approximate=_approximate(kind))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
