@@ -8,6 +8,7 @@
 Every field of engine/config.py is a flag; `--help` lists them.
 """
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tiktoken
 import torch
@@ -114,6 +115,8 @@ def set_up(config: Config, resume: str | None, processes: Processes) -> Run:
     for file in (train_file, val_file):
         rows = math.ceil(file.vocab_size / 64) * 64
         require(file.vocab_size <= config.model.vocab_size, f"{file.path} has ids up to {file.vocab_size - 1}: set --vocab_size {rows}")
+    same = f"{val_file.path} was made with {val_file.tokenizer}, {train_file.path} with {train_file.tokenizer}: prepare one of them again"
+    require(val_file.tokenizer == train_file.tokenizer, same)
     asked = config  # saved as it is: a run may be resumed elsewhere, where other choices are better
     config, grad_accum, chosen = settle(asked, device, dtype, processes.world_size)
     micro_batch_size = config.optimizer.micro_batch_size
@@ -152,8 +155,11 @@ def set_up(config: Config, resume: str | None, processes: Processes) -> Run:
             f"data: {train_file.path}, {human(len(train_file))} tokens; a step is {human(config.optimizer.batch_tokens)} tokens: "
             f"{processes.world_size} x {grad_accum} x {micro_batch_size} sequences of {config.model.block_size}"
         )
+        report.say(f"data: {config.optimizer.max_steps} steps go through it {data.epoch(config.optimizer.max_steps):.2g} times")
         if start_from:
             report.say(f"resumed from {start_from} at step {progress['step']}")
+        elif resume:
+            report.say(f"nothing to resume in {config.run_dir}: the run begins")
     encoding = load_encoding(train_file.tokenizer)
     return Run(config, asked, processes, device, strategy, data, validation, encoding, progress, report, chosen)
 
@@ -291,8 +297,6 @@ def main(arguments: list[str] | None = None) -> int:
         config, options = parse(sys.argv[1:] if arguments is None else arguments)
         with Interrupt() as interrupt:
             code = loop(set_up(config, options.resume, processes), interrupt)
-        # gloo's threads, which DeepSpeed keeps, free the last tensor some time after it has arrived, and abort the program
-        # where Python is already ending.
         processes.barrier()
         return code
     except (ConfigError, DataError, WeightsError, checkpoint.CheckpointError) as error:
@@ -306,5 +310,14 @@ def main(arguments: list[str] | None = None) -> int:
         processes.close()
 
 
+def leave(code: int) -> NoReturn:
+    """End the program: with DeepSpeed at once, since gloo's threads, which it keeps, now and then abort a Python that ends."""
+    if "deepspeed" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
