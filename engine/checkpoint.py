@@ -1,7 +1,7 @@
 """Checkpoints: folders that are complete or absent, in one format for every strategy and any number of processes.
 
 run_dir/checkpoints/step_00000100/
-    config.json                    the resolved configuration
+    config.json                    the configuration as it was asked for
     model.safetensors              the weights, fp32, under the model's own names
     optimizer-00000.safetensors …  "<parameter>/exp_avg" and "<parameter>/exp_avg_sq", fp32, in files of about 2 GiB
     state.json                     step, tokens, losses, the strategy's counters, which file holds what
@@ -9,6 +9,7 @@ run_dir/checkpoints/step_00000100/
 Everything is written and synced in a temporary folder, which is then renamed.
 """
 import json
+import math
 import os
 import re
 import shutil
@@ -47,7 +48,8 @@ def newest(run_dir: str | Path) -> Path | None:
 
 def best(run_dir: str | Path) -> Path | None:
     """Return the checkpoint with the lowest validation loss, or None where none has one."""
-    scored = [(loss, p) for p in checkpoints(run_dir) if (loss := read_state(p)["val_loss"]) is not None]
+    losses = ((read_state(p)["val_loss"], p) for p in checkpoints(run_dir))
+    scored = [(loss, p) for loss, p in losses if loss is not None and math.isfinite(loss)]
     return min(scored)[1] if scored else None
 
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -97,6 +98,10 @@ class OptimizerConfig:
             require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("lr", "min_lr", "weight_decay", "grad_clip", "adam_eps"):
+            require(math.isfinite(getattr(self, name)), f"{name} must be finite, got {getattr(self, name)}")
+        for name in ("adam_eps", "lr_decay_step"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         require(self.min_lr <= self.lr, f"min_lr ({self.min_lr:g}) is above lr ({self.lr:g})")
 
 
@@ -161,7 +166,11 @@ class StrategyConfig:
         if self.compile:
             why = "inputs come back from host memory by hooks that no graph holds"
             require(self.activation_checkpointing != "offloaded", f"--activation_checkpointing offloaded cannot be compiled, {why}")
-        if self.strategy == "zero":
+        if self.strategy == "resident":
+            require(stage is None, f"--zero_stage {stage} is ZeRO's: use --strategy zero")
+            require(not self.deepspeed_config, "--deepspeed_config is ZeRO's: use --strategy zero")
+        if self.strategy == "zero" or stage is not None or self.offload in ("optimizer", "params"):
+            require(not self.compile, "--compile is the resident strategy's: DeepSpeed's engine runs the model as it is")
             resident_only = self.weights not in ("auto", "fp32") or self.moments not in ("auto", "fp32") or self.optimizer_in_backward
             require(not resident_only, "--weights, --moments and --optimizer_in_backward are the resident strategy's")
         if self.strategy == "resident":
@@ -429,7 +438,7 @@ def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
             where[name] = _convert(flag, value)
     base = load_file(given.config) if given.config else {}
     if given.resume:
-        base = merge(base, _resumed(given.resume, chosen))
+        base = merge(base, _resumed(given.resume, merge(base, chosen)))
     name = chosen.get("preset", base.get("preset", "13m"))
     config = from_dict(merge(preset(name), base, chosen), given.config or "command line")
     return config, types.SimpleNamespace(resume=given.resume, local_rank=given.local_rank)

@@ -29,7 +29,7 @@ class Plan:
     """One way of running a step on a card: what it takes, how long, and whether it fits.
 
     micro_batch_size in sequences; batch_tokens: tokens a step over all cards, other than asked (`keeps_batch` False)
-    where the method cannot accumulate. footprint and host bytes are those of one process; `processes` of them share a
+    where the method cannot accumulate. why: `reason`, of a plan that was chosen. footprint and host bytes are those of one process; `processes` of them share a
     machine.
     """
 
@@ -48,6 +48,7 @@ class Plan:
     time: StepTime
     card_limit: int
     host_limit: int
+    why: str = ""
 
     @property
     def host_bytes(self) -> int:
@@ -155,6 +156,8 @@ def plan(
         f"{sequences} sequences of {model.block_size} a step cannot be shared by {gpus} cards evenly",
     )
     mine = sequences // gpus
+    require(micro_batch_size is None or micro_batch_size > 0, f"micro_batch_size must be positive, got {micro_batch_size}")
+    require(network_bytes_s > 0, f"a network of {network_bytes_s:g} bytes a second moves nothing")
     require(
         micro_batch_size is None or mine % micro_batch_size == 0,
         f"micro_batch_size ({micro_batch_size}) must divide the {mine} sequences of a card and step",

@@ -11,7 +11,7 @@ import torch
 
 from engine.cards import Card, parse_memory
 from engine.config import Config, ConfigError, require
-from engine.memory import Plan, card_of, choose, nearest, plan
+from engine.memory import Plan, card_of, choose, nearest, plan, reason
 
 CPU_MICRO_BATCH_TOKENS = 8192  # beyond this a CPU gains nothing and the activations leave its caches
 _OPEN = (None, "auto")
@@ -37,6 +37,8 @@ def settle(
     mine, micro = sequences // world_size, config.optimizer.micro_batch_size
     require(not micro or mine % micro == 0, f"micro_batch_size ({micro}) must divide the {mine} sequences of a process and step")
     chosen = _plan(config, device, dtype, world_size, card) if device.type == "cuda" else None
+    zeros = chosen.method.stage > 0 if chosen else config.strategy.strategy == "zero" or _asks_for_zero(config, world_size)
+    require(zeros or not config.strategy.deepspeed_config, "--deepspeed_config is ZeRO's, which is not what was chosen: --strategy zero")
     if chosen:
         _fill(config, chosen.settings["strategy"])
         for key, value in chosen.settings["optimizer"].items():
@@ -62,6 +64,7 @@ def explain(chosen: Plan) -> list[str]:
     parts = ", ".join(f"{part.replace('_', ' ')} {size / 2**30:.2f}" for part, size in chosen.footprint.card.items() if size)
     return missing + [
         f"plan: {chosen.title}; tools/plan.py shows the others",
+        f"plan: {chosen.why}",
         f"plan: {chosen.footprint.card_bytes / 2**30:.2f} GiB on the card ({parts}), {chosen.host_bytes / 2**30:.1f} GiB on the host",
     ]
 
@@ -71,7 +74,7 @@ def _asks_for_zero(config: Config, world_size: int) -> bool:
     if strategy.zero_stage is not None or strategy.offload in ("optimizer", "params"):
         return True
     compact = strategy.weights not in _EXACT or strategy.moments not in _EXACT
-    only_resident = compact or strategy.optimizer_in_backward or strategy.offload == "states"
+    only_resident = compact or strategy.compile or strategy.optimizer_in_backward or strategy.offload == "states"
     return world_size > 1 and not only_resident
 
 
@@ -82,19 +85,22 @@ def _plan(config: Config, device: torch.device, dtype: torch.dtype, world_size: 
     options = {"gpus": world_size, "batch_tokens": config.optimizer.batch_tokens, "dtype": _DTYPE_NAMES[dtype]}
     given = {"micro_batch_size": config.optimizer.micro_batch_size or None, "recomputed_blocks": config.strategy.recomputed_blocks}
     plans = plan(config.model, card, host, **options, **given)
-    chosen = choose(allowed(config, plans))
+    ways = allowed(config, plans)
+    given = {key: value for key, value in asdict(config.strategy).items() if value not in _OPEN and key in plans[0].settings["strategy"]}
+    require(ways, f"the planner knows no way that is all of {given}: leave some of it open, as auto")
+    chosen = choose(ways)
     if chosen is None:
         found = nearest(config.model, card, host, **options)
         hint = f"; it fits {found[0]}" if found else ""
         require(False, f"no way that the settings allow fits {config.preset} into {card.memory_bytes / 2**30:.1f} GiB{hint}; tools/plan.py shows all")
-    return chosen
+    return replace(chosen, why=reason(chosen, plans))
 
 
 def allowed(config: Config, plans: list[Plan]) -> list[Plan]:
     """Return the plans that contradict nothing that a person has set."""
     asked = {key: value for key, value in asdict(config.strategy).items() if value not in _OPEN}
-    if config.strategy.compile:  # which offloaded inputs cannot be
-        plans = [p for p in plans if p.recompute.kind != "offloaded"]
+    if config.strategy.compile:  # which offloaded inputs and DeepSpeed's engine cannot be
+        plans = [p for p in plans if p.recompute.kind != "offloaded" and not p.method.stage]
     if not (find_spec("deepspeed") or config.strategy.strategy == "zero" or _asks_for_zero(config, 1)):
         plans = [p for p in plans if not p.method.stage]
     return [p for p in plans if all(asked.get(key, value) == value for key, value in p.settings["strategy"].items())]

@@ -244,7 +244,7 @@ def run(asked: argparse.Namespace) -> int:
     preset = PRESETS[asked.preset]
     model = ModelConfig(**(preset["model"] | ({"block_size": asked.block_size} if asked.block_size else {})))
     host_memory = parse_memory(asked.host_memory)
-    batch_tokens = asked.batch_tokens or preset["optimizer"]["batch_tokens"]
+    batch_tokens = preset["optimizer"]["batch_tokens"] if asked.batch_tokens is None else asked.batch_tokens
     options = dict(
         gpus=asked.gpus,
         batch_tokens=batch_tokens,

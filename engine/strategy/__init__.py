@@ -20,6 +20,7 @@ from engine.model import GPT
 class StepResult:
     """grad_norm: global, before clipping. skipped: the gradients or the loss were not finite and nothing was updated.
 
+    Updates inside the backward pass come before the norm is known: there, parameters with finite gradients were updated.
     rescaled: that was so because the loss scale was too large, and it is smaller now.
     """
 

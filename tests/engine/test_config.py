@@ -211,3 +211,19 @@ def test_merge_is_deep_and_leaves_its_arguments():
     a, b = {"x": {"p": 1, "q": 2}, "y": 1}, {"x": {"q": 3}, "y": {"z": 4}}
     assert merge(a, b) == {"x": {"p": 1, "q": 3}, "y": {"z": 4}}
     assert a == {"x": {"p": 1, "q": 2}, "y": 1} and preset("13m")["preset"] == "13m"
+
+
+def test_resume_goes_on_with_the_run_that_the_configuration_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for run_dir, seed in (("runs/13m", 1), ("runs/mine", 2)):
+        (tmp_path / run_dir).mkdir(parents=True)
+        parse(["--preset=gpt2", f"--run_dir={run_dir}", f"--seed={seed}"])[0].save(tmp_path / run_dir / "config.json")
+    (tmp_path / "my.json").write_text('{"preset": "gpt2", "run_dir": "runs/mine"}')
+    config = parse(["--config=my.json", "--resume"])[0]
+    assert (config.run_dir, config.seed) == ("runs/mine", 2)
+
+
+@pytest.mark.parametrize("flag", ["--lr=inf", "--weight_decay=inf", "--adam_eps=-1", "--lr_decay_step=-4", "--grad_clip=nan"])
+def test_numbers_that_train_nothing_are_refused(flag):
+    with pytest.raises(ConfigError, match=flag[2:].partition("=")[0]):
+        parse([flag])

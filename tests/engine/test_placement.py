@@ -51,6 +51,23 @@ def test_a_card_gets_the_plan_that_fits(on_card):
     assert config.optimizer.micro_batch_size * grad_accum * 2048 == config.optimizer.batch_tokens == 524_288
     assert chosen.settings["strategy"].items() <= placement.asdict(config.strategy).items()
     assert any("GiB on the card" in line for line in placement.explain(chosen))
+    assert any("Not chosen: fp32 weights and moments on the card: would take" in line for line in placement.explain(chosen))
+
+
+def test_formats_that_no_plan_has_together_are_named_and_not_called_too_large(on_card):
+    on_card("rtx3090", 64)
+    with pytest.raises(ConfigError, match="no way that is all of .*'moments': 'bf16'"):
+        settled("--preset=13m", "--moments=bf16")
+
+
+@pytest.mark.parametrize("flags", [["--zero_stage=1", "--compile"], ["--zero_stage=1", "--weights=residual"], ["--strategy=resident", "--zero_stage=2"], ["--deepspeed_config=mine.json"]])
+def test_what_would_be_ignored_is_refused(flags):
+    with pytest.raises(ConfigError, match="strategy"):
+        settled("--preset=13m", *flags, device=CPU, dtype=torch.float32)
+
+
+def test_a_compiled_model_in_several_processes_is_not_deepspeeds():
+    assert settled("--preset=13m", "--compile", device=CPU, dtype=torch.float32, world_size=2)[0].strategy.strategy == "resident"
 
 
 def test_a_container_has_no_more_memory_than_its_limit(monkeypatch, tmp_path):
@@ -120,10 +137,9 @@ def test_the_smallest_card_updates_inside_the_backward_pass_without_clipping(on_
 
 def test_a_compiled_model_is_not_given_what_cannot_be_compiled(on_card):
     on_card("rtx3080", 64)
-    flags = ["--preset=2b", "--strategy=zero"]
-    assert settled(*flags)[2].recompute.kind == "offloaded"
-    config, _, chosen = settled(*flags, "--compile")
-    assert config.strategy.compile and chosen.recompute.kind in ("blocks", "selective")
+    assert settled("--preset=2b")[2].recompute.kind == "offloaded"
+    config, _, chosen = settled("--preset=2b", "--compile")
+    assert config.strategy.compile and chosen.recompute.kind in ("blocks", "selective") and not chosen.method.stage
     with pytest.raises(ConfigError, match="offloaded cannot be compiled"):
         settled("--preset=2b", "--compile", "--activation_checkpointing=offloaded")
 

@@ -1,14 +1,18 @@
 """The training loop end to end on a CPU: it learns, resumes bit for bit, stops when asked, survives what is not finite."""
 import json
+import math
 import random
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from engine import checkpoint, train
+from engine.config import parse
+from engine.distributed import Processes
 from engine.report import read_metrics
 from engine.strategy.loss_scaling import LossScale
 from engine.strategy.resident import Resident
@@ -203,3 +207,26 @@ def test_without_enough_memory_a_run_says_what_takes_less(tiny_flags, monkeypatc
     said = capsys.readouterr().err.splitlines()
     assert said[0] in ("error: CUDA out of memory. Tried 2 GiB.", "error: out of memory")
     assert any("--micro_batch_size 1" in line for line in said) and not any("If reserved" in line for line in said)
+
+
+def test_document_masking_reaches_the_model(tiny_flags):
+    run = train.set_up(parse([*tiny_flags, "--document_masking"])[0], None, Processes())
+    batches = run.data.step(0)
+    assert all(batch.doc_start is not None for batch in batches)
+    alone = torch.arange(batches[0].tokens.shape[1], dtype=torch.int32).expand(batches[0].tokens.shape)
+    batches = [replace(batch, doc_start=alone.contiguous()) for batch in batches]  # every token a document
+    with torch.no_grad():
+        model = run.strategy.module
+        masked = sum(model(b.tokens, b.targets, doc_start=b.doc_start) for b in batches) / len(batches)
+        whole = sum(model(b.tokens, b.targets) for b in batches) / len(batches)
+    assert run.strategy.forward_backward(batches).item() == pytest.approx(masked.item(), rel=1e-5)
+    assert abs(masked - whole) > 1e-4
+
+
+def test_a_step_whose_loss_alone_is_not_finite_changes_nothing(tiny_flags):
+    run = train.set_up(parse(tiny_flags)[0], None, Processes())
+    run.strategy.forward_backward(run.data.step(0))
+    before = [p.detach().clone() for p in run.strategy.parameters.values()]
+    result = run.strategy.step(torch.tensor(float("nan")))
+    assert result.skipped and math.isfinite(result.grad_norm)
+    assert all(torch.equal(p, q) for p, q in zip(before, run.strategy.parameters.values()))

@@ -100,6 +100,10 @@ def test_what_does_not_fit_says_what_would(capsys):
         (("--gpu", "t4", "--gpus", "0"), "at least one card"),
         (("--gpu", "t4", "--picture", "no/such/folder/x.png"), "No such file"),
         (("--gpu", "t4", "--micro_batch_size", "7"), "must divide"),
+        (("--gpu", "t4", "--micro_batch_size", "0"), "must be positive"),
+        (("--gpu", "t4", "--micro_batch_size", "-2"), "must be positive"),
+        (("--gpu", "t4", "--batch_tokens", "0"), "must be a multiple"),
+        (("--gpu", "t4", "--network_gbit", "0"), "moves nothing"),
     ],
 )
 def test_mistakes_are_named(arguments, message, capsys):
