@@ -58,7 +58,7 @@ class ModelConfig:
 
 
 def differences(there: dict[str, Any], here: ModelConfig) -> list[str]:
-    """Say of each setting what it is in another model's and `here`, where weights of one do not fit the other."""
+    """List the settings that differ between another model and `here`, for which weights of one do not fit the other."""
     return [f"{k} is {there.get(k)} there and {v} here" for k, v in dataclasses.asdict(here).items() if k != "z_loss" and there.get(k) != v]
 
 

@@ -159,12 +159,12 @@ class AdamW(torch.optim.Optimizer):
         )
 
     def _numbers(self, group_number: int) -> dict[str, Any]:
-        """What a group says of every update."""
+        """A group's hyperparameters, as `adamw` takes them."""
         group = self.param_groups[group_number]
         return {key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "bound")}
 
     def _key(self, parameter: Tensor) -> int:
-        """What tells a parameter's random bits from others'."""
+        """Key of a parameter's random bits, from the seed and its place."""
         number, group_number = self._places[parameter]
         return zlib.crc32(f"{self.param_groups[group_number]['seed']} {number}".encode())
 

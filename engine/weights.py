@@ -173,7 +173,7 @@ def _read_pickle(path: Path) -> State:
 
 
 def _numpy_scalars() -> list[Any]:
-    """What the pickle of a NumPy number names, under NumPy 1 and 2: losses may be such numbers. It runs no code."""
+    """Globals allowed when unpickling NumPy scalars (NumPy 1 and 2), which losses may be; none of them runs code."""
     rebuild = np.float64(0).__reduce__()[0]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     return [*((rebuild, name) for name in names), np.dtype, *(type(np.dtype(kind)) for kind in _SCALARS)]

@@ -354,7 +354,7 @@ def _adamw_triton(
 
 
 def launch_case(weight: str, residual: bool, moments: str) -> str:
-    """What the launch configurations are told apart by, such as "bf16_residual_moments_int8"."""
+    """Key into kernels/configs, such as "bf16_residual_moments_int8"."""
     return f"{weight}{'_residual' if residual else ''}_moments_{moments}"
 
 

@@ -23,7 +23,7 @@ def row_tile(width: int) -> tuple[int, int, int]:
 
 
 def tile_case(columns: int, itemsize: int) -> str:
-    """What the launch configurations of kernels on rows are told apart by: "2048x2" is 2048 columns of 2 bytes each."""
+    """Key into kernels/configs for kernels on rows: "2048x2" is a tile of 2048 columns of 2 bytes each."""
     return f"{max(16, triton.next_power_of_2(columns))}x{itemsize}"
 
 

@@ -136,7 +136,7 @@ class ChunkReader:
         self.position += size
 
     def _pass_line(self) -> Chunk:
-        """Leave out the line that fills the buffer and goes on."""
+        """Skip the rest of a line that is longer than MAX_LINE_BYTES."""
         size = 0
         while not size and self._filled == len(self._data):
             self._advance(self._filled)

@@ -131,7 +131,7 @@ class Workspace:
             yield
 
     def _alone(self) -> bool:
-        """Whether no helper is at work, or the last one ends soon: its own run is gone."""
+        """True once no helper is at work; those of a run that was killed are waited for, PATIENCE_S at most."""
         deadline = time.monotonic() + PATIENCE_S
         while True:
             with lock(self.folder / "helpers") as alone:

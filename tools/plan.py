@@ -106,7 +106,7 @@ def one_of_each_method(plans: list[Plan], chosen: Plan | None) -> list[Plan]:
 
 
 def state(made: Plan, chosen: Plan | None) -> str:
-    """Return in a word or two whether a plan can be had."""
+    """Return a plan's status in a word or two."""
     if made is chosen:
         return "chosen"
     if not made.fits:

@@ -102,7 +102,7 @@ class Zero:
         self.updates = 0
 
     def _place(self, model: GPT, weights: Iterable[tuple[str, Tensor]], settings: dict[str, Any]) -> None:
-        """Give every parameter its weights where and as DeepSpeed wants them, which then has nothing to move or to cast."""
+        """Put the weights on the device in the compute dtype, for stage 3 partitioned, so that DeepSpeed copies nothing."""
         parameters, shared = dict(model.named_parameters()), None
         if self.stage == 3:
             deepspeed.init_distributed()  # takes the processes that are connected; else it counts only this one

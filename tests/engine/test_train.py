@@ -94,7 +94,7 @@ def test_a_signal_finishes_the_step_saves_and_exits(tiny_flags, tmp_path, start,
 
 
 class Poison:
-    """Makes the loss of chosen steps, counted from 1, not finite."""
+    """Puts an infinite number into a gradient of chosen steps, counted from 1."""
 
     def __init__(self, monkeypatch, steps) -> None:
         self.step, original = 0, Resident.forward_backward
