@@ -155,7 +155,7 @@ def set_up(config: Config, resume: str | None, processes: Processes) -> Run:
             f"data: {train_file.path}, {human(len(train_file))} tokens; a step is {human(config.optimizer.batch_tokens)} tokens: "
             f"{processes.world_size} x {grad_accum} x {micro_batch_size} sequences of {config.model.block_size}"
         )
-        report.say(f"data: {config.optimizer.max_steps} steps go through it {data.epoch(config.optimizer.max_steps):.2g} times")
+        report.say(f"data: {config.optimizer.max_steps} steps are {data.epoch(config.optimizer.max_steps):.2g} epochs of it")
         if start_from:
             report.say(f"resumed from {start_from} at step {progress['step']}")
         elif resume:
