@@ -37,12 +37,11 @@ def settle(
     mine, micro = sequences // world_size, config.optimizer.micro_batch_size
     require(not micro or mine % micro == 0, f"micro_batch_size ({micro}) must divide the {mine} sequences of a process and step")
     chosen = _plan(config, device, dtype, world_size, card) if device.type == "cuda" else None
-    zeros = chosen.method.stage > 0 if chosen else config.strategy.strategy == "zero" or _asks_for_zero(config, world_size)
-    require(zeros or not config.strategy.deepspeed_config, "--deepspeed_config is ZeRO's, which is not what was chosen: --strategy zero")
     if chosen:
         _fill(config, chosen.settings["strategy"])
         for key, value in chosen.settings["optimizer"].items():
             setattr(config.optimizer, key, value)
+        _refuse_what_is_unused(config)
         return config, chosen.grad_accum, chosen
     strategy = config.strategy
     zero = strategy.strategy == "zero" or (strategy.strategy == "auto" and _asks_for_zero(config, world_size))
@@ -55,6 +54,7 @@ def settle(
         fits = max(1, CPU_MICRO_BATCH_TOKENS // config.model.block_size)
         micro = max(size for size in range(1, min(mine, fits) + 1) if mine % size == 0)
         config.optimizer.micro_batch_size = micro
+    _refuse_what_is_unused(config)
     return config, mine // micro, None
 
 
@@ -67,6 +67,12 @@ def explain(chosen: Plan) -> list[str]:
         f"plan: {chosen.why}",
         f"plan: {chosen.footprint.card_bytes / 2**30:.2f} GiB on the card ({parts}), {chosen.host_bytes / 2**30:.1f} GiB on the host",
     ]
+
+
+def _refuse_what_is_unused(config: Config) -> None:
+    """ConfigError for what a person has set and the choices made leave without effect."""
+    used = config.strategy.strategy == "zero" or not config.strategy.deepspeed_config
+    require(used, "--deepspeed_config is ZeRO's, which is not what was chosen: --strategy zero")
 
 
 def _asks_for_zero(config: Config, world_size: int) -> bool:

@@ -1,6 +1,7 @@
 """The memory formulas against parameters counted, optimizer states counted, DeepSpeed's tensors and a real process."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -96,6 +97,18 @@ def test_what_has_been_let_go_takes_nothing_off_the_fragmentation():
     assert made.card["context"] >= fixed + int(footprint.FRAGMENTATION * copied)
 
 
+def test_a_card_has_the_parameters_that_zero_3_offloads_pinned_twice():
+    """One by one, and then as a whole: pinned memory is kept once it is free. A CPU pins nothing."""
+    model, options = model_of("2b"), {"dtype": "bf16", "micro_batch_size": 1}
+    n = Elements.of(model).total
+    on_cpu, on_card = (
+        predict(model, BY_NAME["zero-3-offload-params"], **options, chip=chip).host["weights"]
+        for chip in (None, H100)
+    )
+    assert on_cpu == 2 * n
+    assert on_card > 2 ** math.ceil(math.log2(2 * n)) + 2 * 0.99 * n
+
+
 DEEPSPEED = """
 import json, weakref
 import torch
@@ -188,6 +201,7 @@ def test_deepspeed_holds_what_is_planned(launcher, start, tmp_path):
 
 PROCESS = """
 import json
+import math
 import psutil, torch
 from engine.device import peak_memory
 from engine.config import ModelConfig
