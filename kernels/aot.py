@@ -18,11 +18,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-
 from kernels.dispatch import CHIPS, OPS, LaunchConfig, launch_config, triton
 
 MODULES = (
-    "attention_triton", "attention_decode", "rotary", "layer_norm", "softmax", "cross_entropy", "activation", "adamw",
+    "attention_forward", "attention_decode", "rotary", "layer_norm", "softmax", "cross_entropy", "activation", "adamw",
 )  # fmt: skip
 
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from kernels.attention_triton import attention_forward, takes
+from kernels.attention_forward import attention_forward
+from kernels.attention_tiles import takes
 from kernels.dispatch import backend, chip
 
 # Up to these lengths one boolean mask (B, 1, T, T) for all heads beats a call for each document, and, in a compiled

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kernels.aot import Case, triton_targets
 from kernels.attention import check_heads, sdpa
-from kernels.attention_triton import FLOOR, LOG2_E, attend_span, element_case, offset, takes
+from kernels.attention_forward import attend_span
+from kernels.attention_tiles import FLOOR, LOG2_E, element_case, offset, takes
 from kernels.dispatch import backend, chip, custom_op, interpreting, launch_config, processors, tl, triton, wrap_triton
 
 MAX_SPLITS = 64

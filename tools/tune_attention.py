@@ -11,7 +11,8 @@ from kernels import attention, attention_decode
 from kernels.aot import Case
 from kernels.attention import attention_reference
 from kernels.attention_decode import decode_kernel
-from kernels.attention_triton import KERNELS, element_case
+from kernels.attention_forward import KERNELS
+from kernels.attention_tiles import element_case
 from kernels.dispatch import CHIPS, Chip, LaunchConfig
 from tools.tune_cases import SHORT, Problem, Timed, Tunable, random, timed_backward, timed_forward, wrong
 

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 
 from kernels import attention, attention_decode, dispatch
 from kernels.attention import attention_reference, chunked
-from kernels.attention_triton import attention_backward, attention_forward, offset
+from kernels.attention_backward import attention_backward
+from kernels.attention_forward import attention_forward
+from kernels.attention_tiles import offset
 from kernels.dispatch import tl, triton
 
 PATHS = ["torch", "triton"]

@@ -23,7 +23,7 @@ def test_a_sample_of_what_ships():
     """For each file the first case of each chip of a sample, and attention at the width of every preset."""
     seen, sample = set(), []
     for module, label, target in aot.all_jobs():
-        main = module == "attention_triton" and target in ("cuda:86", "cuda:90") and "bf16 d64 " in label
+        main = module == "attention_forward" and target in ("cuda:86", "cuda:90") and "bf16 d64 " in label
         if main or (target in ("cuda:75", "cuda:86", "hip:gfx942") and (module, target) not in seen):
             seen.add((module, target))
             sample.append((module, label, target))
