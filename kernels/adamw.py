@@ -36,7 +36,6 @@ from kernels.number_formats import (
     tile_widen,
 )
 
-
 CHUNK = 1 << 18  # elements that the PyTorch path unpacks at a time on a CPU
 
 
