@@ -164,22 +164,19 @@ class GPT(nn.Module):
         with torch.device("meta"):
             return cls(config)
 
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw GPT-2's initial weights: normal(0, 0.02), the residual projections smaller by sqrt(2 n_layer)."""
-        for name, parameter in self.named_parameters():
-            self._draw(name, parameter, generator)
-
     def initial_weights(self, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-        """Yield each parameter's name and what `init_weights` gives it, fp32 in host memory, drawn when it is asked for."""
+        """Yield each parameter's name and GPT-2's initial weights for it, fp32 in host memory, drawn when asked for.
+
+        normal(0, 0.02), the residual projections smaller by sqrt(2 n_layer); biases 0, norms 1.
+        """
         shapes = {name: parameter.shape for name, parameter in self.named_parameters()}  # what fills them may cut them up
         for name, shape in shapes.items():
-            yield name, self._draw(name, torch.empty(shape, dtype=torch.float32), generator)
-
-    def _draw(self, name: str, weight: Tensor, generator: torch.Generator | None) -> Tensor:
-        if weight.dim() < 2:
-            return nn.init.constant_(weight, 1.0 if "ln_" in name and name.endswith("weight") else 0.0)
-        std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
-        return nn.init.normal_(weight, std=std, generator=generator)
+            weight = torch.empty(shape, dtype=torch.float32)
+            if len(shape) < 2:
+                yield name, weight.fill_(1.0 if "ln_" in name and name.endswith("weight") else 0.0)
+            else:
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+                yield name, weight.normal_(std=std, generator=generator)
 
     def forward(
         self,

@@ -24,6 +24,9 @@ _MOMENT_DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "int8": (torch.int8, torch.uint8),
 }
+# A parameter; 8-bit moments have a byte for each block beside.
+MOMENT_BYTES = {kind: first.itemsize + second.itemsize for kind, (first, second) in _MOMENT_DTYPES.items()}
+RESIDUAL_BYTES = {"fp32": 0, "residual": torch.int16.itemsize, "stochastic": 0}
 _CHUNK = 1 << 22  # elements unpacked at a time where state is read or written
 
 
@@ -66,8 +69,8 @@ def state_bytes(parameters: Iterable[Tensor], weights: Weights = "fp32", moments
     for parameter in parameters:
         compact, n = parameter.dim() >= 2, parameter.numel()
         total["weights"] += n * stored_dtype(parameter, weights).itemsize
-        total["residuals"] += n * 2 * (compact and weights == "residual")
-        width = {"fp32": 8, "bf16": 4, "int8": 2}[moments] if compact else 8
+        total["residuals"] += n * RESIDUAL_BYTES[weights if compact else "fp32"]
+        width = MOMENT_BYTES[moments if compact else "fp32"]
         exponents = -(-n // BLOCK) if compact and moments == "int8" else 0
         total["moments"] += n * width + exponents + 4  # the step
     return total
@@ -198,14 +201,6 @@ class AdamW(torch.optim.Optimizer):
         """Return a state of a parameter, or a part of it, where states are kept."""
         return torch.zeros(shape, dtype=dtype, device=parameter.device)
 
-    def state_bytes(self) -> dict[str, int]:
-        """Return what weights and states take once the first step has been made: "weights", "residuals", "moments"."""
-        total: dict[str, int] = defaultdict(int)
-        for group in self.param_groups:
-            for part, size in state_bytes(group["params"], group["weights"], group["moments"]).items():
-                total[part] += size
-        return dict(total)
-
     @torch.no_grad()
     def _set_master(self, parameter: Tensor, master: Tensor) -> None:
         if self._weights(parameter) == "fp32":
@@ -275,29 +270,15 @@ class AdamW(torch.optim.Optimizer):
                 place.copy_(code)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over `state_dict`, bit for bit; ValueError where it is of other formats.
-
-        16-bit weights are the model's to save; residuals are in here.
-        """
-        for mine, saved in zip(self.param_groups, state_dict["param_groups"]):
-            for option in ("weights", "moments"):
-                if mine[option] != saved[option]:
-                    raise ValueError(f"this state was saved with {option}={saved[option]!r}, here it is {mine[option]!r}")
-        # PyTorch's own would cast every state to its parameter's dtype.
-        super().load_state_dict(state_dict | {"state": {}})
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for index, saved in state_dict["state"].items():
-            parameter = parameters[index]
-            step = {"step": saved["step"].to(parameter.device, copy=True)} if "step" in saved else {}
-            kept = {k: self._zeros(parameter, v.shape, v.dtype).copy_(v) for k, v in saved.items() if k != "step"}
-            self.state[parameter] = kept | step
+        """Refused: PyTorch's would cast every state to its parameter's dtype. `import_state` takes states over."""
+        raise NotImplementedError("states come from another optimizer by export_state and import_state")
 
 
 class InBackwardAdamW(AdamW):
     """AdamW that updates each parameter inside the backward pass, as soon as its gradient is there, and frees that.
 
     No more than a layer's gradients exist at any time. So a step is one backward pass, the learning rate is set before
-    it, and nothing can depend on all gradients together: ValueError for accumulation and clipping by the global norm.
+    it, and nothing can depend on all gradients together: ValueError for accumulation; there is no clipping by their norm.
     A parameter whose own gradient is not finite is not updated. `grad_scale`, fp32 scalar on the device or None,
     multiplies the gradients; set it before the backward pass.
     """
@@ -307,14 +288,11 @@ class InBackwardAdamW(AdamW):
         params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         *args: Any,
         grad_accum: int = 1,
-        max_norm: float = 0.0,
         **options: Any,
     ) -> None:
-        why = "since each parameter is updated, and its gradient freed, inside the backward pass"
         if grad_accum != 1:
+            why = "since each parameter is updated, and its gradient freed, inside the backward pass"
             raise ValueError(f"gradients cannot accumulate over {grad_accum} micro-batches, {why}")
-        if max_norm:
-            raise ValueError(f"gradients cannot be clipped to a global norm of {max_norm:g}, {why}, before it is known")
         super().__init__(params, *args, **options)
         self.grad_scale: Tensor | None = None
         self._norms: dict[Tensor, Tensor] = {}

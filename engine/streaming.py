@@ -223,12 +223,3 @@ class StreamedAdamW(AdamW):
     def import_state(self, parameter: nn.Parameter, *args: Any, **options: Any) -> None:
         self.synchronize()
         super().import_state(parameter, *args, **options)
-
-    def state_dict(self) -> dict[str, Any]:
-        self.synchronize()
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.synchronize()
-        self.host = None  # the states get new memory; the old goes with the old states
-        super().load_state_dict(state_dict)

@@ -79,16 +79,11 @@ def read_weights(path: str | Path) -> tuple[ModelConfig, State]:
         raise WeightsError(f"{path}: {error}") from None
 
 
-def save_model(path: str | Path, model: GPT) -> Path:
+def write_weights(path: str | Path, config: ModelConfig, state: State) -> Path:
     """Write the weights, as they are, to a .safetensors file, or to a folder as model.safetensors and config.json.
 
     The model's shape is in the file's metadata too, as "model_config". Returns the file.
     """
-    return write_weights(path, model.config, model.state_dict())
-
-
-def write_weights(path: str | Path, config: ModelConfig, state: State) -> Path:
-    """`save_model` for a state dict."""
     path = Path(path)
     shape = dataclasses.asdict(config)
     if path.suffix != ".safetensors":

@@ -14,15 +14,14 @@ from engine.model import GPT
 from engine.report import read_metrics
 from engine.strategy.activations import ATTENTION_OPS, ON_DEVICE, HostInputs, in_words, recompute_blocks
 from kernels import dispatch
+from tests.engine.conftest import draw_weights
 
 KINDS = ("blocks", "selective", "offloaded")
 SHAPE = dict(n_layer=5, n_head=2, n_embd=32, block_size=32, vocab_size=64)
 
 
 def model_of(dtype=torch.float32, weights=torch.float32, **changes) -> GPT:
-    model = GPT(ModelConfig(**(SHAPE | changes)), dtype)
-    model.init_weights(torch.Generator().manual_seed(0))
-    return model.to(weights)
+    return draw_weights(GPT(ModelConfig(**(SHAPE | changes)), dtype)).to(weights)
 
 
 def tokens_of(length: int = 32, rows: int = 2) -> torch.Tensor:

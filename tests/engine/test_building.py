@@ -77,11 +77,10 @@ def test_a_model_comes_into_its_place_and_format_without_being_whole_in_fp32(tin
 @pytest.mark.parametrize("tied", ["true", "false"])
 def test_every_exact_strategy_begins_with_the_weights_that_the_seed_draws(tiny_flags, flags, tied):
     run = train.set_up(parse([*tiny_flags, *flags, f"--tie_head={tied}"])[0], None, Processes())
-    drawn = GPT(run.config.model)
-    drawn.init_weights(torch.Generator().manual_seed(run.config.seed))
+    drawn = GPT.outline(run.config.model).initial_weights(torch.Generator().manual_seed(run.config.seed))
     made = dict(run.strategy.state())
-    for name, parameter in drawn.named_parameters():
-        assert torch.equal(made.pop(name)["weight"], parameter), name
+    for name, weight in drawn:
+        assert torch.equal(made.pop(name)["weight"], weight), name
     assert not made
     model = run.strategy.module
     assert (model.lm_head.weight is model.transformer["wte"].weight) == (tied == "true")

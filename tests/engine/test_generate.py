@@ -13,7 +13,7 @@ from engine.config import ConfigError, ModelConfig
 from engine.model import GPT
 from engine.sampling import TextStream, check_sampling, choose, generate, prompt_tokens, sample_text
 from engine.tokenizer import END_OF_TEXT, load_encoding
-from engine.weights import save_model
+from tests.engine.conftest import save_model
 
 ENCODING = load_encoding()
 

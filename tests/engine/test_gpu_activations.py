@@ -8,6 +8,7 @@ from engine.footprint import METHODS, Recompute, predict
 from engine.model import GPT
 from engine.strategy.activations import recompute_blocks
 from kernels import dispatch
+from tests.engine.conftest import draw_weights
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -23,9 +24,8 @@ def trained(kind: str, n_layer: int, steps: int = 4) -> tuple[list[torch.Tensor]
     dtype = getattr(torch, dispatch.chip(DEVICE).dtype)
     with DEVICE:
         model = GPT(shape(n_layer), dtype).to(dtype)
-        model.init_weights(torch.Generator(DEVICE).manual_seed(0))
         tokens = torch.randint(4096, (ROWS, LENGTH), generator=torch.Generator(DEVICE).manual_seed(1))
-    recompute_blocks(model, kind, n_layer)
+    recompute_blocks(draw_weights(model), kind, n_layer)
     torch.cuda.reset_peak_memory_stats()
     losses = []
     for _ in range(steps):
@@ -60,4 +60,4 @@ def test_the_card_holds_what_is_planned_and_offloaded_inputs_are_not_there(kind)
         recompute = Recompute(kind, n_layer) if kind != "none" else Recompute()
         made = predict(shape(n_layer), method, dtype=dtype, micro_batch_size=ROWS, recompute=recompute, chip=chip)
         planned = made.allocated_bytes - made.card["optimizer_states"]
-        assert trained(kind, n_layer, 2)[1] - before == pytest.approx(planned, rel=0.10), (n_layer, made.moment)
+        assert trained(kind, n_layer, 2)[1] - before == pytest.approx(planned, rel=0.10), (n_layer, made.phase)

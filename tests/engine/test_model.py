@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from engine.config import ModelConfig, from_dict, preset
 from engine.data import document_starts
 from engine.model import GPT, KVCache, flops_per_token, rotary_tables
+from tests.engine.conftest import draw_weights
 
 END = 50  # ends a document here
 
 
 def small(**changes) -> GPT:
     config = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=64)
-    model = GPT(ModelConfig(**config | changes))
-    generator = torch.Generator().manual_seed(0)
-    model.init_weights(generator)
+    model = draw_weights(GPT(ModelConfig(**config | changes)))
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # biases start at 0 and would not be seen
         for parameter in model.parameters():
             parameter.add_(torch.empty_like(parameter).normal_(std=0.1, generator=generator))
@@ -151,18 +151,17 @@ def test_a_tied_head_is_one_parameter_with_both_gradients():
 def test_initial_weights():
     config = from_dict(preset("13m")).model
     config.n_layer = 8
-    model = GPT(config)
-    model.init_weights(torch.Generator().manual_seed(3))
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            assert (parameter == ("ln_" in name and name.endswith("weight"))).all(), name
+    model = GPT.outline(config)
+    drawn, again = (dict(model.initial_weights(torch.Generator().manual_seed(3))) for _ in range(2))
+    assert {name: weight.shape for name, weight in drawn.items()} == {n: p.shape for n, p in model.named_parameters()}
+    for name, weight in drawn.items():
+        assert weight.dtype == torch.float32 and torch.equal(weight, again[name])
+        if weight.dim() < 2:
+            assert (weight == ("ln_" in name and name.endswith("weight"))).all(), name
         else:
             std = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02
-            assert parameter.std().item() == pytest.approx(std, rel=0.05), name
-            assert abs(parameter.mean().item()) < 0.05 * std, name
-    again = GPT(config)
-    again.init_weights(torch.Generator().manual_seed(3))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+            assert weight.std().item() == pytest.approx(std, rel=0.05), name
+            assert abs(weight.mean().item()) < 0.05 * std, name
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
@@ -183,13 +182,3 @@ def test_flops_count_what_multiplies():
     model = GPT(from_dict(preset("13m")).model)
     multiplied = 13_142_656 - 128 * 128 - 50_304 * 128  # without positions and the input embedding
     assert flops_per_token(model.config, model.num_parameters()) == 6 * multiplied + 12 * 128 * 128
-
-
-def test_the_weights_of_an_outline_are_those_of_the_model():
-    config = ModelConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=64, block_size=8)
-    made = GPT(config)
-    made.init_weights(torch.Generator().manual_seed(1))
-    drawn = dict(GPT.outline(config).initial_weights(torch.Generator().manual_seed(1)))
-    parameters = dict(made.named_parameters())
-    assert drawn.keys() == parameters.keys()
-    assert all(torch.equal(drawn[name], parameter) for name, parameter in parameters.items())

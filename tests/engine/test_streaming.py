@@ -85,21 +85,17 @@ def test_on_a_gpu_copies_race_with_updates_and_no_bit_changes(formats):
 @pytest.mark.parametrize("formats", FORMATS, ids=NAMES)
 @pytest.mark.parametrize("way", [(StreamedAdamW, AdamW), (AdamW, StreamedAdamW), (StreamedAdamW, StreamedAdamW)])
 def test_states_pass_between_streamed_and_resident(formats, way):
-    """Through what a checkpoint holds and through the optimizer's own state."""
+    """Through what a checkpoint holds."""
     extra = [{"portion": UNIT} if cls is StreamedAdamW else {} for cls in way]
     first = make(way[0], formats, **extra[0])
     for number in range(2):
         step(*first, number)
-    second, third = (make(way[1], formats, **extra[1]) for _ in range(2))
+    second = make(way[1], formats, **extra[1])
     for p, q in zip(first[0], second[0]):
         second[1].import_state(q, **first[1].export_state(p), step=2)
-    for p, q in zip(first[0], third[0]):
-        q.data.copy_(p.data)
-    third[1].load_state_dict(first[1].state_dict())
-    for pair in (first, second, third):
+    for pair in (first, second):
         step(*pair, 2)
     assert_identical(bits(*second), bits(*first))
-    assert_identical(bits(*third), bits(*first))
 
 
 def test_portions_cover_every_element_once_and_in_order():
