@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine.config import ModelConfig
+from engine.optimizer import MOMENT_BYTES, RESIDUAL_BYTES, Moments, Weights
 from engine.strategy.activations import ON_DEVICE
 from engine.streaming import HOST_SLAB_BYTES, PORTION, SLOTS
 from kernels.cross_entropy import CPU_LOGITS_BYTES
@@ -55,8 +56,8 @@ class Method:
     name: str
     title: str
     rank: int
-    weights: Literal["fp32", "residual", "stochastic"] = "fp32"
-    moments: Literal["fp32", "bf16", "int8"] = "fp32"
+    weights: Weights = "fp32"
+    moments: Moments = "fp32"
     streamed: bool = False
     in_backward: bool = False
     stage: int = 0
@@ -113,11 +114,11 @@ class Recompute:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes by part at the fullest moment of a step, on the card and in host memory; `moment` names it."""
+    """Bytes by part in the fullest phase of a step, on the card and in host memory; `phase` names it."""
 
     card: dict[str, int]
     host: dict[str, int]
-    moment: str
+    phase: str
 
     @property
     def card_bytes(self) -> int:
@@ -171,7 +172,7 @@ def predict(
     chip: Chip | None = None,
     traced: bool = False,
 ) -> Footprint:
-    """Return what one process of `gpus` holds at the fullest moment of a step over sequences of model.block_size.
+    """Return what one process of `gpus` holds in the fullest phase of a step over sequences of model.block_size.
 
     dtype: "bf16", "fp16" or "fp32". accumulates: gradients of an earlier micro-batch are there already. chip: a row of
     kernels/dispatch.py; None for a CPU. traced: as torch's memory tracker sees it, without what ops hold inside and
@@ -184,8 +185,8 @@ def predict(
         states, host, extra = _ours(method, sizes, dtype)
     # With several processes the gradients lie in the buckets that are averaged, for good (strategy/data_parallel.py).
     accumulates = accumulates or gpus > 1
-    moments = _moments(model, method, sizes, dtype, micro_batch_size, recompute, accumulates, chip, traced) | extra
-    name, fullest = max(moments.items(), key=lambda item: sum(item[1].values()))
+    phases = _phases(model, method, sizes, dtype, micro_batch_size, recompute, accumulates, chip, traced) | extra
+    name, fullest = max(phases.items(), key=lambda item: sum(item[1].values()))
     card = {part: int(states.get(part, 0) + fullest.get(part, 0)) for part in PARTS}
     if chip is not None:
         passing = sum(size for part, size in fullest.items() if part not in ("weights", "gradients"))
@@ -200,12 +201,11 @@ def predict(
 
 
 def _ours(method: Method, sizes: Elements, dtype: str) -> tuple[dict, dict, dict]:
-    """Bytes of the states of our own strategy on the card and on the host, and its further moments."""
+    """Bytes of the states of our own strategy on the card and on the host, and its further phases."""
     n, stored = sizes.total, itemsizes(method, dtype)[0]
-    master = 2 * (method.weights == "residual")
-    moments = {"fp32": 8, "bf16": 4, "int8": 2 + 1 / BLOCK}[method.moments]
+    moments = MOMENT_BYTES[method.moments] + (1 / BLOCK if method.moments == "int8" else 0)
     card = {"weights": stored * n}
-    parts = {"master_weights": master, "optimizer_states": moments}
+    parts = {"master_weights": RESIDUAL_BYTES[method.weights], "optimizer_states": moments}
     if not method.streamed:
         return card | {part: size * n for part, size in parts.items()}, {}, {}
     passing = SLOTS * min(PORTION, n)  # elements
@@ -271,11 +271,11 @@ def _on_host(size: float, pins: bool) -> int:
     return 1 << (int(size) - 1).bit_length() if pins and size > 0 else int(size)
 
 
-def _moments(
+def _phases(
     model: ModelConfig, method: Method, sizes: Elements, dtype: str, B: int, recompute: Recompute,
     accumulates: bool, chip: Chip | None, traced: bool,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Bytes beyond the states at each moment of a step that can be the fullest."""
+    """Bytes beyond the states in each phase of a step that can be the fullest."""
     n, C = model.n_layer, model.n_embd
     w, a = itemsizes(method, dtype)
     cast = a if w != a else 0  # 16-bit copies of fp32 weights live as long as the backward pass needs them
@@ -311,7 +311,7 @@ def _moments(
     workspace = 0 if traced else _loss_workspace(model, rows, a, chip)
     head = sizes.head * a
     scaled = 2 * 4 * min(sizes.head, SLAB_BYTES // a) if a < 4 else 0  # rounded in place, a slab in fp32 at a time
-    moments = {
+    phases = {
         "loss": {
             "gradients": gradients(0, False),
             "saved_activations": saved(n) + stream + 2 * statistics,
@@ -324,21 +324,21 @@ def _moments(
         },
     }
     for i in {n - 1, max(0, recompute.layers - 1), 0}:
-        moments[f"block {i}'s backward"] = {
+        phases[f"block {i}'s backward"] = {
             "gradients": gradients(n - 1 - i, True) + tied,
             "saved_activations": saved(i + 1),
             "working_layer": work + (whole - again if i < recompute.layers else 0),
         }
     matrices = (3 if traced else 2) if model.tie_head else 1  # the embedding's gradient, the head's, their sum
-    moments["embedding's backward"] = {
+    phases["embedding's backward"] = {
         "gradients": gradients(n, True) + matrices * sizes.head * w,
         "working_layer": stream + (rows * C * w if cast else 0),
     }
     all_gradients = 0 if method.stage or method.in_backward else w * sizes.total
     # PyTorch's path of the optimizer unpacks a part of each matrix to fp32: weight, gradient, moments, random numbers.
     unpacked = 7 * 4 * 2**24 if method.weights != "fp32" and chip is not None and not chip.triton else 0
-    moments["update"] = {"gradients": all_gradients, "working_layer": unpacked}
-    return moments
+    phases["update"] = {"gradients": all_gradients, "working_layer": unpacked}
+    return phases
 
 
 def _loss_workspace(model: ModelConfig, rows: int, a: int, chip: Chip | None) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from engine.cards import Card
 from engine.config import ModelConfig
 from engine.footprint import ITEMSIZE, Elements, Method, Recompute, itemsizes
+from engine.optimizer import MOMENT_BYTES, RESIDUAL_BYTES
 from engine.strategy.activations import ON_DEVICE
 from kernels.dispatch import CHIPS, Chip
 
@@ -165,7 +166,7 @@ def _host(
     """Seconds that PCIe takes for each micro-batch and each step, and that the host's AdamW takes for a step."""
     n, w, pcie = sizes.total, ITEMSIZE[dtype], card.pcie_bytes_s * LINK_SHARE
     if method.streamed:
-        moved = 2 * (method.weights == "residual") + {"fp32": 8, "bf16": 4, "int8": 2}[method.moments]
+        moved = RESIDUAL_BYTES[method.weights] + MOMENT_BYTES[method.moments]
         return 0.0, moved * n / pcie, 0.0  # in and out at the same time
     if method.stage == 0 or method.offload == "none":
         return 0.0, 0.0, 0.0
@@ -184,5 +185,4 @@ def _optimizer_bytes(method: Method, w: int) -> float:
     """What the update on the card reads and writes for each parameter, and the norm of the gradients before it."""
     if method.stage:
         return 4 + 4 + 2 * 4 + 2 * 8 + w
-    moments = {"fp32": 8, "bf16": 4, "int8": 2}[method.moments]
-    return 2 * w + 2 * w + 2 * 2 * (method.weights == "residual") + 2 * moments
+    return 2 * (w + w + RESIDUAL_BYTES[method.weights] + MOMENT_BYTES[method.moments])

@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{kind:>24} {size / MiB:10,.0f} MiB")
     print(f"{'tracked':>24} {seen['total'] / MiB:10,.0f} MiB in {time.perf_counter() - began:.0f} s")
     error = predicted.card_bytes / seen["total"] - 1
-    print(f"{'planned':>24} {predicted.card_bytes / MiB:10,.0f} MiB, {error:+.1%}; fullest: {predicted.moment}")
+    print(f"{'planned':>24} {predicted.card_bytes / MiB:10,.0f} MiB, {error:+.1%}; fullest: {predicted.phase}")
     return 0
 
 

@@ -92,7 +92,7 @@ def test_what_has_been_let_go_takes_nothing_off_the_fragmentation():
     model = model_of("2b", block_size=128)
     made = predict(model, BY_NAME["zero-3"], dtype="bf16", micro_batch_size=1, chip=H100, gpus=2)
     copied = 4 * min(Elements.of(model).total // 2, footprint.DEEPSPEED_LIVE)
-    assert made.moment == "update"
+    assert made.phase == "update"
     fixed = footprint.CONTEXT_BYTES + footprint.FRAGMENTATION_BYTES + footprint.NCCL_BYTES
     assert made.card["context"] >= fixed + int(footprint.FRAGMENTATION * copied)
 
@@ -238,4 +238,4 @@ def test_a_process_grows_by_what_is_planned(kind, start, tmp_path):
     recompute = Recompute(kind, 6) if kind != "none" else Recompute()
     made = predict(ModelConfig(**model), BY_NAME["resident"], dtype="fp32", micro_batch_size=8, recompute=recompute)
     planned = made.card_bytes + (4 * 8 * 128 * 256 * 4 if kind == "offloaded" else 0)  # the host is the device here
-    assert grown == pytest.approx(planned, rel=0.10), f"{planned / grown - 1:+.1%} at {made.moment}"
+    assert grown == pytest.approx(planned, rel=0.10), f"{planned / grown - 1:+.1%} at {made.phase}"
