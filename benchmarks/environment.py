@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from engine.whole_file import whole_file
+
 PACKAGES = ("torch", "triton", "deepspeed", "numpy", "numba", "tiktoken", "transformers", "liger-kernel")
 RESULTS = Path(__file__).parent / "results"
 
@@ -37,9 +39,8 @@ def environment() -> dict[str, Any]:
 def write_result(path: Path, payload: dict[str, Any]) -> None:
     """Write `payload` as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(payload, indent=1) + "\n")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(payload, indent=1) + "\n")
 
 
 def _cpu_name() -> str:

@@ -1,12 +1,12 @@
 """What a run shows and writes: console lines, metrics.jsonl, TensorBoard events, loss.png."""
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from engine.config import Config
+from engine.whole_file import whole_file
 
 
 def human(number: float, unit: str = "") -> str:
@@ -47,7 +47,8 @@ class Report:
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.records = [r for r in read_metrics(self.run_dir) if r["step"] <= first_step] if first_step else []
-        _replace(self.run_dir / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.records))
+        with whole_file(self.run_dir / "metrics.jsonl") as partial:
+            partial.write_text("".join(json.dumps(r) + "\n" for r in self.records))
         self.file = open(self.run_dir / "metrics.jsonl", "a", buffering=1)
         self.board = None
         if config.report.tensorboard:
@@ -127,9 +128,8 @@ class Report:
         bottom.set_ylabel("learning rate")
         bottom.set_xlabel("step")
         bottom.grid(alpha=0.25)
-        partial = self.run_dir / ".loss.png"
-        figure.savefig(partial, format="png")
-        os.replace(partial, self.run_dir / "loss.png")
+        with whole_file(self.run_dir / "loss.png") as partial:
+            figure.savefig(partial, format="png")
 
     def close(self) -> None:
         self.draw()
@@ -160,9 +160,3 @@ def _smooth(values: tuple[float, ...]) -> list[float]:
             average, norm = weight * average + (1 - weight) * value, weight * norm + (1 - weight)
         smoothed.append(average / norm if norm else value)
     return smoothed
-
-
-def _replace(path: Path, content: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(content)
-    os.replace(partial, path)

@@ -1,7 +1,6 @@
 """Weights in and out of files: a run, a checkpoint, safetensors, Hugging Face's GPT-2, the classic script's `.pt`."""
 import dataclasses
 import json
-import os
 import pickle
 import re
 import zipfile
@@ -29,6 +28,7 @@ from engine.formats import (
     to_gpt2,
 )
 from engine.model import GPT
+from engine.whole_file import whole_file
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _SCALARS = "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool".split()
@@ -105,7 +105,7 @@ def write_classic(path: str | Path, config: ModelConfig, state: State) -> Path:
     """Write a `.pt` whose model_state_dict the classic script loads; see `formats.to_classic`."""
     path = Path(path)
     content = {"model_state_dict": to_classic(config, state)}
-    _replace(path, lambda part: torch.save(content, part))
+    _write(path, lambda part: torch.save(content, part))
     return path
 
 
@@ -182,26 +182,22 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _replace(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n"))
+    _write(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def _write_safetensors(path: Path, state: State, metadata: dict[str, str]) -> None:
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
     try:
-        _replace(path, lambda part: save_file(tensors, part, metadata=metadata))
+        _write(path, lambda part: save_file(tensors, part, metadata=metadata))
     except SafetensorError as error:  # it wraps the system's errors
         raise WeightsError(f"{path} cannot be written: {error}") from None
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
     """Write beside `path`, then rename, so that a full disk leaves what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.partial")
-    try:
-        part.touch()
-        mode = part.stat().st_mode
-        write(part)
-        part.chmod(mode)  # safetensors makes files that only their owner may read
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
+        write(partial)
+        partial.chmod(mode)  # safetensors makes files that only their owner may read

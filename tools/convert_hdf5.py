@@ -6,7 +6,6 @@
 The output appears whole or not at all. A token file without its JSON is taken for uint16 ids of GPT-2.
 """
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.tokenizer import load_encoding
+from engine.whole_file import whole_file
 from tools.disk import write_whole
 from tools.token_file import Description, PrepareError, Source, description_path, read_description
 
@@ -35,15 +35,13 @@ def convert(source: Path, target: Path, tokenizer_name: str = "r50k_base") -> in
         raise PrepareError(f"{source}, {target}: one must be HDF5 ({', '.join(HDF5_SUFFIXES)}), the other a token file")
     if target.exists():
         raise PrepareError(f"{target} is there already: move it away, or name another file")
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
-        if to_hdf5:
-            return _to_hdf5(source, target, partial)
-        return _to_token_file(source, target, partial, tokenizer_name)
+        with whole_file(target, synced=True) as partial:
+            if to_hdf5:
+                return _to_hdf5(source, target, partial)
+            return _to_token_file(source, target, partial, tokenizer_name)
     except OSError as error:  # h5py's have no file name
         raise PrepareError(f"{source} to {target}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _to_token_file(source: Path, target: Path, partial: Path, tokenizer_name: str) -> int:
@@ -64,8 +62,6 @@ def _to_token_file(source: Path, target: Path, partial: Path, tokenizer_name: st
                 found.bytes += int(lengths[ids].sum())
                 last = ids[-1]
                 ids.astype(dtype).tofile(output)
-            output.flush()
-            os.fsync(output.fileno())
         found.documents += bool(last != encoding.eot_token)  # the file ends within a document
         if found.tokens == 0:
             raise PrepareError(f"{source} has no ids")
@@ -80,9 +76,8 @@ def _to_token_file(source: Path, target: Path, partial: Path, tokenizer_name: st
         bytes=found.bytes,
         sources=[found],
     )
-    # As in tools/parts.py: a token file without its JSON would pass for GPT-2's.
+    # As in tools/parts.py: a token file without its JSON, which gets its name last, would pass for GPT-2's.
     write_whole(description_path(target), msgspec.json.format(msgspec.json.encode(description), indent=2) + b"\n")
-    os.replace(partial, target)
     return found.tokens
 
 
@@ -101,11 +96,8 @@ def _to_hdf5(source: Path, target: Path, partial: Path) -> int:
             if block.max() > np.iinfo(np.int32).max:
                 raise PrepareError(f"{source} has id {block.max()}, more than HDF5's int32 can hold")
             dataset[start : start + len(block)] = block
-    with open(partial, "rb") as written:
-        os.fsync(written.fileno())
     with _hdf5().File(partial) as file:
         _compare(ids, file["tokens"], source, target)
-    os.replace(partial, target)
     return len(ids)
 
 

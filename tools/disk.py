@@ -1,4 +1,4 @@
-"""Files that are whole or absent, locks that end with their process, and moving bytes between files."""
+"""Small files written whole, locks that end with their process, and moving bytes between files."""
 import errno
 import fcntl
 import os
@@ -8,31 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from engine.whole_file import whole_file
+
 COPY_BYTES = 8 << 20
 NO_COPY_FILE_RANGE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # across file systems, or on old ones
 
 
-def write_whole(path: Path, content: bytes, *, sync: bool = True) -> None:
-    """Write a small file that appears whole or not at all; with `sync` it is on the disk when this returns."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def write_whole(path: Path, content: bytes, *, synced: bool = True) -> None:
+    """Write a small file that appears whole or not at all; `synced`: on the disk when this returns."""
+    with whole_file(path, synced=synced) as partial:
+        partial.write_bytes(content)
 
 
 def write_all(file: BinaryIO, content: bytes | memoryview) -> None:

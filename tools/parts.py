@@ -22,7 +22,8 @@ from typing import BinaryIO
 import msgspec
 import numpy as np
 
-from tools.disk import append_file, checksum, is_at, lock, sync_folder, try_lock, write_all, write_whole
+from engine.whole_file import sync
+from tools.disk import append_file, checksum, is_at, lock, try_lock, write_all, write_whole
 from tools.documents import CHUNK_BYTES, Problem
 from tools.token_file import FORMAT, Description, PrepareError, Source, description_path, read_description
 
@@ -100,7 +101,7 @@ class Segment:
         tokens, record = self._workspace.segment_files(self.input, self.number)
         os.replace(self._file.name, tokens)
         content = Record(settings=self._workspace.settings, source=self.source, end=end, crc32=self._crc32)
-        write_whole(record, msgspec.json.encode(content), sync=False)
+        write_whole(record, msgspec.json.encode(content), synced=False)
         self._file.close()
 
     def abandon(self) -> None:
@@ -325,9 +326,9 @@ class Workspace:
         content = msgspec.json.format(msgspec.json.encode(description), indent=2) + b"\n"
         write_whole(self.folder / "description", content)
         os.replace(self.folder / "description", description_path(self.file))
-        sync_folder(self.file.parent)
+        sync(self.file.parent)
         os.replace(self._merged, self.file)
-        sync_folder(self.file.parent)
+        sync(self.file.parent)
         self.remove()
         return description
 

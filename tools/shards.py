@@ -11,6 +11,9 @@ from types import TracebackType
 import msgspec
 import zstandard
 
+from engine.whole_file import sync
+from tools.disk import write_whole
+
 SHARD_PATTERNS = ("*.jsonl.zst", "*.jsonl")
 
 
@@ -60,18 +63,12 @@ def read_note(shard: Path) -> Note | None:
 
 def write_note(shard: Path, note: Note) -> None:
     """Write the note of `shard` beside it, in place of an older one."""
-    temporary = note_path(shard).with_suffix(".json.tmp")
-    with open(temporary, "wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(note), indent=2) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, note_path(shard))
+    write_whole(note_path(shard), msgspec.json.format(msgspec.json.encode(note), indent=2) + b"\n")
 
 
 def publish(temporary: Path, shard: Path, note: Note) -> None:
     """Give the finished file `temporary` the name `shard`; its bytes and its note are on disk before the name is."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
+    sync(temporary)
     note.mtime_ns = temporary.stat().st_mtime_ns
     # The note goes first: a note without its file says nothing, a file without its note would pass for a person's own.
     write_note(shard, note)

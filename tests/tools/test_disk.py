@@ -16,7 +16,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(OSError, match="full"):
         write_whole(path, b"second")
     assert path.read_bytes() == b"first"
-    write_whole(path, b"second", sync=False)
+    write_whole(path, b"second", synced=False)
     assert path.read_bytes() == b"second"
     assert list(tmp_path.iterdir()) == [path]
 
