@@ -124,6 +124,8 @@ def set_up(config: Config, resume: str | None, processes: Processes) -> Run:
     common |= {"rank": processes.rank, "world_size": processes.world_size}
     data = TrainingBatches(train_file, micro_batch_size=micro_batch_size, grad_accum=grad_accum, seed=config.seed, **common)
     validation = validation_batches(val_file, batch_size=micro_batch_size, tokens=config.report.eval_tokens, **common)
+    if device.type == "cuda":
+        validation = [batch.pin() for batch in validation]
 
     model = GPT.outline(config.model)
     n_parameters = model.num_parameters()
