@@ -63,19 +63,6 @@ def stored_dtype(parameter: Tensor, weights: Weights = "fp32", dtype: torch.dtyp
     return dtype if parameter.dim() >= 2 and weights != "fp32" else torch.float32
 
 
-def state_bytes(parameters: Iterable[Tensor], weights: Weights = "fp32", moments: Moments = "fp32") -> dict[str, int]:
-    """Return what an AdamW holds in bytes: "weights", "residuals", "moments". Only the parameters' shapes are read."""
-    total = {"weights": 0, "residuals": 0, "moments": 0}
-    for parameter in parameters:
-        compact, n = parameter.dim() >= 2, parameter.numel()
-        total["weights"] += n * stored_dtype(parameter, weights).itemsize
-        total["residuals"] += n * RESIDUAL_BYTES[weights if compact else "fp32"]
-        width = MOMENT_BYTES[moments if compact else "fp32"]
-        exponents = -(-n // BLOCK) if compact and moments == "int8" else 0
-        total["moments"] += n * width + exponents + 4  # the step
-    return total
-
-
 class AdamW(torch.optim.Optimizer):
     """AdamW with decoupled weight decay, one launch for all parameters of a group (Loshchilov and Hutter, 2019).
 

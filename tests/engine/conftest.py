@@ -2,6 +2,7 @@
 
 No kernel is imported here at the top: conftest files load before the interpreter is turned on.
 """
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,21 @@ def draw_weights(model: "GPT", seed: int = 0) -> "GPT":
         ):
             parameter.copy_(weight)
     return model
+
+
+def state_bytes(parameters: Iterable[torch.Tensor], weights: str = "fp32", moments: str = "fp32") -> dict[str, int]:
+    """Bytes of "weights", "residuals" and "moments" that an AdamW of parameters of these shapes holds."""
+    from engine.optimizer import AdamW
+
+    shapes = [nn.Parameter(torch.empty(p.shape, device="meta")) for p in parameters]
+    optimizer = AdamW(shapes, weights=weights, moments=moments)
+    optimizer.allocate_states()
+    states = [optimizer.state[p] for p in shapes]
+    return {
+        "weights": sum(p.nbytes for p in shapes),
+        "residuals": sum(s["residual"].nbytes for s in states if "residual" in s),
+        "moments": sum(tensor.nbytes for s in states for key, tensor in s.items() if key != "residual"),
+    }
 
 
 def tokens(seed: int = 0, below: int = 61) -> torch.Tensor:

@@ -10,9 +10,9 @@ from engine import footprint
 from engine.config import PRESETS, ModelConfig
 from engine.footprint import METHODS, PARTS, Elements, GiB, Recompute, predict
 from engine.model import GPT
-from engine.optimizer import state_bytes
 from engine.streaming import HOST_SLAB_BYTES
 from kernels.dispatch import CHIPS
+from tests.engine.conftest import state_bytes
 
 BY_NAME = {method.name: method for method in METHODS}
 H100 = CHIPS["cuda:90"]

@@ -9,7 +9,8 @@ from engine.config import ModelConfig
 from engine.device import peak_memory
 from engine.held_memory import by_part, gradient_bytes, storage_bytes
 from engine.model import GPT
-from engine.optimizer import AdamW, parameter_groups, state_bytes
+from engine.optimizer import AdamW, parameter_groups
+from tests.engine.conftest import state_bytes
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.model import GPT
-from engine.optimizer import AdamW, InBackwardAdamW, clip_coefficient, parameter_groups, state_bytes
-from tests.engine.conftest import draw_weights
+from engine.optimizer import AdamW, InBackwardAdamW, clip_coefficient, parameter_groups
+from tests.engine.conftest import draw_weights, state_bytes
 
 FORMATS = [
     {"weights": "residual", "moments": "fp32"},
@@ -145,17 +145,6 @@ def test_a_model_that_is_in_16_bits_already():
     assert all(torch.equal(master, p.float()) for p, master in masters(optimizer))
     losses = train(model, optimizer, 0, 40)
     assert losses[-1] < losses[0] - 1
-
-
-@pytest.mark.parametrize("formats", [{"weights": "fp32", "moments": "fp32"}, *FORMATS], ids=["fp32", *NAMES])
-def test_bytes_are_counted(formats):
-    model, optimizer = build(**formats)
-    train(model, optimizer, 0, 1)
-    counted = state_bytes(model.parameters(), **{key: formats[key] for key in ("weights", "moments")})
-    assert counted["weights"] == sum(p.nbytes for p in model.parameters())
-    states = [optimizer.state[p] for p in model.parameters()]
-    assert counted["residuals"] == sum(s["residual"].nbytes for s in states if "residual" in s)
-    assert counted["moments"] == sum(t.nbytes for s in states for k, t in s.items() if k != "residual")
 
 
 def test_bytes_of_a_model_that_does_not_exist():

@@ -7,9 +7,10 @@ import torch.nn as nn
 from engine.config import parse
 from engine.footprint import METHODS, predict
 from engine.model import GPT
-from engine.optimizer import AdamW, parameter_groups, state_bytes
+from engine.optimizer import AdamW, parameter_groups
 from engine.streaming import HOST_SLAB_BYTES, HostMemory, StreamedAdamW, portions
 from kernels.number_formats import BLOCK, GROUP
+from tests.engine.conftest import state_bytes
 
 UNIT = GROUP * BLOCK
 SHAPES = [(300, 700), (129, 1001), (64, 48), (5, 3), (700,), (1, 65537)]  # some longer than a portion, odd ends
@@ -144,6 +145,7 @@ def test_the_planner_counts_what_the_host_allocates(preset, moments, monkeypatch
     with torch.device("meta"):
         model = GPT(config)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
+    held = state_bytes(matrices, "residual", moments)
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *a, pin_memory=False, **k: zeros(*a, **k, device="meta"))
     host = HostMemory(pinned=True)
@@ -158,6 +160,5 @@ def test_the_planner_counts_what_the_host_allocates(preset, moments, monkeypatch
     method = next(m for m in METHODS if m.streamed and m.moments == moments)
     parts = predict(config, method, dtype="bf16", micro_batch_size=1).host
     counted = parts["master_weights"] + parts["optimizer_states"]
-    held = state_bytes(matrices, "residual", moments)
     assert held["residuals"] + held["moments"] <= host.bytes + 4 * len(matrices) and host.bytes <= counted
     assert counted - host.bytes <= 2 * HOST_SLAB_BYTES
