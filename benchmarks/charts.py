@@ -75,7 +75,7 @@ def models_data(results: Results) -> Any:
 
 
 def draw_models(rows: Any) -> Figure:
-    presets, where = (list(dict.fromkeys(row[i] for row in rows)) for i in (0, 1))
+    presets = list(dict.fromkeys(row[0] for row in rows))
     figure = Figure(figsize=(9, 1.5 + 0.28 * len(rows)), layout="constrained")
     for axes, preset in zip(figure.subplots(len(presets), 1, squeeze=False)[:, 0], presets):
         mine = [(place, speed) for name, place, speed in rows if name == preset]
@@ -113,7 +113,7 @@ def draw_attention(devices: Any) -> Figure:
     figure = Figure(figsize=(4.2 * columns, 3.6 * len(devices)), layout="constrained")
     for row, device in zip(figure.subplots(len(devices), columns, squeeze=False), devices):
         for axes, (title, lines) in zip(row, device["panels"].items()):
-            for i, (name, points) in enumerate(lines.items()):
+            for name, points in lines.items():
                 lengths, rates = zip(*sorted(points))
                 style = {"color": OURS, "linewidth": 2.4} if name == "pilesmith" else {"linewidth": 1.2}
                 axes.plot(lengths, [rate / 1e12 for rate in rates], marker="o", markersize=3, label=name, **style)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kernels.attention_forward import attention_forward
-from kernels.attention_tiles import takes
+from kernels.attention_tiles import make_differentiable, takes
 from kernels.dispatch import backend, chip
 
 # Up to these lengths one boolean mask (B, 1, T, T) for all heads beats a call for each document, and, in a compiled
@@ -191,18 +191,7 @@ def _(grad, q, k, v, doc_start, out, lse, causal, scale):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
 
 
-def _chunked_context(ctx, inputs, output):
-    q, k, v, doc_start, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, doc_start, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _chunked_gradients(ctx, grad, _):
-    return *_chunked_backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None, None
-
-
-chunked.register_autograd(_chunked_gradients, setup_context=_chunked_context)
+make_differentiable(chunked, _chunked_backward)
 
 
 def _chunks(q: Tensor, k: Tensor, causal: bool) -> list[tuple[slice, slice]]:

@@ -19,6 +19,7 @@ from kernels.attention_tiles import (
     key_spans,
     launch,
     load_tile,
+    make_differentiable,
     offset,
     store_tile,
     unit_stride,
@@ -122,18 +123,7 @@ def _(q, k, v, doc_start, causal, scale):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
 
 
-def _context(ctx, inputs, output):
-    q, k, v, doc_start, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, doc_start, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx, grad, _):
-    return *attention_backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None, None
-
-
-attention_forward.register_autograd(_gradients, setup_context=_context)
+make_differentiable(attention_forward, attention_backward)
 
 
 KERNELS = {

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from kernels.aot import Case
 from kernels.dispatch import CHIPS, chip, interpreting, launch_config, tl, triton
@@ -70,6 +71,21 @@ def visible(rows, keys, row_starts, T, CAUSAL: tl.constexpr, DOCS: tl.constexpr)
     if DOCS:
         seen = seen & (keys >= row_starts)
     return seen
+
+
+def make_differentiable(attend: CustomOpDef, backward: CustomOpDef) -> None:
+    """Give `attend`, (q, k, v, doc_start, causal, scale) -> (out, lse), the gradients that `backward` makes."""
+
+    def context(ctx, inputs, output):
+        q, k, v, doc_start, ctx.causal, ctx.scale = inputs
+        ctx.save_for_backward(q, k, v, doc_start, *output)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    def gradients(ctx, grad, _):
+        return *backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None, None
+
+    attend.register_autograd(gradients, setup_context=context)
 
 
 def takes(q: Tensor) -> bool:

@@ -47,8 +47,8 @@ class Chip:
 
     name: what people call it; target: the compile target, or "cpu"; dtype: the number format to train in;
     tensor_cores: reached through `tl.dot`; shared_bytes: shared memory that one block may have;
-    relaxed_atomics: ptxas accepts Triton's atomics; triton: Triton compiles for it and is worth using there;
-    sdpa: PyTorch's best fused attention there ("flash", "efficient" or "none").
+    triton: Triton compiles for it and is worth using there; sdpa: PyTorch's best fused attention there ("flash",
+    "efficient" or "none").
     """
 
     name: str
@@ -56,7 +56,6 @@ class Chip:
     dtype: str
     tensor_cores: bool
     shared_bytes: int
-    relaxed_atomics: bool = True
     triton: bool = True
     sdpa: str = "flash"
 
@@ -86,8 +85,8 @@ CHIPS: dict[str, Chip] = {
         _chip("cuda:80", "A100", "bfloat16", True, 163),
         _chip("cuda:75", "T4", "float16", False, 64, sdpa="efficient"),
         _chip("cuda:70", "V100", "float16", False, 96, sdpa="efficient"),
-        _chip("cuda:61", "GTX 1080 Ti", "float16", False, 48, relaxed_atomics=False, triton=False, sdpa="efficient"),
-        _chip("cuda:60", "P100", "float16", False, 48, relaxed_atomics=False, triton=False, sdpa="efficient"),
+        _chip("cuda:61", "GTX 1080 Ti", "float16", False, 48, triton=False, sdpa="efficient"),
+        _chip("cuda:60", "P100", "float16", False, 48, triton=False, sdpa="efficient"),
         _chip("hip:gfx942", "MI300X", "bfloat16", True, 64),
         _chip("hip:gfx90a", "MI250", "bfloat16", True, 64),
         _chip("hip:gfx1030", "RX 6900 XT", "float16", False, 64, sdpa="none"),

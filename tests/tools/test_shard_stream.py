@@ -62,9 +62,9 @@ def test_a_file_cut_off_anywhere_but_between_frames_is_truncated(name: str, tmp_
     whole = b"".join(FRAMES[name])
     ends = {sum(map(len, FRAMES[name][: i + 1])) for i in range(len(FRAMES[name]))}
     path = tmp_path / "a.jsonl.zst"
-    for size in {*range(0, min(len(whole), 60)), *range(max(0, len(whole) - 60), len(whole) + 1), *ends}:
+    for size in {*range(min(len(whole), 60)), *range(max(0, len(whole) - 60), len(whole) + 1), *ends}:
         path.write_bytes(whole[:size])
-        content, stream = read(path)
+        _, stream = read(path)
         if size in ends:
             assert stream.fault is None, size
         else:
