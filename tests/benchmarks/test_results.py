@@ -58,6 +58,13 @@ def test_both_readmes_have_marked_figures():
         assert len(re.findall(r"<!-- results:(?:value|ratio|throughput) ", readme.read_text(encoding="utf-8"))) >= 3
 
 
+def test_the_readmes_tell_the_same():
+    """The same figures and charts, commands and flags, in either language."""
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in render.READMES)
+    for told in (r"<!-- results:(.*?) -->", r"(?m)^((?:python|deepspeed|pip) [^#\n]*?) *(?:#.*)?$", r"(--\w[\w-]*)"):
+        assert set(re.findall(told, english)) <= set(re.findall(told, chinese)), told
+
+
 @pytest.mark.parametrize("command, chart", sorted({
     "benchmarks/throughput.py": "throughput", "tools/plan.py": "plan", "tools/profile_step.py": "profile",
     "benchmarks/scaling.py": "scaling-paper", "tools/tune.py": "tune", "benchmarks/suite.py": "suite",
