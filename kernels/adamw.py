@@ -92,7 +92,8 @@ def adamw(
         return
     if not all(t.is_contiguous() for t in (*weights, *exp_avgs, *exp_avg_sqs)):
         raise ValueError("adamw: weights and moments must be contiguous")
-    torch._foreach_add_(steps, 1 if found_inf is None else 1 - found_inf)
+    # A lone tensor of one number would be taken for a Scalar, and read on the host.
+    torch._foreach_add_(steps, 1 if found_inf is None else [1 - found_inf] * len(steps))
     nothing = [None] * len(weights)
     grads = [g.contiguous() for g in grads]
     lists = (weights, grads, exp_avgs, exp_avg_sqs, steps, residuals or nothing, exponents or nothing)
