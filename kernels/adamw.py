@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels.aot import Case, as_launched, triton_targets
-from kernels.dispatch import CHIPS, backend, chip, launch_config, tl, triton
+from kernels.dispatch import CHIPS, backend, chip, tl, triton
+from kernels.launch_configs import launch_config
 from kernels.number_formats import (
     BLOCK,
     GROUP,

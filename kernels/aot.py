@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from kernels.dispatch import CHIPS, OPS, LaunchConfig, launch_config, triton
+from kernels.dispatch import CHIPS, OPS, triton
+from kernels.launch_configs import LaunchConfig, launch_config
 
 MODULES = (
     "attention_forward", "attention_decode", "rotary", "layer_norm", "softmax", "cross_entropy", "activation", "adamw",

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.library import CustomOpDef
 
 from kernels.aot import Case
-from kernels.dispatch import CHIPS, chip, interpreting, launch_config, tl, triton
+from kernels.dispatch import CHIPS, chip, interpreting, tl, triton
+from kernels.launch_configs import launch_config
 
 LOG2_E = math.log2(math.e)
 # The running maximum starts here instead of at -inf, so that a row that sees nothing yet gives exp2(-inf) = 0, not NaN.

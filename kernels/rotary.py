@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from kernels.aot import Case, as_launched
-from kernels.dispatch import backend, chip, launch_config, tl, triton
+from kernels.dispatch import backend, chip, tl, triton
+from kernels.launch_configs import launch_config
 from kernels.rows import tile_case
 
 

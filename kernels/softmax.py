@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from kernels.aot import Case, as_launched
-from kernels.dispatch import backend, chip, custom_op, launch_config, tl, triton, wrap_triton
+from kernels.dispatch import backend, chip, custom_op, tl, triton, wrap_triton
+from kernels.launch_configs import launch_config
 from kernels.rows import WIDEST_TILE, contiguous_rows, row_tile, shipped_dtypes, tile_case, tiles_of_gpt_widths
 
 LOG2_E = 1.4426950408889634

@@ -6,7 +6,7 @@
 
 A configuration whose tiles cannot fit the chip's shared memory is not compiled; one that spills, or does not fit after
 all, is not run; one whose results are wrong is refused. The winner replaces the old one in kernels/configs/<chip>.json
-where it is faster over all sizes together, with the figures that earned it under "measured"; dispatch reads that file,
+where it is faster over all sizes together, with the figures that earned it under "measured"; kernels are launched by it,
 and a chip without one takes the nearest.
 """
 
@@ -26,9 +26,10 @@ from typing import Any
 import torch
 
 from benchmarks.environment import environment, write_result
-from kernels import dispatch
+from kernels import dispatch, launch_configs
 from kernels.aot import Row, compile_case
-from kernels.dispatch import CHIPS, Chip, LaunchConfig
+from kernels.dispatch import CHIPS, Chip
+from kernels.launch_configs import LaunchConfig
 from tools import tune_attention, tune_rows
 from tools.tune_cases import Tunable
 
@@ -108,13 +109,13 @@ def choose(trials: list[Trial], current: LaunchConfig) -> tuple[Trial | None, Tr
 
 def keep(chip: Chip, kernel: str, case: str, config: LaunchConfig, figures: dict[str, Any]) -> None:
     """Write the winner into the chip's file, which begins as the nearest's where it is not there yet."""
-    base = dispatch.config_target(chip)
-    table = copy.deepcopy(dispatch.config_table(base))
+    base = launch_configs.config_target(chip)
+    table = copy.deepcopy(launch_configs.config_table(base))
     if base != chip.target:
         table.pop("measured", None)
     table.setdefault(kernel, {})[case] = config
     table.setdefault("measured", {}).setdefault(kernel, {})[case] = figures
-    dispatch.write_config_table(chip.target, table)
+    launch_configs.write_config_table(chip.target, table)
 
 
 def spread(candidates: list[LaunchConfig], limit: int | None) -> list[LaunchConfig]:
@@ -269,14 +270,14 @@ def tune(
     timed = [tunable.speed(case, device, dtype, size) for size in sizes]
 
     def verify(config: LaunchConfig) -> str:
-        with dispatch.use_launch_config(tunable.kernel, case, config):
+        with launch_configs.use_launch_config(tunable.kernel, case, config):
             try:
                 return tunable.wrong(case, device, dtype)
             except RuntimeError as error:  # Triton's OutOfResources is one: the launch itself is refused
                 return f"does not run: {str(error).splitlines()[0]}"
 
     def time(config: LaunchConfig) -> tuple[float, ...]:
-        with dispatch.use_launch_config(tunable.kernel, case, config):
+        with launch_configs.use_launch_config(tunable.kernel, case, config):
             return tuple(1e-3 * do_bench(run, warmup=10, rep=50, return_mode="median") for run, _ in timed)
 
     trials = measure(trials, verify, time)

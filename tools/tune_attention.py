@@ -13,7 +13,8 @@ from kernels.attention import attention_reference
 from kernels.attention_decode import decode_kernel
 from kernels.attention_forward import KERNELS
 from kernels.attention_tiles import element_case
-from kernels.dispatch import CHIPS, Chip, LaunchConfig
+from kernels.dispatch import CHIPS, Chip
+from kernels.launch_configs import LaunchConfig
 from tools.tune_cases import SHORT, Problem, Timed, Tunable, random, timed_backward, timed_forward, wrong
 
 WIDTHS = (16, 32, 64, 128, 256)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kernels.aot import Case, with_launch
-from kernels.dispatch import Chip, LaunchConfig, launch_config, use_backend
+from kernels.dispatch import Chip, use_backend
+from kernels.launch_configs import LaunchConfig, launch_config
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 Timed = tuple[Callable[[], object], dict[str, int]]  # what to time, and its shape

@@ -13,7 +13,8 @@ from kernels import aot
 from kernels.adamw import adamw
 from kernels.aot import Case, triton_targets
 from kernels.cross_entropy_gpu import GPT2_WORDS, turn_in_triton
-from kernels.dispatch import CHIPS, Chip, LaunchConfig, use_backend
+from kernels.dispatch import CHIPS, Chip, use_backend
+from kernels.launch_configs import LaunchConfig
 from kernels.number_formats import BLOCK, join, split
 from kernels.rotary import rotary_reference
 from kernels.rows import GPT_WIDTHS, tile_case

@@ -1,6 +1,5 @@
 """The capability table and the decisions that follow from it, for chips that are not there."""
 
-import shutil
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import torch
 
 from kernels import dispatch
 from kernels.dispatch import CHIPS, OPS
+from kernels.launch_configs import launch_config
 
 GPU = torch.device("cuda", 0)  # never touched: decisions need only its name
 CPU = torch.device("cpu")
@@ -105,26 +105,10 @@ def test_an_unlisted_gpu_is_treated_as_the_nearest_older_one(major, minor, share
         chip = dispatch.chip(GPU)
         assert chip.target == target and chip.name == "some GPU" and chip.shared_bytes <= shared_kib << 10
         if config:
-            expected = dispatch.launch_config(CHIPS[config], "attention_forward", 64)
-            assert dispatch.launch_config(chip, "attention_forward", 64) == expected
+            expected = launch_config(CHIPS[config], "attention_forward", 64)
+            assert launch_config(chip, "attention_forward", 64) == expected
     finally:
         dispatch.force_chip(None)
-
-
-def test_compiled_graphs_are_told_apart_by_the_launch_configurations_they_were_made_with(monkeypatch, tmp_path):
-    before = torch.compiler.config.cache_key_tag
-    shutil.copytree(dispatch.CONFIGS, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(dispatch, "CONFIGS", tmp_path)
-    try:
-        table, tags = dispatch.config_table("cuda:86"), []
-        for added in ({}, {"some_kernel": {"64": {"num_warps": 4}}}, {}):
-            dispatch.write_config_table("cuda:86", table | added)
-            tags.append(torch.compiler.config.cache_key_tag)
-    finally:
-        torch.compiler.config.cache_key_tag = before
-        dispatch.config_table.cache_clear()
-        dispatch.config_target.cache_clear()
-    assert before and tags[0] == tags[2] != tags[1]
 
 
 @pytest.mark.parametrize("bf16", [False, True])

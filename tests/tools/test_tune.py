@@ -1,4 +1,4 @@
-"""The search keeps only what is right, fits and is faster; what it keeps is what dispatch then reads."""
+"""The search keeps only what is right, fits and is faster; what it keeps is what kernels are then launched with."""
 
 import json
 from dataclasses import replace
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels import dispatch
+from kernels import dispatch, launch_configs
 from kernels.aot import Row
 from kernels.dispatch import CHIPS
 from tools import tune
@@ -71,13 +71,13 @@ def test_every_kernel_is_launched_with_the_candidate_and_is_right(kernel, triton
     """The case's name is the one that the kernel itself looks up, and its configuration what it is launched with."""
     case, sizes = SMALL[kernel]
     asked = Asked()
-    monkeypatch.setattr(dispatch, "_trials", asked)
+    monkeypatch.setattr(launch_configs, "_trials", asked)
     config = TUNABLE[kernel].candidates(case)[0]
-    with dispatch.use_launch_config(kernel, case, config):
+    with launch_configs.use_launch_config(kernel, case, config):
         assert TUNABLE[kernel].wrong(case, CPU, torch.float16, **sizes) == ""
     assert (kernel, case) in asked.keys_asked
     broken = {key: value for key, value in config.items() if key not in ("ROWS", "HEADS", "BLOCK")}
-    with dispatch.use_launch_config(kernel, case, broken), pytest.raises((KeyError, TypeError)):
+    with launch_configs.use_launch_config(kernel, case, broken), pytest.raises((KeyError, TypeError)):
         TUNABLE[kernel].wrong(case, CPU, torch.float16, **sizes)
 
 
@@ -176,10 +176,10 @@ def test_not_a_number_is_wrong(triton_here, monkeypatch):
 
 def test_a_candidate_is_what_the_kernel_is_launched_with_and_only_then():
     chip, config = CHIPS["cuda:86"], {"ROWS": 1, "KEYS": 2, "num_warps": 3, "num_stages": 4, "EDGE_STAGES": None}
-    before = dispatch.launch_config(chip, "attention_forward", 64)
-    with dispatch.use_launch_config("attention_forward", 64, config):
-        assert dispatch.launch_config(chip, "attention_forward", 64) == config
-    assert dispatch.launch_config(chip, "attention_forward", 64) == before != config
+    before = launch_configs.launch_config(chip, "attention_forward", 64)
+    with launch_configs.use_launch_config("attention_forward", 64, config):
+        assert launch_configs.launch_config(chip, "attention_forward", 64) == config
+    assert launch_configs.launch_config(chip, "attention_forward", 64) == before != config
 
 
 @pytest.fixture
@@ -187,25 +187,25 @@ def own_configs(tmp_path, monkeypatch):
     """An empty folder in place of kernels/configs/."""
 
     def forget():
-        dispatch.config_table.cache_clear()
-        dispatch.config_target.cache_clear()
+        launch_configs.config_table.cache_clear()
+        launch_configs.config_target.cache_clear()
 
-    monkeypatch.setattr(dispatch, "CONFIGS", tmp_path)
+    monkeypatch.setattr(launch_configs, "CONFIGS", tmp_path)
     forget()
     yield tmp_path
     forget()
 
 
-def test_the_winner_is_kept_and_read_by_dispatch(own_configs):
+def test_the_winner_is_kept_and_launched(own_configs):
     base = {
         "attention_forward": {"64": {"ROWS": 64}, "128": {"ROWS": 32}},
         "measured": {"attention_forward": {"64": {"gain": 9}}},
     }
     (own_configs / "cuda_86.json").write_text(json.dumps(base))
     keep(CHIPS["cuda:89"], "attention_forward", "64", {"ROWS": 128}, {"gain": 1.2, "device": "RTX 4090"})
-    assert dispatch.launch_config(CHIPS["cuda:89"], "attention_forward", 64) == {"ROWS": 128}
-    assert dispatch.launch_config(CHIPS["cuda:89"], "attention_forward", 128) == {"ROWS": 32}  # from the nearest
-    assert dispatch.launch_config(CHIPS["cuda:86"], "attention_forward", 64) == {"ROWS": 64}
+    assert launch_configs.launch_config(CHIPS["cuda:89"], "attention_forward", 64) == {"ROWS": 128}
+    assert launch_configs.launch_config(CHIPS["cuda:89"], "attention_forward", 128) == {"ROWS": 32}  # from the nearest
+    assert launch_configs.launch_config(CHIPS["cuda:86"], "attention_forward", 64) == {"ROWS": 64}
     written = json.loads((own_configs / "cuda_89.json").read_text())
     assert written["measured"] == {"attention_forward": {"64": {"gain": 1.2, "device": "RTX 4090"}}}  # not another's
 
