@@ -1,0 +1,178 @@
+"""The code for GPUs, run on a pretended one: the same numbers as on a CPU, and nothing that only a GPU would show."""
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from engine import generate, train
+from engine.config import parse
+from engine.distributed import Processes
+from engine.model import GPT
+from engine.optimizer import AdamW, parameter_groups
+from engine.report import read_metrics
+from engine.strategy.activations import recompute_blocks
+from engine.streaming import StreamedAdamW
+from kernels import dispatch
+from kernels.number_formats import BLOCK, GROUP
+from tests.pretended_card import Event, Stream, pretended_card
+
+UNIT = GROUP * BLOCK
+SHAPES = [(300, 700), (129, 1001), (64, 48), (700,), (1, 65537)]
+HOPPER, TURING, PASCAL = (9, 0), (7, 5), (6, 1)  # all kernels are Triton's; all but attention; none
+
+
+@pytest.fixture(autouse=True)
+def decide_anew():
+    """What dispatch knows of cuda:0 is the pretended card's."""
+    dispatch.force_chip(None)
+    yield
+    dispatch.force_chip(None)
+
+
+def losses(run_dir, *kinds: str) -> list[float]:
+    return [r[key] for r in read_metrics(run_dir) for key in kinds if key in r]
+
+
+@pytest.fixture
+def small(tiny_flags, tmp_path) -> list[str]:
+    """Two steps, a validation, a sample, a checkpoint; few tokens, since the interpreter is slow."""
+    return [*tiny_flags, "--n_layer=3", "--max_steps=2", "--eval_interval=2", "--batch_tokens=64", "--eval_tokens=32", "--micro_batch_size=1"]
+
+
+@pytest.mark.parametrize(
+    "capability, flags, tolerance",
+    [
+        (HOPPER, ["--dtype=fp32"], 1e-5),
+        (HOPPER, ["--dtype=fp16", "--weights=residual", "--moments=int8", "--document_masking=true"], 2e-3),
+        (HOPPER, ["--dtype=fp16", "--activation_checkpointing=selective", "--recomputed_blocks=3", "--positions=rotary"], 2e-3),
+        (TURING, ["--offload=states"], 2e-3),
+        (TURING, ["--weights=stochastic", "--moments=int8", "--optimizer_in_backward=true", "--micro_batch_size=0", "--grad_clip=0"], 4e-3),
+        (PASCAL, ["--activation_checkpointing=offloaded", "--recomputed_blocks=3", "--document_masking=true"], 2e-3),
+        (PASCAL, ["--offload=states", "--activation_checkpointing=blocks", "--positions=rotary"], 2e-3),
+    ],
+    ids=lambda value: " ".join(flag.strip("-") for flag in value) if isinstance(value, list) else None,
+)
+def test_a_run_on_a_card_is_that_on_a_cpu(capability, flags, tolerance, small, tmp_path, monkeypatch):
+    model = [flag for flag in flags if flag.split("=")[0] in ("--document_masking", "--positions", "--grad_clip")]
+    assert train.main([*small, *model, f"--run_dir={tmp_path}/cpu"]) == 0
+    with pretended_card(monkeypatch, capability):
+        assert train.main([*small, *flags, "--device=cuda", f"--run_dir={tmp_path}/card"]) == 0
+    expected, got = (losses(tmp_path / device, "loss", "val_loss") for device in ("cpu", "card"))
+    assert len(expected) == 3 and got == pytest.approx(expected, abs=tolerance)
+
+
+@pytest.mark.parametrize("flags", [[], ["--offload=states"]], ids=["states on the card", "streamed"])
+def test_a_run_goes_on_elsewhere(flags, small, tmp_path, monkeypatch):
+    """From a CPU to a card and back, each from the other's checkpoint: a run that never moved."""
+    small += ["--weights=residual", "--moments=int8", "--schedule=step", "--sample_tokens=0"]
+    assert train.main([*small, "--max_steps=6", f"--run_dir={tmp_path}/cpu"]) == 0
+    for steps, device in ((2, ["--device=cpu"]), (4, ["--device=cuda", "--dtype=fp32", *flags]), (6, ["--device=cpu"])):
+        with pretended_card(monkeypatch, PASCAL) if "--device=cuda" in device else nullcontext():
+            assert train.main([*small, "--resume", f"--max_steps={steps}", *device]) == 0
+        monkeypatch.undo()
+    assert losses(tmp_path / "run", "loss") == pytest.approx(losses(tmp_path / "cpu", "loss"), abs=1e-3)
+
+
+@pytest.mark.parametrize("capability", [HOPPER, TURING, PASCAL])
+def test_text_on_a_card_is_that_on_a_cpu(capability, small, tmp_path, monkeypatch, capsys):
+    """Sampled, with a key-value cache, from a run of this vocabulary."""
+    model = ["--vocab_size=50304", "--positions=rotary", "--n_layer=2", "--max_steps=1", "--sample_tokens=0"]
+    assert train.main([*small, *model]) == 0
+    asked = [f"--model_path={tmp_path}/run", "--input_text=The", "--max_new_tokens=6", "--num_samples=2", "--dtype=fp32", "--seed=3"]
+    texts = []
+    for device in ("cpu", "cuda"):
+        capsys.readouterr()
+        with pretended_card(monkeypatch, capability) if device == "cuda" else nullcontext():
+            assert generate.main([*asked, f"--device={device}"]) == 0
+        texts.append(capsys.readouterr().out.split("tokens in")[0])
+    assert texts[0] == texts[1] and len(texts[0]) > 20
+
+
+@pytest.mark.parametrize(
+    "capability, flags",
+    [
+        (HOPPER, ["--dtype=fp16", "--document_masking=true"]),
+        (TURING, ["--weights=stochastic", "--moments=int8", "--optimizer_in_backward=true", "--micro_batch_size=0", "--grad_clip=0"]),
+        (TURING, ["--offload=states"]),
+        (PASCAL, ["--activation_checkpointing=offloaded", "--recomputed_blocks=3", "--document_masking=true"]),
+    ],
+)
+def test_python_waits_for_the_card_twice_a_step(capability, flags, small, monkeypatch):
+    """For whether all was finite and for the norm, once everything has been launched; the first step makes tables."""
+    config, _ = parse([*small, *flags, "--device=cuda"])
+    with pretended_card(monkeypatch, capability) as card:
+        run = train.set_up(config, None, Processes())
+        for number in range(2):
+            batches = [batch.pin() for batch in run.data.step(number)]
+            card.waits.clear()
+            loss = run.strategy.forward_backward(batches)
+            assert not card.waits or number == 0
+            card.waits.clear()
+            run.strategy.step(loss)
+        assert card.waits == {"aten._local_scalar_dense.default": 2}
+        run.report.close()
+
+
+def streamed_steps(overlapping: bool) -> list[Tensor]:
+    """Weights and states after four steps, one of them skipped; `overlapping`: streamed, in more portions than slots."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter((torch.randn(shape, generator=generator) * 0.02).cuda()) for shape in SHAPES]
+    cls, options = (StreamedAdamW, {"portion": UNIT}) if overlapping else (AdamW, {})
+    optimizer = cls(parameter_groups(nn.ParameterList(parameters), 0.1), seed=5, weights="residual", moments="int8", **options)
+    for number in range(4):
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=generator).to("cuda", p.dtype)
+        optimizer.step(found_inf=torch.full((), float(number == 2), device="cuda"))
+        optimizer.zero_grad()
+    return [t for p in parameters for t in optimizer.export_state(p).values()]
+
+
+def recomputed_steps(overlapping: bool) -> list[Tensor]:
+    """Losses and gradients of two steps; `overlapping`: the blocks' inputs go to host memory and come back."""
+    config, _ = parse(["--preset=13m", "--n_embd=32", "--n_head=2", "--n_layer=6", "--block_size=32", "--vocab_size=512"])
+    torch.manual_seed(0)
+    model = GPT(config.model).cuda()
+    if overlapping:
+        recompute_blocks(model, "offloaded", 6)
+    losses = []
+    for _ in range(2):
+        tokens = torch.randint(0, 512, (2, 33)).cuda()
+        model(tokens[:, :-1], tokens[:, 1:].contiguous())  # nobody goes back through this one
+        losses.append(model(tokens[:, :-1], tokens[:, 1:].contiguous()))
+        losses[-1].backward()
+    return [t.detach().cpu() for t in (*losses, *(p.grad for p in model.parameters()))]
+
+
+def leave_out(what: str | None, monkeypatch) -> None:
+    waits, stream = Stream.wait_event, torch.cuda.stream
+    if what == "the computation's":
+        monkeypatch.setattr(Stream, "wait_event", lambda self, event: None if self.main else waits(self, event))
+    elif what == "a copy's for a copy":
+        monkeypatch.setattr(Stream, "wait_event", lambda self, event: waits(self, event) if self.main or event.stream.main else None)
+    elif what == "a copy's for the computation":
+        monkeypatch.setattr(Stream, "wait_stream", lambda self, other: None if other.main else waits(self, other.record_event()))
+    elif what == "pinned memory":
+        empty, zeros = torch.empty, torch.zeros
+        monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+        monkeypatch.setattr(torch, "zeros", lambda *a, pin_memory=False, **k: zeros(*a, **k))
+
+
+MISSING = [None, "the computation's", "a copy's for the computation", "pinned memory"]
+
+
+@pytest.mark.parametrize(
+    "work, missing",
+    [(work, missing) for work in (streamed_steps, recomputed_steps) for missing in MISSING] + [(streamed_steps, "a copy's for a copy")],
+)
+def test_copies_overlap_and_every_wait_is_needed(work, missing, monkeypatch):
+    """With a kind of wait left out, or without pinned memory, the pretended card objects or the numbers are wrong."""
+    with pretended_card(monkeypatch, PASCAL):
+        expected = work(overlapping=False)
+    monkeypatch.undo()
+    with pytest.raises(AssertionError) if missing else nullcontext():
+        with pretended_card(monkeypatch, PASCAL):
+            leave_out(missing, monkeypatch)
+            got = work(overlapping=True)
+        assert len(got) == len(expected) and all(map(torch.equal, got, expected))
