@@ -126,20 +126,9 @@ class TextStream:
 
 
 def sample_text(
-    model: GPT,
-    encoding: tiktoken.Encoding,
-    prompt: str,
-    max_new_tokens: int,
-    *,
-    seed: int = 0,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    top_p: float = 0.95,
+    model: GPT, encoding: tiktoken.Encoding, prompt: str, max_new_tokens: int, *, seed: int = 0
 ) -> str:
     """Return the prompt and its continuation. With ZeRO stage 3 every process calls it with the same arguments."""
-    ids = generate(
-        model, prompt_tokens(encoding, prompt), max_new_tokens,
-        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, n_tokens=encoding.n_vocab,
-    )  # fmt: skip
+    ids = generate(model, prompt_tokens(encoding, prompt), max_new_tokens, seed=seed, n_tokens=encoding.n_vocab)
     stream = TextStream(encoding)
     return prompt + "".join(stream.feed(int(token)) for token in ids) + stream.finish()

@@ -50,19 +50,19 @@ class Corpus:
     skipped: dict[str, int] = field(default_factory=dict)  # documents left out, by reason
 
 
-def write_embedded_corpus(train_dir: Path, val_dir: Path, max_bytes: int | None = None) -> Corpus:
+def write_embedded_corpus(train_dir: Path, val_dir: Path) -> Corpus:
     """Write `train_dir/00.jsonl.zst` and `val_dir/val.jsonl.zst` from the files of the Python that runs this.
 
     No text is in both: each document falls to one side by the hash of its content, and equal contents count once.
-    The order is that of the hashes, so it is mixed and the same every time. `max_bytes` limits the bytes of text of
-    both together. A corpus that is there already is kept. ShardError where the folders hold other shards.
+    The order is that of the hashes, so it is mixed and the same every time. A corpus that is there already is kept.
+    ShardError where the folders hold other shards.
     """
     if train_dir.resolve() == val_dir.resolve():
         raise ShardError(f"train and validation shards would share the folder {train_dir}: name two folders")
     train_file, val_file = train_dir / "00.jsonl.zst", val_dir / "val.jsonl.zst"
     notes = {file: note for file in (train_file, val_file) if (note := _own_note(file))}
     _refuse_other_shards(train_dir, val_dir, own=set(notes))
-    if len(notes) == 2 and all(note.wanted_text_bytes == max_bytes for note in notes.values()):
+    if len(notes) == 2:
         return _describe(train_file, val_file, notes[train_file], notes[val_file], written=False, skipped={})
 
     skipped: Counter[str] = Counter()
@@ -71,21 +71,17 @@ def write_embedded_corpus(train_dir: Path, val_dir: Path, max_bytes: int | None 
     for digest, kind, text in sorted(_distinct(_documents(skipped), skipped)):
         # The last byte decides the side and the first ones the order: neither says anything about the other.
         (val if digest[-1] % VAL_SHARE == 0 else train).append((digest, kind, text))
-    val_limit = None if max_bytes is None else max_bytes // VAL_SHARE
-    train_limit = None if max_bytes is None else max_bytes - val_limit
     revision = f"Python {platform.python_version()}"
     with ShardWriter(train_file) as train_writer, ShardWriter(val_file) as val_writer:
-        train_count = _write(train_writer, train, train_limit, skipped)
-        val_count = _write(val_writer, val, val_limit, skipped)
+        train_count = _write(train_writer, train)
+        val_count = _write(val_writer, val)
         if not (train_count[0] and val_count[0]):
             raise ShardError(
-                f"this Python's files give {train_count[0]} training and {val_count[0]} validation documents"
-                f"{'' if max_bytes is None else f' within {max_bytes} bytes'}: too little to train on"
+                f"this Python's files give {train_count[0]} training and {val_count[0]} validation documents: "
+                "too little to train on"
             )
         notes = [
-            writer.publish(
-                source=SOURCE, revision=revision, wanted_text_bytes=max_bytes, documents=count[0], text_bytes=count[1]
-            )
+            writer.publish(source=SOURCE, revision=revision, documents=count[0], text_bytes=count[1])
             for writer, count in ((train_writer, train_count), (val_writer, val_count))
         ]
     return _describe(train_file, val_file, *notes, written=True, skipped=dict(sorted(skipped.items())))
@@ -121,21 +117,12 @@ def _describe(
     )
 
 
-def _write(
-    writer: ShardWriter, documents: list[tuple[bytes, str, str]], limit: int | None, skipped: Counter[str]
-) -> tuple[int, int]:
-    """Write what fits into `limit` bytes of text; return the documents and bytes of text written."""
+def _write(writer: ShardWriter, documents: list[tuple[bytes, str, str]]) -> tuple[int, int]:
+    """Write documents; return how many there are and the bytes of their texts."""
     encode = msgspec.json.Encoder().encode
-    count = size = 0
     for _, kind, text in documents:
-        length = len(text.encode())
-        if limit is not None and size + length > limit:
-            skipped["over the limit"] += 1
-            continue
         writer.write(encode({"text": text, "meta": {"pile_set_name": kind}}) + b"\n")
-        count += 1
-        size += length
-    return count, size
+    return len(documents), sum(len(text.encode()) for _, _, text in documents)
 
 
 def _distinct(documents: Iterator[tuple[str, bytes]], skipped: Counter[str]) -> Iterator[tuple[bytes, str, str]]:

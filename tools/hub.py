@@ -16,7 +16,6 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,  # of httpx or httpx2, whichever this version of the client is built on
     OfflineModeIsEnabled,
-    RevisionNotFoundError,
 )
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
@@ -44,15 +43,13 @@ class RemoteFile:
         return f"{self.repository}/{self.path}"
 
 
-def find_files(
-    repository: str, paths: Iterable[str], *, revision: str = "main", endpoint: str | None = None
-) -> list[RemoteFile]:
-    """Return `paths` as they are at the newest commit of `revision`; ShardError where the hub doesn't have them all."""
+def find_files(repository: str, paths: Iterable[str], *, endpoint: str | None = None) -> list[RemoteFile]:
+    """Return `paths` as they are at the newest commit; ShardError where the hub doesn't have them all."""
     address = endpoint or constants.ENDPOINT
     with explained(f"{repository} on {address}"):
         try:
             info = HfApi(endpoint=endpoint).dataset_info(
-                repository, revision=revision, files_metadata=True, timeout=TIMEOUT_S
+                repository, revision="main", files_metadata=True, timeout=TIMEOUT_S
             )
             listed = {sibling.rfilename: sibling.lfs for sibling in info.siblings or ()}
         except (KeyError, TypeError, ValueError) as error:
@@ -63,8 +60,7 @@ def find_files(
             ) from error
     if missing := [path for path in paths if listed.get(path) is None]:
         raise ShardError(
-            f"{repository} on {address} has no file {missing[0]} with a checksum at revision {revision}: "
-            "see what it holds under its Files tab"
+            f"{repository} on {address} has no file {missing[0]} with a checksum: see what it holds under its Files tab"
         )
     return [
         RemoteFile(repository, info.sha, path, bytes=listed[path].size, sha256=listed[path].sha256, endpoint=endpoint)
@@ -153,8 +149,6 @@ def _describe(error: HfHubHTTPError) -> str:
             f"the hub refuses ({status}): the name is wrong, or the dataset is private, or the token in use "
             "(HF_TOKEN or `hf auth login`) is not valid for it"
         )
-    if isinstance(error, RevisionNotFoundError):
-        return f"there is no such revision ({status})"
     if status == 404:
         return "the hub has no such dataset or file (404): check the name and HF_ENDPOINT"
     if status in BUSY:

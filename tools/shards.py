@@ -28,7 +28,6 @@ class Note(msgspec.Struct, kw_only=True):
     revision: str = ""  # commit of the hub's repository, or version of the Python whose files these are
     file: str = ""  # path within the repository
     whole: bool = True  # False: only the first part of `file`
-    wanted_text_bytes: int | None = None  # limit that the embedded corpus was made with
     documents: int | None = None
     text_bytes: int | None = None  # UTF-8 bytes of the texts
     bytes: int  # of the shard itself

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from tools import embedded_corpus
 from tools.embedded_corpus import Corpus, write_embedded_corpus
 from tools.shards import ShardError, note_path
 
@@ -153,16 +154,10 @@ def test_corpus_that_is_there_is_kept(python: Path, write: Callable[..., Corpus]
     assert (first.train_file.stat().st_mtime_ns, first.val_file.stat().st_mtime_ns) == times
 
 
-def test_limit(python: Path, write: Callable[..., Corpus]) -> None:
-    corpus = write(max_bytes=1500)
-    assert 1200 < corpus.train_bytes + corpus.val_bytes <= 1500
-    assert corpus.skipped["over the limit"] > 0
-    assert write().written  # another limit, another corpus
-
-
-def test_limit_too_small_leaves_nothing(python: Path, write: Callable[..., Corpus], tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match="within 10 bytes: too little to train on"):
-        write(max_bytes=10)
+def test_a_python_without_files_leaves_nothing(write: Callable[..., Corpus], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(embedded_corpus, "_documents", lambda skipped: iter([("kind", b"all there is")]))
+    with pytest.raises(ShardError, match="give 1 training and 0 validation documents: too little to train on"):
+        write()
     assert not [file for folder in ("train", "val") for file in (tmp_path / folder).iterdir()]
 
 

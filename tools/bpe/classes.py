@@ -30,7 +30,7 @@ def probe_code_point_classes() -> np.ndarray:
     return classes
 
 
-def write_code_point_classes(classes: np.ndarray, path: Path = CLASSES_FILE) -> None:
+def write_code_point_classes(classes: np.ndarray) -> None:
     """Write uint8 (0x110000,) classes as lines of `first last class`; code points in no line are of class OTHER."""
     edges = [0, *(np.flatnonzero(np.diff(classes.astype(np.int8))) + 1).tolist(), CODE_POINTS]
     lines = [
@@ -38,14 +38,14 @@ def write_code_point_classes(classes: np.ndarray, path: Path = CLASSES_FILE) -> 
         for first, end in itertools.pairwise(edges)
         if classes[first] != OTHER
     ]
-    path.write_text("".join(lines), encoding="ascii")
+    CLASSES_FILE.write_text("".join(lines), encoding="ascii")
 
 
-def load_code_point_classes(path: Path = CLASSES_FILE) -> np.ndarray:
+def load_code_point_classes() -> np.ndarray:
     """Return the class of every code point, uint8 (0x110000,), from the packaged file."""
     kinds = {name: kind for kind, name in CLASS_NAMES.items()}
     classes = np.full(CODE_POINTS, OTHER, np.uint8)
-    for line in path.read_text(encoding="ascii").splitlines():
+    for line in CLASSES_FILE.read_text(encoding="ascii").splitlines():
         first, last, name = line.split()
         classes[int(first, 16) : int(last, 16) + 1] = kinds[name]
     return classes
