@@ -7,7 +7,16 @@ of out * grad, which the second needs too; that makes dk and dv. (Dao, FlashAtte
 import torch
 from torch import Tensor
 
-from kernels.attention_tiles import LOG2_E, key_spans, launch, load_tile, offset, store_tile, unit_stride, visible
+from kernels.attention_tiles import (
+    LOG2_E,
+    key_spans,
+    launch_settings,
+    load_tile,
+    offset,
+    store_tile,
+    unit_stride,
+    visible,
+)
 from kernels.dispatch import custom_op, tl, triton, wrap_triton
 
 
@@ -178,7 +187,7 @@ def attention_backward(
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     delta = torch.empty_like(lse)
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3]
-    config, constants = launch("attention_backward_q", q, k, causal, doc_start)
+    config, constants = launch_settings("attention_backward_q", q, k, causal, doc_start)
     wrap_triton(backward_q_kernel)[(triton.cdiv(T, config["ROWS"]), H, B)](
         q, k, v, doc_start, out, lse, grad, delta, dq, T, H, scale, scale * LOG2_E, *strides, **constants, **config
     )
@@ -186,7 +195,7 @@ def attention_backward(
     if doc_start is not None:
         keys = torch.arange(T, dtype=doc_start.dtype, device=q.device).expand(B, T).contiguous()
         doc_end = torch.searchsorted(doc_start.contiguous(), keys, right=True, out_int32=True)
-    config, constants = launch("attention_backward_kv", q, k, causal, doc_start)
+    config, constants = launch_settings("attention_backward_kv", q, k, causal, doc_start)
     wrap_triton(backward_kv_kernel)[(triton.cdiv(T, config["KEYS"]), G, B)](
         q, k, v, doc_start, doc_end, lse, grad, delta, dk, dv, T, H, scale, scale * LOG2_E, *strides,
         **constants, **config,

@@ -1,4 +1,4 @@
-"""Attention in Triton, the forward pass, and the registration of both.
+"""Attention in Triton: the forward pass, and of both passes the registration and the compile cases.
 
 Shapes as in kernels/attention.py. Scores are kept in base 2: scale * log2(e) is folded into one factor and `lse` is the
 base-2 log-sum-exp, fp32 (B, H, T), in both passes. Every kernel works on a tile of queries and walks over tiles of keys
@@ -17,7 +17,7 @@ from kernels.attention_tiles import (
     LOG2_E,
     element_case,
     key_spans,
-    launch,
+    launch_settings,
     load_tile,
     make_differentiable,
     offset,
@@ -108,7 +108,7 @@ def attention_forward(
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     out = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    config, constants = launch("attention_forward", q, k, causal, doc_start)
+    config, constants = launch_settings("attention_forward", q, k, causal, doc_start)
     wrap_triton(forward_kernel)[(triton.cdiv(T, config["ROWS"]), H, B)](
         q, k, v, doc_start, out, lse, T, H, scale * LOG2_E,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, **config,

@@ -101,7 +101,7 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def launch(kernel: str, q: Tensor, k: Tensor, causal: bool, doc_start: Tensor | None) -> tuple[dict, dict]:
+def launch_settings(kernel: str, q: Tensor, k: Tensor, causal: bool, doc_start: Tensor | None) -> tuple[dict, dict]:
     """The chip's launch configuration and the constants of one kernel."""
     D = q.shape[-1]
     width = max(16, triton.next_power_of_2(D))
