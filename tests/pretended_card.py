@@ -393,6 +393,7 @@ def pretended_card(
         monkeypatch.setattr(torch.cuda, key, value)
     monkeypatch.setattr(torch, "Generator", _Generator)
     monkeypatch.setattr(torch, "tensor", lambda *a, device=CPU, pin_memory=False, **k: _moved(_pinned(_tensor(*a, **k)) if pin_memory else _tensor(*a, **k), device))
+    monkeypatch.setattr(Tensor, "is_pinned", lambda t, device=None: t.untyped_storage().data_ptr() in card.pinned)
     for key, value in {"to": _moved, "pin_memory": _pinned, "cpu": lambda t: _moved(t, CPU), "cuda": lambda t, device=None: _moved(t, CUDA)}.items():
         monkeypatch.setattr(Tensor, key, value)
     monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)  # parameters become another class
