@@ -1,6 +1,6 @@
 """A GPU for machines without one: its tensors lie in host memory and say that they are on cuda:0.
 
-    with pretended_card(monkeypatch, capability=(7, 5)) as card:
+    with pretended_card(monkeypatch, "cuda:75") as card:
         train.main(["--device=cuda", ...])       # the code for GPUs, to the end and with real numbers
 
 What runs is what a card would run: planner, formats, pinned memory, streams, and Triton's kernels in the interpreter.
@@ -26,6 +26,8 @@ import torch._dynamo  # looks at what is replaced below as it is imported
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from kernels.dispatch import CHIPS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -361,24 +363,30 @@ class _Generator(torch.Generator):
 
 @contextmanager
 def pretended_card(
-    monkeypatch: Any, capability: tuple[int, int] = (9, 0), memory_bytes: int = 80 << 30, name: str = "NVIDIA H100 80GB HBM3"
+    monkeypatch: Any, chip: str = "cuda:90", memory_bytes: int = 80 << 30, name: str = "NVIDIA H100 80GB HBM3"
 ) -> Iterator[Card]:
-    """Have one NVIDIA card for the length of a with block; AssertionError at its end for faults found in it."""
+    """Have one card for the length of a with block; AssertionError at its end for faults found in it.
+
+    chip: as kernels/dispatch.py names them; "hip:" ones come with a PyTorch for AMD.
+    """
     from triton.runtime import interpreter  # in the interpreter alone can kernels run
 
+    family, number = chip.split(":")
+    capability = divmod(int(number), 10) if family == "cuda" else (9, 4)  # which PyTorch for AMD makes up, too
     properties = SimpleNamespace(
-        name=name, major=capability[0], minor=capability[1], total_memory=memory_bytes, multi_processor_count=4,
-        shared_memory_per_block_optin=227 << 10, uuid="0",
+        name=name, major=capability[0], minor=capability[1], gcnArchName=f"{number}:sramecc+:xnack-", total_memory=memory_bytes,
+        multi_processor_count=4, shared_memory_per_block_optin=CHIPS[chip].shared_bytes, uuid="0",
     )  # fmt: skip
     answers = {
         "_lazy_init": None, "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "set_device": None,
         "get_device_name": name, "get_device_capability": capability, "get_device_properties": properties, "get_arch_list": ["sm_60", "sm_90"],
         "mem_get_info": (memory_bytes, memory_bytes), "get_per_process_memory_fraction": 1.0, "set_per_process_memory_fraction": None,
         "memory_allocated": 0, "max_memory_allocated": 0, "memory_reserved": 0, "max_memory_reserved": 0,
-        "reset_peak_memory_stats": None, "empty_cache": None, "synchronize": None, "is_bf16_supported": capability >= (8, 0),
+        "reset_peak_memory_stats": None, "empty_cache": None, "synchronize": None, "is_bf16_supported": CHIPS[chip].bf16,
     }  # fmt: skip
     for key, value in answers.items():
         monkeypatch.setattr(torch.cuda, key, lambda *_, value=value, **__: value)
+    monkeypatch.setattr(torch.version, "hip", "7.0" if family == "hip" else None)
     card = Card.__new__(Card)
     _cards.append(card)
     card.__init__()
