@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import msgspec
 import numpy as np
 from tqdm import tqdm
 
 from engine.tokenizer import load_encoding
 from engine.whole_file import whole_file
-from tools.disk import write_whole
+from tools.disk import write_json
 from tools.token_file import Description, PrepareError, Source, description_path, read_description
 
 HDF5_SUFFIXES = (".h5", ".hdf5")
@@ -77,7 +76,7 @@ def _to_token_file(source: Path, target: Path, partial: Path, tokenizer_name: st
         sources=[found],
     )
     # As in tools/parts.py: a token file without its JSON, which gets its name last, would pass for GPT-2's.
-    write_whole(description_path(target), msgspec.json.format(msgspec.json.encode(description), indent=2) + b"\n")
+    write_json(description_path(target), description)
     return found.tokens
 
 

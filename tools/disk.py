@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import msgspec
+
 from engine.whole_file import whole_file
 
 COPY_BYTES = 8 << 20
@@ -18,6 +20,11 @@ def write_whole(path: Path, content: bytes, *, synced: bool = True) -> None:
     """Write a small file that appears whole or not at all; `synced`: on the disk when this returns."""
     with whole_file(path, synced=synced) as partial:
         partial.write_bytes(content)
+
+
+def write_json(path: Path, content: msgspec.Struct) -> None:
+    """`write_whole` of what a person may want to read."""
+    write_whole(path, msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
 
 
 def write_all(file: BinaryIO, content: bytes | memoryview) -> None:

@@ -12,7 +12,7 @@ import msgspec
 import zstandard
 
 from engine.whole_file import sync
-from tools.disk import write_whole
+from tools.disk import write_json
 
 SHARD_PATTERNS = ("*.jsonl.zst", "*.jsonl")
 
@@ -62,7 +62,7 @@ def read_note(shard: Path) -> Note | None:
 
 def write_note(shard: Path, note: Note) -> None:
     """Write the note of `shard` beside it, in place of an older one."""
-    write_whole(note_path(shard), msgspec.json.format(msgspec.json.encode(note), indent=2) + b"\n")
+    write_json(note_path(shard), note)
 
 
 def publish(temporary: Path, shard: Path, note: Note) -> None:
