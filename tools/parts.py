@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 
 from engine.whole_file import sync
-from tools.disk import append_file, checksum, is_at, lock, try_lock, write_all, write_whole
+from tools.disk import append_file, checksum, is_at, lock, try_lock, write_all, write_json, write_whole
 from tools.documents import CHUNK_BYTES, Problem
 from tools.token_file import FORMAT, Description, PrepareError, Source, description_path, read_description
 
@@ -73,6 +73,13 @@ class Merged(msgspec.Struct, kw_only=True):
     sources: list[Source] = []
     end: Place = Place(ended=True)
     bytes: int = 0
+
+    def place(self, source: Path) -> Place:
+        """Return how far into an input it goes."""
+        names = [other.file for other in self.sources]
+        if source.name not in names:
+            return Place()
+        return self.end if source.name == names[-1] else Place(ended=True)
 
 
 class Segment:
@@ -222,12 +229,16 @@ class Workspace:
 
     def made(self, source: Path, before: int | None = None) -> Source:
         """Return what an input has given up to segment `before`, or as far as it is done without a gap."""
-        merged = {found.file: found for found in self._read_merged().sources}
-        whole, place = merged.get(source.name, Source.of(source)), self._merged_place(source)
-        while place.segment != before and not place.ended and (record := self.record(source, place.segment)):
-            whole.add(record.source)
-            place = record.end
-        return whole
+        while True:
+            merged = self._read_merged()
+            whole = next((found for found in merged.sources if found.file == source.name), Source.of(source))
+            place = merged_place = merged.place(source)
+            while place.segment != before and not place.ended and (record := self.record(source, place.segment)):
+                whole.add(record.source)
+                place = record.end
+            # Else segments were merged meanwhile, so that their records went before they were counted.
+            if self._merged_place(source) == merged_place:
+                return whole
 
     def finished(self) -> Description | None:
         """Return the description of the token file where it is there, made of these inputs with these settings."""
@@ -323,8 +334,7 @@ class Workspace:
             raise PrepareError(f"no text in {', '.join(source.file for source in sources)}: there is nothing to write")
         # A token file without its JSON would pass for GPT-2's, one with another's for damaged; a JSON alone is nothing.
         self.file.unlink(missing_ok=True)
-        content = msgspec.json.format(msgspec.json.encode(description), indent=2) + b"\n"
-        write_whole(self.folder / "description", content)
+        write_json(self.folder / "description", description)
         os.replace(self.folder / "description", description_path(self.file))
         sync(self.file.parent)
         os.replace(self._merged, self.file)
@@ -359,11 +369,7 @@ class Workspace:
         return Merged(settings=self.settings, sources=current, bytes=size)
 
     def _merged_place(self, source: Path) -> Place:
-        merged = self._read_merged()
-        names = [other.file for other in merged.sources]
-        if source.name not in names:
-            return Place()
-        return merged.end if source.name == names[-1] else Place(ended=True)
+        return self._read_merged().place(source)
 
     def _write_merged(self, merged: Merged, file: BinaryIO | None = None) -> None:
         if file:

@@ -87,6 +87,22 @@ def test_what_is_merged_is_not_done_again(inputs, small_segments, tmp_path: Path
     assert workspace.place_after(inputs[1], 0).ended and workspace.take(inputs[1], 0) is None
 
 
+def test_segments_that_are_merged_meanwhile_are_counted(inputs, small_segments, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "out.bin"
+    prepare.prepare(inputs, out, shard=(1, 1))
+    workspace = Workspace(out, inputs, prepare.Settings(tokenizer="r50k_base"), np.dtype("<u2"))
+    original, whole = workspace.record, workspace.made(inputs[0])
+
+    def record(source: Path, number: int):
+        if number == 1:  # another thread merges everything between one record and the next
+            monkeypatch.setattr(workspace, "record", original)
+            workspace.merge()
+        return original(source, number)
+
+    monkeypatch.setattr(workspace, "record", record)
+    assert whole.lines == 60 and workspace.made(inputs[0]) == whole
+
+
 @pytest.mark.parametrize("number", [errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, None])
 def test_a_system_that_copies_no_file_ranges(inputs, expected, small_segments, tmp_path, monkeypatch, number) -> None:
     def copy_file_range(*arguments: int) -> int:
