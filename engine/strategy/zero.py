@@ -1,6 +1,7 @@
 """DeepSpeed ZeRO stages 0-3, with optimizer or parameters in host memory or on NVMe, in any number of processes."""
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -79,6 +80,8 @@ class Zero:
             raise ConfigError("--zero_stage 0 computes wrong updates in 16 bits: use --zero_stage 1, which is right on one card too")
         # DeepSpeed calls collectives by their old names, once a step.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+        # Pascal (P100, GTX 1080 Ti) stores in fp16 and multiplies in fp32, which DeepSpeed takes for a mistake.
+        os.environ.setdefault("DS_ALLOW_DEPRECATED_FP16", "1")
         processes.connect(device)
         self.device, self.dtype = device, dtype
         self.stage, self.offload, self.grad_accum = config.strategy.zero_stage, config.strategy.offload, grad_accum
