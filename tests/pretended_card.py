@@ -16,12 +16,15 @@ A side stream's copies are made as late as the waits allow, so whoever does not 
 anything. Autograd, which looks beneath, is told the truth, that the tensors are the host's.
 """
 import collections
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch._dynamo  # looks at what is replaced below as it is imported
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
@@ -75,6 +78,11 @@ class OnCard(Tensor):
         _card().addressed.append(_extent(self.values))
         return self.values.data_ptr()
 
+    def record_stream(self, stream: "Stream") -> None:
+        """The memory is nobody's before the stream has done what it has been given by now."""
+        if not stream.main:
+            stream.later(lambda held=self.held: None, [])
+
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.values.untyped_storage()
 
@@ -98,6 +106,8 @@ class _Held:
 
     def __init__(self, values: Tensor) -> None:
         self.card, self.place = _card(), values.untyped_storage().data_ptr()
+        if not self.card.holders[self.place]:
+            self.card.owners[self.place] = self.card.current[-1]
         self.card.holders[self.place] += 1
 
     def __del__(self) -> None:
@@ -165,6 +175,9 @@ class Event:
         if self.stream:
             self.stream.run_to(self.position)
 
+    def query(self) -> bool:
+        return self.stream is None or self.stream.main or self.stream.done >= self.position
+
     def elapsed_time(self, other: "Event") -> float:
         return 1.0
 
@@ -185,7 +198,8 @@ class Card(TorchDispatchMode):
         self.pinned: set[int] = set()
         self.main = Stream(main=True)
         self.current = [self.main]
-        self.holders: collections.Counter[int] = collections.Counter()
+        self.holders: collections.Counter[int] = collections.Counter()  # by address, of tensors
+        self.owners: dict[int, Stream] = {}  # by address, the stream that memory was asked for on
         self._leaving = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -216,27 +230,26 @@ class Card(TorchDispatchMode):
             self.waits[str(func)] += 1
         beneath = self._on_host(func, args, kwargs, asked)
         side = self.current[-1]
-        if not side.main and (func not in _CROSSING or func is aten._to_copy.default):
-            if func.is_view or not here:
-                return self._wrapped(func, args, kwargs, beneath(), to_card, here)
-            raise AssertionError(f"{func} on a side stream: only copies are expected there")
-        if not side.main:
+        if not side.main and func in (aten.copy_.default, aten._foreach_copy_.default):
             self._check_order(side, args[0], args[1])
             side.later(beneath, [t.values for t in here])
             return args[0]
+        if not side.main and (here or to_card) and not func.is_view:
+            side.synchronize()  # only copies are made late; what uses them comes after them
         result = self._wrapped(func, args, kwargs, beneath(), to_card, here)
-        if not func.is_view:
+        if side.main and not func.is_view:
             self._note(func, args, kwargs, result)
         return result
 
     def let_go(self, place: int) -> None:
-        """One holder of a piece of memory less; without any, PyTorch gives it to whoever asks next."""
+        """One holder of a piece of memory less; without any, whoever asks for memory next on its stream gets it."""
         self.holders[place] -= 1
         if self.holders[place]:
             return
         del self.holders[place]
+        owner = self.owners.pop(place)
         for side in self.sides:
-            if any(t.untyped_storage().data_ptr() == place for _, tensors in side.pending for t in tensors):
+            if side is not owner and any(t.untyped_storage().data_ptr() == place for _, tensors in side.pending for t in tensors):
                 self.faults.append("memory was freed while a side stream's copy used it")
 
     def _check_devices(self, func: Any, args: tuple, tensors: list[Tensor], here: list[OnCard]) -> None:
@@ -382,7 +395,7 @@ def pretended_card(
         "get_device_name": name, "get_device_capability": capability, "get_device_properties": properties, "get_arch_list": ["sm_60", "sm_90"],
         "mem_get_info": (memory_bytes, memory_bytes), "get_per_process_memory_fraction": 1.0, "set_per_process_memory_fraction": None,
         "memory_allocated": 0, "max_memory_allocated": 0, "memory_reserved": 0, "max_memory_reserved": 0,
-        "reset_peak_memory_stats": None, "empty_cache": None, "synchronize": None, "is_bf16_supported": CHIPS[chip].bf16,
+        "reset_peak_memory_stats": None, "empty_cache": None, "is_bf16_supported": CHIPS[chip].bf16,
     }  # fmt: skip
     for key, value in answers.items():
         monkeypatch.setattr(torch.cuda, key, lambda *_, value=value, **__: value)
@@ -397,15 +410,25 @@ def pretended_card(
         yield
         card.current.pop()
 
-    for key, value in {"Stream": Stream, "Event": Event, "stream": stream, "current_stream": lambda device=None: card.current[-1]}.items():
+    def synchronize(device: Any = None) -> None:
+        for side in card.sides:
+            side.synchronize()
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    streams = {"current_stream": lambda device=None: card.current[-1], "default_stream": lambda device=None: card.main}
+    for key, value in {"Stream": Stream, "Event": Event, "stream": stream, **streams}.items():
         monkeypatch.setattr(torch.cuda, key, value)
+    for key in ("range_push", "range_pop"):
+        monkeypatch.setattr(torch.cuda.nvtx, key, lambda *_: None)
     monkeypatch.setattr(torch, "Generator", _Generator)
     monkeypatch.setattr(torch, "tensor", lambda *a, device=CPU, pin_memory=False, **k: _moved(_pinned(_tensor(*a, **k)) if pin_memory else _tensor(*a, **k), device))
     monkeypatch.setattr(Tensor, "is_pinned", lambda t, device=None: t.untyped_storage().data_ptr() in card.pinned)
     for key, value in {"to": _moved, "pin_memory": _pinned, "cpu": lambda t: _moved(t, CPU), "cuda": lambda t, device=None: _moved(t, CUDA)}.items():
         monkeypatch.setattr(Tensor, key, value)
-    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)  # parameters become another class
+    monkeypatch.setattr(torch, "_has_compatible_shallow_copy_type", lambda a, b: type(a) is type(b))  # for Module.to
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", lambda settings: None, raising=False)
+    connect = dist.init_process_group
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: connect({"nccl": "gloo"}[backend], **options))
     launch = interpreter.GridExecutor.__call__
 
     def on_host(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -424,3 +447,20 @@ def pretended_card(
     finally:
         _cards.remove(card)
     assert not card.faults, collections.Counter(card.faults)
+
+
+def main(chip: str, *flags: str) -> int:
+    """Run engine/train.py on a pretended card; each of several processes has one of its own, and gloo is their nccl."""
+    import pytest
+
+    from engine import train
+
+    os.environ["LOCAL_RANK"] = "0"
+    with pytest.MonkeyPatch.context() as monkeypatch, pretended_card(monkeypatch, chip):
+        code = train.main([*flags, "--device=cuda"])
+    sys.stdout.flush()
+    os._exit(code)  # as the program itself ends where DeepSpeed is loaded
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

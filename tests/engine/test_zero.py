@@ -91,3 +91,20 @@ def test_the_deepspeed_launcher_starts_the_same_program(tiny_flags, start, tmp_p
     output = finish(start(launcher, "--num_gpus", "2", "engine/train.py", *tiny_flags, "--max_steps=4"))
     assert "ZeRO stage 1, 2 processes" in output
     assert checkpoint.newest(tmp_path / "run").name == "step_00000004"
+
+
+def test_on_a_pretended_card(single, tiny_flags, start, tmp_path):
+    """DeepSpeed as it is on a GPU, in fp16, with its side streams, which tests/pretended_card.py looks for races of."""
+    reference = losses(single)
+    ways = {
+        "cuda:60": ["--zero_stage=1", "--offload=optimizer"],
+        "cuda:61": ["--zero_stage=2", "--activation_checkpointing=offloaded", "--recomputed_blocks=4"],
+        "hip:gfx906": ["--zero_stage=3", "--offload=params"],
+    }
+    for chip, flags in ways.items():
+        launcher = () if chip == "cuda:60" else TORCHRUN
+        run = tmp_path / chip
+        command = ("-m", "tests.pretended_card", chip, *tiny_flags, DEPTH, "--micro_batch_size=2", *flags, f"--run_dir={run}")
+        output = finish(start(*launcher, *command))
+        assert "device: cuda:0" in output and "dtype: float16" in output and f"{2 if launcher else 1} processes" in output
+        assert losses(run) == pytest.approx(reference, rel=1e-2), chip
