@@ -138,10 +138,18 @@ def recomputed_steps(overlapping: bool) -> list[Tensor]:
     model = GPT(config.model).cuda()
     if overlapping:
         recompute_blocks(model, "offloaded", 6)
+
+    def break_off(grad: Tensor) -> None:
+        raise InterruptedError
+
     losses = []
     for _ in range(2):
         tokens = torch.randint(0, 512, (2, 33)).cuda()
-        model(tokens[:, :-1], tokens[:, 1:].contiguous())  # nobody goes back through this one
+        hook = model.transformer["h"][3].mlp.c_fc.weight.register_hook(break_off)  # with an input on its way back
+        with pytest.raises(InterruptedError):
+            model(tokens[:, :-1], tokens[:, 1:].contiguous()).backward()
+        hook.remove()
+        model.zero_grad()
         losses.append(model(tokens[:, :-1], tokens[:, 1:].contiguous()))
         losses[-1].backward()
     return [t.detach().cpu() for t in (*losses, *(p.grad for p in model.parameters()))]
