@@ -13,6 +13,7 @@ from engine.config import ModelConfig
 from engine.optimizer import MOMENT_BYTES, RESIDUAL_BYTES, Moments, Weights
 from engine.strategy.activations import ON_DEVICE
 from engine.streaming import HOST_SLAB_BYTES, PORTION, SLOTS
+from kernels.adamw import CHUNK_ON_CARD, UNPACKED_BYTES
 from kernels.cross_entropy import CPU_LOGITS_BYTES
 from kernels.cross_entropy_gpu import LOGITS_BYTES, SLAB_BYTES, WORKSPACE_BYTES
 from kernels.dispatch import Chip
@@ -208,7 +209,7 @@ def _ours(method: Method, sizes: Elements, dtype: str) -> tuple[dict, dict, dict
     parts = {"master_weights": RESIDUAL_BYTES[method.weights], "optimizer_states": moments}
     if not method.streamed:
         return card | {part: size * n for part, size in parts.items()}, {}, {}
-    passing = SLOTS * min(PORTION, n)  # elements
+    passing = min(SLOTS, -(-n // PORTION)) * min(PORTION, n)  # elements
     host = {part: size * n for part, size in parts.items()}
     # The slabs that they are cut from: what is left of the last and of those before it.
     host["optimizer_states"] += min(2 * HOST_SLAB_BYTES, sum(host.values()))
@@ -298,7 +299,8 @@ def _phases(
     work = max(5 * stream + sizes.largest * a, stream + sizes.largest * (a + (w if cast else 0)))
     if chip is not None and chip.sdpa == "none" and not traced:
         # Attention in chunks: fp32 sums of two gradients and four chunks of scores, when the MLP's part is gone.
-        work = max(work, (2 * 4 // a - 2) * stream + 4 * 64 * MiB)
+        scores = min(64 * MiB, 4 * rows * model.block_size * model.n_head)
+        work = max(work, (2 * 4 // a - 2) * stream + 4 * scores)
 
     def gradients(blocks_done: int, head_done: bool) -> int:
         """Gradients that exist by then, in the backward pass of our own strategy."""
@@ -307,6 +309,11 @@ def _phases(
         if accumulates:
             return w * sizes.total
         return w * (blocks_done * sizes.block + (sizes.head if head_done and not model.tie_head else 0))
+
+    def unpacked(elements: int) -> int:
+        """What PyTorch's path of the optimizer unpacks of a matrix at a time: weight, gradient, moments, random numbers."""
+        compact = method.weights != "fp32" and chip is not None and not chip.triton
+        return UNPACKED_BYTES[method.weights] * min(CHUNK_ON_CARD, elements) if compact else 0
 
     workspace = 0 if traced else _loss_workspace(model, rows, a, chip)
     head = sizes.head * a
@@ -335,9 +342,13 @@ def _phases(
         "working_layer": stream + (rows * C * w if cast else 0),
     }
     all_gradients = 0 if method.stage or method.in_backward else w * sizes.total
-    # PyTorch's path of the optimizer unpacks a part of each matrix to fp32: weight, gradient, moments, random numbers.
-    unpacked = 7 * 4 * 2**24 if method.weights != "fp32" and chip is not None and not chip.triton else 0
-    phases["update"] = {"gradients": all_gradients, "working_layer": unpacked}
+    if method.in_backward:
+        for i in {n - 1, max(0, recompute.layers - 1), 0}:
+            phases[f"block {i}'s backward"]["working_layer"] += unpacked(sizes.largest)
+        # A tied head's matrix is updated with the embedding, when no activation is left.
+        last = phases["embedding's backward" if model.tie_head else "head's backward"]
+        last["working_layer"] = last.get("working_layer", 0) + unpacked(sizes.head)
+    phases["update"] = {"gradients": all_gradients, "working_layer": unpacked(max(sizes.head, sizes.largest))}
     return phases
 
 
@@ -349,4 +360,4 @@ def _loss_workspace(model: ModelConfig, rows: int, a: int, chip: Chip | None) ->
         return wide + 2 * rows * C * 4 + min(CPU_LOGITS_BYTES, rows * V * 4)
     per_logit = a + (4 if a < 4 and not chip.triton else 0)
     sums = min((V - V // 2) * C * 4, WORKSPACE_BYTES) if a < 4 else 0
-    return min(LOGITS_BYTES, rows * V * per_logit) + sums + 2 * SLAB_BYTES
+    return min(LOGITS_BYTES, rows * V * per_logit) + sums + 2 * min(SLAB_BYTES, 4 * V * C)

@@ -38,6 +38,8 @@ from kernels.number_formats import (
 )
 
 CHUNK = 1 << 18  # elements that the PyTorch path unpacks at a time on a CPU
+CHUNK_ON_CARD = 1 << 22  # and elsewhere
+UNPACKED_BYTES = {"residual": 61, "stochastic": 44}  # at most, an element of a chunk: of fp16 weights and int8 moments
 
 
 class Parameter(NamedTuple):
@@ -148,7 +150,7 @@ def _adamw_chunks(parameter: Parameter, *, bound, found_inf, **numbers) -> None:
     step, exponents, key = parameter.step, parameter.exponents, parameter.key
     residual = None if parameter.residual is None else parameter.residual.view(-1)
     keep = None if found_inf is None else found_inf != 0
-    chunk = CHUNK if weight.is_cpu else 1 << 22
+    chunk = CHUNK if weight.is_cpu else CHUNK_ON_CARD
     rounds_weight, rounds_moments = weight.dtype != torch.float32 and residual is None, exp_avg.dtype != torch.float32
     if rounds_weight or rounds_moments:
         table = _cpu_table(step.item()) if step.is_cpu else random_table(step)

@@ -108,6 +108,7 @@ class _Held:
         self.card, self.place = _card(), values.untyped_storage().data_ptr()
         if not self.card.holders[self.place]:
             self.card.owners[self.place] = self.card.current[-1]
+            self.card.allocate(self.place, values.untyped_storage().nbytes())
         self.card.holders[self.place] += 1
 
     def __del__(self) -> None:
@@ -199,6 +200,8 @@ class Card(TorchDispatchMode):
         self.main = Stream(main=True)
         self.current = [self.main]
         self.holders: collections.Counter[int] = collections.Counter()  # by address, of tensors
+        self.sizes: dict[int, int] = {}  # by address, bytes
+        self.allocated = self.peak = 0
         self.owners: dict[int, Stream] = {}  # by address, the stream that memory was asked for on
         self._leaving = False
 
@@ -241,12 +244,19 @@ class Card(TorchDispatchMode):
             self._note(func, args, kwargs, result)
         return result
 
+    def allocate(self, place: int, size: int) -> None:
+        """Count memory as PyTorch's allocator does."""
+        self.sizes[place] = -(-size // 512) * 512
+        self.allocated += self.sizes[place]
+        self.peak = max(self.peak, self.allocated)
+
     def let_go(self, place: int) -> None:
         """One holder of a piece of memory less; without any, whoever asks for memory next on its stream gets it."""
         self.holders[place] -= 1
         if self.holders[place]:
             return
         del self.holders[place]
+        self.allocated -= self.sizes.pop(place)
         owner = self.owners.pop(place)
         for side in self.sides:
             if side is not owner and any(t.untyped_storage().data_ptr() == place for _, tensors in side.pending for t in tensors):
@@ -375,9 +385,7 @@ class _Generator(torch.Generator):
 
 
 @contextmanager
-def pretended_card(
-    monkeypatch: Any, chip: str = "cuda:90", memory_bytes: int = 80 << 30, name: str = "NVIDIA H100 80GB HBM3"
-) -> Iterator[Card]:
+def pretended_card(monkeypatch: Any, chip: str = "cuda:90", memory_bytes: int = 80 << 30) -> Iterator[Card]:
     """Have one card for the length of a with block; AssertionError at its end for faults found in it.
 
     chip: as kernels/dispatch.py names them; "hip:" ones come with a PyTorch for AMD.
@@ -387,15 +395,14 @@ def pretended_card(
     family, number = chip.split(":")
     capability = divmod(int(number), 10) if family == "cuda" else (9, 4)  # which PyTorch for AMD makes up, too
     properties = SimpleNamespace(
-        name=name, major=capability[0], minor=capability[1], gcnArchName=f"{number}:sramecc+:xnack-", total_memory=memory_bytes,
+        name=CHIPS[chip].name, major=capability[0], minor=capability[1], gcnArchName=f"{number}:sramecc+:xnack-", total_memory=memory_bytes,
         multi_processor_count=4, shared_memory_per_block_optin=CHIPS[chip].shared_bytes, uuid="0",
     )  # fmt: skip
     answers = {
         "_lazy_init": None, "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "set_device": None,
-        "get_device_name": name, "get_device_capability": capability, "get_device_properties": properties, "get_arch_list": ["sm_60", "sm_90"],
+        "get_device_name": CHIPS[chip].name, "get_device_capability": capability, "get_device_properties": properties, "get_arch_list": ["sm_60", "sm_90"],
         "mem_get_info": (memory_bytes, memory_bytes), "get_per_process_memory_fraction": 1.0, "set_per_process_memory_fraction": None,
-        "memory_allocated": 0, "max_memory_allocated": 0, "memory_reserved": 0, "max_memory_reserved": 0,
-        "reset_peak_memory_stats": None, "empty_cache": None, "is_bf16_supported": CHIPS[chip].bf16,
+        "memory_reserved": 0, "max_memory_reserved": 0, "empty_cache": None, "is_bf16_supported": CHIPS[chip].bf16,
     }  # fmt: skip
     for key, value in answers.items():
         monkeypatch.setattr(torch.cuda, key, lambda *_, value=value, **__: value)
@@ -414,7 +421,13 @@ def pretended_card(
         for side in card.sides:
             side.synchronize()
 
+    def forget_peak(device: Any = None) -> None:
+        card.peak = card.allocated
+
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: card.allocated)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: card.peak)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forget_peak)
     streams = {"current_stream": lambda device=None: card.current[-1], "default_stream": lambda device=None: card.main}
     for key, value in {"Stream": Stream, "Event": Event, "stream": stream, **streams}.items():
         monkeypatch.setattr(torch.cuda, key, value)

@@ -1,4 +1,5 @@
 """The code for GPUs, run on a pretended one: the same numbers as on a CPU, and nothing that only a GPU would show."""
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -186,3 +187,25 @@ def test_copies_overlap_and_every_wait_is_needed(work, missing, monkeypatch):
             leave_out(missing, monkeypatch)
             got = work(overlapping=True)
         assert len(got) == len(expected) and all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--micro_batch_size=2"],
+        ["--activation_checkpointing=selective", "--recomputed_blocks=4"],
+        ["--weights=residual", "--moments=int8"],
+        ["--weights=stochastic", "--moments=int8", "--optimizer_in_backward=true", "--grad_clip=0"],
+        ["--offload=states", "--activation_checkpointing=blocks", "--recomputed_blocks=4"],
+    ],
+    ids=" ".join,
+)
+def test_a_run_holds_no_more_than_planned(flags, small, monkeypatch, capsys):
+    """Counted tensor by tensor, from the states to the optimizer's step, where PyTorch's path of every op is taken."""
+    shape = ["--n_embd=128", "--n_layer=4", "--block_size=64", "--vocab_size=2048", "--batch_tokens=256", "--micro_batch_size=4"]
+    states = [] if any("weights" in flag or "offload" in flag for flag in flags) else ["--weights=fp32", "--moments=fp32"]
+    with pretended_card(monkeypatch, PASCAL) as card:
+        assert train.main([*small, *shape, *states, "--sample_tokens=0", "--eval_tokens=64", *flags, "--device=cuda"]) == 0
+    said = re.search(r"memory: predicted .* \((.*)%\)", capsys.readouterr().out)
+    assert card.peak > 10e6 and -16 < float(said[1]) <= 1
