@@ -49,6 +49,8 @@ class ModelConfig:
             f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}); "
             f"{max(h for h in range(1, self.n_head + 1) if self.n_embd % h == 0)} heads would do",
         )
+        for name in ("norm_eps", "z_loss"):
+            require(0 <= getattr(self, name) < math.inf, f"{name} must be finite and not negative, got {getattr(self, name)}")
         if self.positions == "rotary":
             require(self.head_dim % 2 == 0, f"rotary positions need an even head width, got {self.head_dim}")
 

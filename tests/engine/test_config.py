@@ -119,6 +119,8 @@ def test_whole_numbers(text, value):
         ("--schedule cosin", "schedule must be one of cosine, wsd, step; got 'cosin'; did you mean 'cosine'?"),
         ("--dtype float16", "dtype must be one of auto, fp32, bf16, fp16; got 'float16'"),
         ("--n_layer 0", "n_layer must be positive, got 0"),
+        ("--norm_eps=-1e-5", "norm_eps must be finite and not negative, got -1e-05"),
+        ("--z_loss nan", "z_loss must be finite and not negative, got nan"),
         ("--n_head 7", "n_embd (128) must be a multiple of n_head (7); 4 heads would do"),
         ("--positions rotary --n_embd 24", "rotary positions need an even head width, got 3"),
         ("--batch_tokens 1000", "batch_tokens (1000) must be a multiple of block_size (128); 1024 would do"),
