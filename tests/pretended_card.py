@@ -468,7 +468,7 @@ def main(chip: str, *flags: str) -> int:
 
     from engine import train
 
-    os.environ["LOCAL_RANK"] = "0"
+    os.environ |= {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cuda"}  # whatever earlier runs have left there
     with pytest.MonkeyPatch.context() as monkeypatch, pretended_card(monkeypatch, chip):
         code = train.main([*flags, "--device=cuda"])
     sys.stdout.flush()
