@@ -26,6 +26,7 @@ from torch import Tensor
 from engine.config import Config, differences, load_file
 from engine.distributed import Processes
 from engine.strategy import Strategy
+from engine.whole_file import sync
 
 FORMAT = 1
 SHARD_BYTES = 2 << 30
@@ -164,20 +165,12 @@ def _commit(folder: Path, final: Path) -> None:
     mode = (folder / "state.json").stat().st_mode
     for path in folder.iterdir():
         path.chmod(mode)  # safetensors makes files that only their owner may read
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
     if final.exists():
         shutil.rmtree(final)
     os.rename(folder, final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(final.parent)
 
 
 def _remove_old(run_dir: str, keep: int) -> None:
