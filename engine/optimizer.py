@@ -265,22 +265,13 @@ class InBackwardAdamW(AdamW):
     """AdamW that updates each parameter inside the backward pass, as soon as its gradient is there, and frees that.
 
     No more than a layer's gradients exist at any time. So a step is one backward pass, the learning rate is set before
-    it, and nothing can depend on all gradients together: ValueError for accumulation; there is no clipping by their norm.
+    it, and nothing can depend on all gradients together: no accumulation, no clipping by their norm.
     A parameter whose own gradient is not finite is not updated. `grad_scale`, fp32 scalar on the device or None,
     multiplies the gradients; set it before the backward pass.
     """
 
-    def __init__(
-        self,
-        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
-        *args: Any,
-        grad_accum: int = 1,
-        **options: Any,
-    ) -> None:
-        if grad_accum != 1:
-            why = "since each parameter is updated, and its gradient freed, inside the backward pass"
-            raise ValueError(f"gradients cannot accumulate over {grad_accum} micro-batches, {why}")
-        super().__init__(params, *args, **options)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.grad_scale: Tensor | None = None
         self._norms: dict[Tensor, Tensor] = {}
         for parameter in self._places:

@@ -44,10 +44,10 @@ class Resident:
         self.model = model.to(device)
         self.model.dtype = dtype
         self.streamed = choices.offload == "states"
-        adamw, settings = StreamedAdamW if self.streamed else AdamW, {}
+        adamw = StreamedAdamW if self.streamed else AdamW
         if choices.optimizer_in_backward:
             require(grad_accum == 1, f"--optimizer_in_backward cannot accumulate over {grad_accum} micro-batches: a smaller --batch_tokens")
-            adamw, settings = InBackwardAdamW, {"grad_accum": grad_accum}
+            adamw = InBackwardAdamW
             if self.processes > 1:
                 average_in_backward(self.model.parameters())
         self.optimizer = adamw(
@@ -58,7 +58,6 @@ class Resident:
             dtype=storage,
             seed=config.seed,
             **self.formats,
-            **settings,
         )
         for name, weight in weights:
             self.optimizer.import_state(self.parameters[name], weight)
