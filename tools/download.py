@@ -278,8 +278,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, help="about 1, 5 or 10 GB of text, instead of whole shards")
     parser.add_argument("--source", choices=("pile", EMBEDDED), default="pile", help="default %(default)s")
     options = parser.parse_args(arguments)
-    if options.source == EMBEDDED and options.size:
-        parser.error("--size is for the Pile; the embedded corpus is taken whole")
+    if options.source == EMBEDDED and (options.size or options.train_max != 1):
+        parser.error("--size and --train_max are for the Pile; the embedded corpus is taken whole")
     try:
         with explained(f"{options.train_dir} and {options.val_dir}"):
             if options.source == EMBEDDED:

@@ -225,10 +225,11 @@ def test_what_a_person_reads(
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_size_is_not_for_the_embedded_corpus(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("part", [["--size", "small"], ["--train_max", "3"]])
+def test_the_embedded_corpus_is_taken_whole(part: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["--source", "stdlib", "--size", "small"])
-    assert "--size is for the Pile" in capsys.readouterr().err
+        main(["--source", "stdlib", *part])
+    assert "--size and --train_max are for the Pile" in capsys.readouterr().err
 
 
 def test_interrupt(hub: Hub, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
