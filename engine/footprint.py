@@ -315,6 +315,10 @@ def _phases(
         compact = method.weights != "fp32" and chip is not None and not chip.triton
         return UNPACKED_BYTES[method.weights] * min(CHUNK_ON_CARD, elements) if compact else 0
 
+    def updating(elements: int) -> int:
+        """What the update of a matrix adds where it is made as soon as there is a gradient."""
+        return unpacked(elements) if method.in_backward else 0
+
     workspace = 0 if traced else _loss_workspace(model, rows, a, chip)
     head = sizes.head * a
     scaled = 2 * 4 * min(sizes.head, SLAB_BYTES // a) if a < 4 else 0  # rounded in place, a slab in fp32 at a time
@@ -328,26 +332,21 @@ def _phases(
             "gradients": gradients(0, False),
             "saved_activations": saved(n) + stream,
             "loss_workspace": 2 * stream + head + max(sizes.head * w if cast else 0, scaled),
+            "working_layer": 0 if model.tie_head else updating(sizes.head),
         },
     }
     for i in {n - 1, max(0, recompute.layers - 1), 0}:
         phases[f"block {i}'s backward"] = {
             "gradients": gradients(n - 1 - i, True) + tied,
             "saved_activations": saved(i + 1),
-            "working_layer": work + (whole - again if i < recompute.layers else 0),
+            "working_layer": work + (whole - again if i < recompute.layers else 0) + updating(sizes.largest),
         }
     matrices = (3 if traced else 2) if model.tie_head else 1  # the embedding's gradient, the head's, their sum
     phases["embedding's backward"] = {
         "gradients": gradients(n, True) + matrices * sizes.head * w,
-        "working_layer": stream + (rows * C * w if cast else 0),
+        "working_layer": stream + (rows * C * w if cast else 0) + updating(sizes.head),
     }
     all_gradients = 0 if method.stage or method.in_backward else w * sizes.total
-    if method.in_backward:
-        for i in {n - 1, max(0, recompute.layers - 1), 0}:
-            phases[f"block {i}'s backward"]["working_layer"] += unpacked(sizes.largest)
-        # A tied head's matrix is updated with the embedding, when no activation is left.
-        last = phases["embedding's backward" if model.tie_head else "head's backward"]
-        last["working_layer"] = last.get("working_layer", 0) + unpacked(sizes.head)
     phases["update"] = {"gradients": all_gradients, "working_layer": unpacked(max(sizes.head, sizes.largest))}
     return phases
 
