@@ -16,6 +16,7 @@ A side stream's copies are made as late as the waits allow, so whoever does not 
 anything. Autograd, which looks beneath, is told the truth, that the tensors are the host's.
 """
 import collections
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -24,18 +25,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch._dynamo  # looks at what is replaced below as it is imported
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kernels.dispatch import CHIPS
+from tests.pretended_streams import Event, Stream
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+MEMORY_BYTES = 80 << 30  # what the card says it has; nothing keeps to it
 aten = torch.ops.aten
 # Operations that take tensors of both devices: copies, and indices in host memory.
-_CROSSING = {aten.copy_.default, aten._to_copy.default, aten._foreach_copy_.default}
+_CROSSING = {aten.copy_.default, aten._to_copy.default}
 _INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
 _READING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
 
@@ -70,9 +73,6 @@ class OnCard(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return _card().run(func, args, kwargs or {})
-
-    def get_device(self) -> int:
-        return 0
 
     def data_ptr(self) -> int:
         _card().addressed.append(_extent(self.values))
@@ -115,74 +115,6 @@ class _Held:
         self.card.let_go(self.place)
 
 
-class Stream:
-    """The main stream runs at once. Others keep what they are given until somebody waits for it."""
-
-    def __init__(self, device: Any = None, *, main: bool = False) -> None:
-        self.device, self.main = CUDA, main
-        self.given = self.done = 0
-        self.pending: collections.deque[tuple[Callable, list[Tensor]]] = collections.deque()
-        self.seen = 0  # of a side stream: how much of the main one's work is finished when its next work begins
-        if not main:
-            _card().sides.append(self)
-
-    def later(self, work: Callable, tensors: list[Tensor]) -> None:
-        self.pending.append((work, tensors))
-        self.given += 1
-
-    def run_to(self, position: int) -> None:
-        while self.done < position:
-            self.done += 1
-            work, _ = self.pending.popleft()
-            with _disable_current_modes():
-                work()
-
-    def wait_event(self, event: "Event") -> None:
-        if event.stream is None or event.stream is self:
-            return
-        self.seen = max(self.seen, event.seen)
-        if self.main:
-            event.stream.run_to(event.position)
-        elif not event.stream.main:
-            self.later(lambda: event.stream.run_to(event.position), [])
-
-    def wait_stream(self, other: "Stream") -> None:
-        self.wait_event(other.record_event())
-
-    def record_event(self, event: "Event | None" = None) -> "Event":
-        event = event or Event()
-        event.stream, event.position = self, self.given
-        event.seen = len(_card().log) if self.main else self.seen
-        return event
-
-    def synchronize(self) -> None:
-        self.run_to(self.given)
-
-
-class Event:
-    """A place in a stream's work, which knows how much of the main stream's was finished there."""
-
-    def __init__(self, **_: Any) -> None:
-        self.stream: Stream | None = None
-        self.position = self.seen = 0
-
-    def record(self, stream: Stream | None = None) -> None:
-        (stream or torch.cuda.current_stream()).record_event(self)
-
-    def wait(self, stream: Stream | None = None) -> None:
-        (stream or torch.cuda.current_stream()).wait_event(self)
-
-    def synchronize(self) -> None:
-        if self.stream:
-            self.stream.run_to(self.position)
-
-    def query(self) -> bool:
-        return self.stream is None or self.stream.main or self.stream.done >= self.position
-
-    def elapsed_time(self, other: "Event") -> float:
-        return 1.0
-
-
 class Card(TorchDispatchMode):
     """Runs every operation on the host, and keeps account of what a card would have made of it.
 
@@ -196,8 +128,8 @@ class Card(TorchDispatchMode):
         self.log: list[tuple[int, int, bool]] = []
         self.sides: list[Stream] = []
         self.addressed: list[tuple[int, int]] = []
-        self.pinned: set[int] = set()
-        self.main = Stream(main=True)
+        self.pinned: dict[int, torch.UntypedStorage] = {}  # by address; kept, so that no other memory gets it
+        self.main = Stream(self, main=True)
         self.current = [self.main]
         self.holders: collections.Counter[int] = collections.Counter()  # by address, of tensors
         self.sizes: dict[int, int] = {}  # by address, bytes
@@ -221,28 +153,31 @@ class Card(TorchDispatchMode):
         if func is aten.copy_.default:
             to_card = isinstance(args[0], OnCard)
         self._check_devices(func, args, tensors, here)
-        crosses = to_card != bool(here) or 0 < len(here) < len(tensors)
-        hosts = [t for t in tensors if not isinstance(t, OnCard)]
-        waits = func in _READING and here
-        if crosses and func in _CROSSING and asked != torch.device("meta"):
-            overlapping = kwargs.get("non_blocking", func is aten.copy_.default and len(args) > 2 and args[2])
-            waits = not overlapping
-            if overlapping and not all(t.untyped_storage().data_ptr() in self.pinned for t in hosts):
-                self.faults.append(f"{func} is to overlap and its host memory is not pinned")
-        if waits:
+        if func in _READING and here:
             self.waits[str(func)] += 1
-        beneath = self._on_host(func, args, kwargs, asked)
-        side = self.current[-1]
-        if not side.main and func in (aten.copy_.default, aten._foreach_copy_.default):
-            self._check_order(side, args[0], args[1])
-            side.later(beneath, [t.values for t in here])
+        if func in _CROSSING and (to_card != bool(here) or 0 < len(here) < len(tensors)):
+            self._cross(func, args, kwargs, tensors)
+        beneath, stream = self._on_host(func, args, kwargs, asked), self.current[-1]
+        if not stream.main and func is aten.copy_.default:
+            self._check_order(stream, args[0], args[1])
+            stream.later(beneath, [t.values for t in here])
             return args[0]
-        if not side.main and (here or to_card) and not func.is_view:
-            side.synchronize()  # only copies are made late; what uses them comes after them
+        if not stream.main and (here or to_card) and not func.is_view:
+            stream.synchronize()  # only copies are made late; what uses them comes after them
         result = self._wrapped(func, args, kwargs, beneath(), to_card, here)
-        if side.main and not func.is_view:
+        if stream.main and not func.is_view:
             self._note(func, args, kwargs, result)
         return result
+
+    def _cross(self, func: Any, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]) -> None:
+        """Take account of a copy between host and card: Python waits for it, or it overlaps, from or to pinned memory."""
+        if not kwargs.get("non_blocking", func is aten.copy_.default and len(args) > 2 and args[2]):
+            self.waits[str(func)] += 1
+        elif not all(isinstance(t, OnCard) or t.is_pinned() for t in tensors):
+            self.faults.append(f"{func} is to overlap and its host memory is not pinned")
+
+    def pin(self, host: Tensor) -> None:
+        self.pinned[host.untyped_storage().data_ptr()] = host.untyped_storage()
 
     def allocate(self, place: int, size: int) -> None:
         """Count memory as PyTorch's allocator does."""
@@ -283,7 +218,7 @@ class Card(TorchDispatchMode):
 
         def pinned() -> Tensor:
             out = func(*plain_args, **plain)
-            self.pinned.add(out.untyped_storage().data_ptr())
+            self.pin(out)
             return out
 
         return pinned
@@ -375,7 +310,7 @@ def _pinned(self: Tensor, device: Any = None) -> Tensor:
     if isinstance(self, OnCard):
         raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
     copy = self.clone()
-    _card().pinned.add(copy.untyped_storage().data_ptr())
+    _card().pin(copy)
     return copy
 
 
@@ -385,7 +320,7 @@ class _Generator(torch.Generator):
 
 
 @contextmanager
-def pretended_card(monkeypatch: Any, chip: str = "cuda:90", memory_bytes: int = 80 << 30) -> Iterator[Card]:
+def pretended_card(monkeypatch: Any, chip: str) -> Iterator[Card]:
     """Have one card for the length of a with block; AssertionError at its end for faults found in it.
 
     chip: as kernels/dispatch.py names them; "hip:" ones come with a PyTorch for AMD.
@@ -395,27 +330,28 @@ def pretended_card(monkeypatch: Any, chip: str = "cuda:90", memory_bytes: int = 
     family, number = chip.split(":")
     capability = divmod(int(number), 10) if family == "cuda" else (9, 4)  # which PyTorch for AMD makes up, too
     properties = SimpleNamespace(
-        name=CHIPS[chip].name, major=capability[0], minor=capability[1], gcnArchName=f"{number}:sramecc+:xnack-", total_memory=memory_bytes,
+        name=CHIPS[chip].name, major=capability[0], minor=capability[1], gcnArchName=f"{number}:sramecc+:xnack-", total_memory=MEMORY_BYTES,
         multi_processor_count=4, shared_memory_per_block_optin=CHIPS[chip].shared_bytes, uuid="0",
     )  # fmt: skip
     answers = {
         "_lazy_init": None, "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "set_device": None,
         "get_device_name": CHIPS[chip].name, "get_device_capability": capability, "get_device_properties": properties, "get_arch_list": ["sm_60", "sm_90"],
-        "mem_get_info": (memory_bytes, memory_bytes), "get_per_process_memory_fraction": 1.0, "set_per_process_memory_fraction": None,
+        "mem_get_info": (MEMORY_BYTES, MEMORY_BYTES), "get_per_process_memory_fraction": 1.0, "set_per_process_memory_fraction": None,
         "memory_reserved": 0, "max_memory_reserved": 0, "empty_cache": None, "is_bf16_supported": CHIPS[chip].bf16,
     }  # fmt: skip
     for key, value in answers.items():
         monkeypatch.setattr(torch.cuda, key, lambda *_, value=value, **__: value)
     monkeypatch.setattr(torch.version, "hip", "7.0" if family == "hip" else None)
-    card = Card.__new__(Card)
+    card = Card()
     _cards.append(card)
-    card.__init__()
 
     @contextmanager
     def stream(which: Stream | None) -> Iterator[None]:
         card.current.append(which or card.current[-1])
-        yield
-        card.current.pop()
+        try:
+            yield
+        finally:
+            card.current.pop()
 
     def synchronize(device: Any = None) -> None:
         for side in card.sides:
@@ -429,7 +365,7 @@ def pretended_card(monkeypatch: Any, chip: str = "cuda:90", memory_bytes: int = 
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: card.peak)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forget_peak)
     streams = {"current_stream": lambda device=None: card.current[-1], "default_stream": lambda device=None: card.main}
-    for key, value in {"Stream": Stream, "Event": Event, "stream": stream, **streams}.items():
+    for key, value in {"Stream": functools.partial(Stream, card), "Event": Event, "stream": stream, **streams}.items():
         monkeypatch.setattr(torch.cuda, key, value)
     for key in ("range_push", "range_pop"):
         monkeypatch.setattr(torch.cuda.nvtx, key, lambda *_: None)
@@ -462,7 +398,7 @@ def pretended_card(monkeypatch: Any, chip: str = "cuda:90", memory_bytes: int = 
     assert not card.faults, collections.Counter(card.faults)
 
 
-def main(chip: str, *flags: str) -> int:
+def main(chip: str, *flags: str) -> None:
     """Run engine/train.py on a pretended card; each of several processes has one of its own, and gloo is their nccl."""
     import pytest
 

@@ -16,8 +16,10 @@ from engine.report import read_metrics
 from engine.strategy.activations import recompute_blocks
 from engine.streaming import StreamedAdamW
 from kernels import dispatch
+from kernels.adamw import CHUNK_ON_CARD, UNPACKED_BYTES, adamw
 from kernels.number_formats import BLOCK, GROUP
-from tests.pretended_card import Event, Stream, pretended_card
+from tests.pretended_card import pretended_card
+from tests.pretended_streams import Stream
 
 UNIT = GROUP * BLOCK
 SHAPES = [(300, 700), (129, 1001), (64, 48), (700,), (1, 65537)]
@@ -157,7 +159,7 @@ def recomputed_steps(overlapping: bool) -> list[Tensor]:
 
 
 def leave_out(what: str | None, monkeypatch) -> None:
-    waits, stream = Stream.wait_event, torch.cuda.stream
+    waits = Stream.wait_event
     if what == "the computation's":
         monkeypatch.setattr(Stream, "wait_event", lambda self, event: None if self.main else waits(self, event))
     elif what == "a copy's for a copy":
@@ -209,3 +211,32 @@ def test_a_run_holds_no_more_than_planned(flags, small, monkeypatch, capsys):
         assert train.main([*small, *shape, *states, "--sample_tokens=0", "--eval_tokens=64", *flags, "--device=cuda"]) == 0
     said = re.search(r"memory: predicted .* \((.*)%\)", capsys.readouterr().out)
     assert card.peak > 10e6 and -16 < float(said[1]) <= 1
+
+
+@pytest.mark.parametrize("weights", ["residual", "stochastic"])
+def test_what_the_optimizer_unpacks_is_what_the_planner_counts(weights, monkeypatch):
+    """Of a matrix of three chunks, on a card without Triton, in the number formats that take most."""
+    with pretended_card(monkeypatch, PASCAL) as card:
+        parameter = nn.Parameter(torch.zeros(3 * CHUNK_ON_CARD // 1024, 1024).cuda())
+        optimizer = AdamW([parameter], weights=weights, moments="int8", dtype=torch.float16)
+        optimizer.allocate_states()
+        parameter.grad = torch.zeros_like(parameter)
+        torch.cuda.reset_peak_memory_stats()
+        held = card.allocated
+        optimizer.step(found_inf=torch.zeros((), device="cuda"))
+        assert 0.95 < (card.peak - held) / (UNPACKED_BYTES[weights] * CHUNK_ON_CARD) <= 1
+
+
+def test_what_a_card_refuses(monkeypatch):
+    x = torch.ones(4)
+    with pretended_card(monkeypatch, HOPPER):
+        y = torch.ones(4, device="cuda")
+        assert y.device == torch.device("cuda", 0) and y.is_cuda and (y + 1).cpu().tolist() == [2] * 4
+        with pytest.raises(RuntimeError, match="same device, found cuda:0 .* cpu"):
+            y + x
+        with pytest.raises(TypeError, match="to numpy"):
+            y.numpy()
+        with pytest.raises(RuntimeError, match="only dense CPU tensors"):
+            y.pin_memory()
+        with pytest.raises(ValueError, match="cannot be accessed from Triton"):
+            adamw([y], [y.clone()], [y.clone()], [y.clone()], [y[0].clone()], lr=1.0, betas=(0.9, 0.9), eps=1.0, weight_decay=0.0, grad_scale=x[:1])
