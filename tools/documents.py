@@ -4,8 +4,6 @@ A shard is cut into chunks of whole lines, and a chunk is parsed on its own, so 
 shard should not contain becomes a `Problem` with its line. Lines of white space are passed over: they count as lines,
 no more.
 """
-import json
-import re
 from dataclasses import dataclass
 
 import msgspec
@@ -18,8 +16,6 @@ CHUNK_BYTES = 4 << 20
 # Memory decides these: 200 MB of emoji are a line of 600 MB where each is written \ud83d\ude00.
 MAX_LINE_BYTES = 640 << 20
 MAX_TEXT_BYTES = 384 << 20
-LONG_LINE_BYTES = 16 << 20  # longer ones are decoded in pieces
-PIECE_BYTES = 1 << 20
 SEPARATOR = b"<|endoftext|>"
 
 # What is lost: a line, or the rest of a file.
@@ -40,13 +36,6 @@ REMARKS = {"separator_in_text": f"{SEPARATOR.decode()} in the text, encoded as t
 KINDS = LOSSES | CHANGES | REMARKS
 OF_A_FILE = ("truncated_file", "corrupt_file")  # not a whole line
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-# Where a JSON string can be cut in two: before a character beyond ASCII, after one that no escape contains, and before
-# an escape that is not the second half of a surrogate pair.
-_SAFE_CUT = re.compile(
-    rb"(?=[\xc0-\xff])|(?<=[ !#-.:-@G-Z\[\]-`g-mo-qsv-~])|(?<=[^\\])(?=\\(?:[^u]|u(?:[^dD]|[dD][^c-fC-F])))"
-)
-
 
 class Problem(msgspec.Struct, frozen=True):
     """Something in a shard worth telling: a key of KINDS, the line, and what a library said of it.
@@ -66,15 +55,6 @@ class Chunk:
     data: bytearray
     size: int
     fault: tuple[str, str] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Documents:
-    """The texts of a chunk, UTF-8, none empty; how many lines it has; its problems; all in their order."""
-
-    texts: list[bytes]
-    lines: int
-    problems: list[Problem]
 
 
 class ChunkReader:
@@ -155,108 +135,3 @@ class ChunkReader:
             self.objects += not self._data[at:after].isspace()
             at = after
         return at
-
-
-class _Record(msgspec.Struct):
-    text: str
-
-
-class _RawRecord(msgspec.Struct):
-    text: msgspec.Raw
-
-
-_decoder = msgspec.json.Decoder(_Record)
-_raw_decoder = msgspec.json.Decoder(_RawRecord)
-_string_decoder = msgspec.json.Decoder(str)
-REFUSALS = (msgspec.MsgspecError, ValueError, RecursionError)  # what a parser raises where a line is wrong
-
-
-def parse(chunk: Chunk) -> Documents:
-    """Return the texts of a chunk, and its problems."""
-    texts, problems, lines = [], [], 0
-    data, decode = chunk.data, _decoder.decode
-    # Not decode_lines, though a little faster: it also takes two objects on a line, and one on two.
-    with memoryview(data) as view:
-        after = 0
-        while after < chunk.size:
-            start, after = after, data.find(b"\n", after, chunk.size) + 1 or chunk.size
-            lines += 1
-            problem = None
-            try:
-                text = decode(view[start:after]).text.encode() if after - start <= LONG_LINE_BYTES else b""
-            except REFUSALS:
-                text = b""
-            if not text:
-                text, problem = _parse_carefully(view[start:after])
-            elif SEPARATOR in text:
-                problem = "separator_in_text", ""
-            if text:
-                texts.append(text)
-            if problem:
-                problems.append(Problem(problem[0], lines, problem[1]))
-    if chunk.fault:
-        problems.append(Problem(chunk.fault[0], lines + 1, chunk.fault[1]))
-        lines += chunk.fault[0] not in OF_A_FILE
-    return Documents(texts, lines, problems)
-
-
-def _parse_carefully(line: memoryview) -> tuple[bytes, tuple[str, str] | None]:
-    """Return the text of a line, empty if it has none, and (kind, detail) of the problem, if there is one."""
-    if len(line) <= LONG_LINE_BYTES:
-        content = bytes(line)
-        return (b"", None) if content.isspace() else _parse_leniently(content)
-    try:
-        text = _parse_long_line(line)
-    except REFUSALS as error:
-        return b"", None if bytes(line).isspace() else _refusal(error)
-    if len(text) > MAX_TEXT_BYTES:
-        return b"", ("line_too_long", f"{len(text)} bytes of text, more than {MAX_TEXT_BYTES}")
-    if not text:
-        return b"", ("empty_text", "")
-    return text, ("separator_in_text", "") if SEPARATOR in text else None
-
-
-def _parse_long_line(line: memoryview) -> bytes:
-    """Return the text of a line, decoded in pieces: one emoji makes a str of all of it four bytes a character."""
-    with memoryview(_raw_decoder.decode(line).text) as literal:
-        if literal[:1] != b'"':
-            return _string_decoder.decode(literal).encode()  # which says what it is instead
-        pieces, start = [], 1
-        while start < len(literal) - 1:
-            cut = _SAFE_CUT.search(literal, start + PIECE_BYTES, len(literal) - 1)
-            end = cut.start() if cut else len(literal) - 1
-            pieces.append(_string_decoder.decode(b'"%b"' % literal[start:end]).encode())
-            start = end
-        return b"".join(pieces)
-
-
-def _parse_leniently(line: bytes) -> tuple[bytes, tuple[str, str] | None]:
-    """Return the text of a line that msgspec refuses, empty if it has none, and (kind, detail) of the problem.
-
-    Python's parser accepts what harms no text: NaN in another field, a byte order mark, half a surrogate pair.
-    """
-    try:
-        value = json.loads(line.decode("utf-8-sig", "surrogatepass"))
-    except (ValueError, RecursionError) as error:
-        return b"", _refusal(error)
-    if not isinstance(value, dict) or "text" not in value:
-        return b"", ("no_text", "" if isinstance(value, dict) else f"the line is a {type(value).__name__}")
-    text = value["text"]
-    if not isinstance(text, str):
-        return b"", ("text_not_string", f"it is {json.dumps(text)[:40]}")
-    text, replaced = _SURROGATE.subn("\ufffd", text)
-    if not text:
-        return b"", ("empty_text", "")
-    if replaced:
-        return text.encode(), ("lone_surrogate", f"{replaced} in this text")
-    return text.encode(), ("separator_in_text", "") if SEPARATOR in text.encode() else None
-
-
-def _refusal(error: Exception) -> tuple[str, str]:
-    if isinstance(error, UnicodeDecodeError):
-        return "not_utf8", f"byte {error.start + 1}: {error.reason}"
-    if isinstance(error, RecursionError):
-        return "not_json", "nested too deep"
-    if isinstance(error, msgspec.ValidationError):
-        return "text_not_string" if "Expected `str`" in str(error) else "no_text", str(error)
-    return "not_json", str(error)

@@ -17,7 +17,8 @@ from threading import local
 import msgspec
 import numpy as np
 
-from tools.documents import CHANGES, KINDS, LOSSES, Chunk, ChunkReader, Problem, parse
+from tools.documents import CHANGES, KINDS, LOSSES, Chunk, ChunkReader, Problem
+from tools.json_lines import parse
 from tools.parts import Place, Segment, Workspace
 from tools.shard_stream import ShardStream
 from tools.text_encoders import TextEncoder
@@ -194,8 +195,8 @@ class Pipeline:
             spare.append(chunk.data)
         else:
             chunk.data.clear()  # a document may be huge: not to be held twice while it is encoded
-        size, count = sum(map(len, documents.texts)), len(documents.texts)
-        return Encoded(self._of_thread.encode(documents.texts), count, size, documents.lines, documents.problems)
+        ids = self._of_thread.encode(documents.text, documents.ends)
+        return Encoded(ids, len(documents.ends), len(documents.text), documents.lines, documents.problems)
 
 
 def refuse_losses(source: Path, problems: Sequence[Problem], lines_before: int = 0) -> None:

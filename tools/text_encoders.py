@@ -7,7 +7,7 @@ import numpy as np
 from engine.tokenizer import END_OF_TEXT, load_encoding
 from tools.bpe import Encoder
 
-Encode = Callable[[list[bytes]], np.ndarray]
+Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class TextEncoder:
@@ -32,20 +32,19 @@ class TextEncoder:
         self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
 
     def encoder(self) -> Encode:
-        """Return a function for one thread: UTF-8 texts to the ids of all of them, end_of_text after each."""
+        """Return a function for one thread: documents to the ids of all of them, end_of_text after each.
+
+        It takes text, uint8 (n,), UTF-8 end to end, and ends, int64 (documents,), where each ends.
+        """
         return self._encode_ours() if self.ours else self._encode_with_tiktoken
 
     def _encode_ours(self) -> Encode:
         worker = self._encoder.worker()
+        return lambda text, ends: worker.encode(text, ends).astype(self.dtype, copy=False)
 
-        def encode(texts: list[bytes]) -> np.ndarray:
-            ends = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))
-            return worker.encode(np.frombuffer(b"".join(texts), np.uint8), ends).astype(self.dtype, copy=False)
-
-        return encode
-
-    def _encode_with_tiktoken(self, texts: list[bytes]) -> np.ndarray:
-        documents = self._encoding.encode_ordinary_batch([text.decode() for text in texts], num_threads=1)
+    def _encode_with_tiktoken(self, text: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        texts = [part.tobytes().decode() for part in np.split(text, ends[:-1])] if ends.size else []
+        documents = self._encoding.encode_ordinary_batch(texts, num_threads=1)
         for document in documents:
             document.append(self.end_of_text)
         return np.concatenate([np.array(document, self.dtype) for document in documents] or [np.empty(0, self.dtype)])

@@ -1,86 +1,16 @@
-"""Documents: what every kind of bad line becomes, and that neither chunks nor places to go on from change anything."""
+"""Documents: that neither chunks nor places to go on from change anything, and what is in the way is told."""
 import json
 import random
 from pathlib import Path
 
 import pytest
 import zstandard
-from hypothesis import given
-from hypothesis import strategies as st
 
+from tests.tools.test_json_lines import BAD_LINES, GOOD, GOOD_TEXT, parsed, texts_of
 from tools import documents
-from tools.documents import Chunk, ChunkReader, Documents, parse
+from tools.documents import ChunkReader
+from tools.json_lines import parse
 from tools.shard_stream import ShardStream
-
-GOOD = b'{"text": "caf\xc3\xa9 \\u00e9\\n", "meta": {"pile_set_name": "Pile-CC"}}'
-GOOD_TEXT = "café é\n".encode()
-
-BAD_LINES = {
-    "not JSON": (b"text: a", "not_json"),
-    "cut off": (b'{"text": "a', "not_json"),
-    "empty object": (b"{}", "no_text"),
-    "no text": (b'{"txt": "a"}', "no_text"),
-    "a list": (b'["text"]', "no_text"),
-    "a string": (b'"text"', "no_text"),
-    "text is a number": (b'{"text": 5}', "text_not_string"),
-    "text is null": (b'{"text": null}', "text_not_string"),
-    "text is a list": (b'{"text": ["a"]}', "text_not_string"),
-    "empty text": (b'{"text": ""}', "empty_text"),
-    "not UTF-8 in the text": (b'{"text": "a\xff"}', "not_utf8"),
-    "two objects": (b'{"text": "a"} {"text": "b"}', "not_json"),
-    "nested too deep": (b"[" * 200_000, "not_json"),
-    "control character": (b'{"text": "a\x01"}', "not_json"),
-    "unknown escape": (b'{"text": "\\q"}', "not_json"),
-    "null bytes": (b"\0" * 30, "not_json"),
-}
-KEPT_LINES = {
-    "lone high surrogate": (rb'{"text": "a\ud800b"}', "a\ufffdb", "lone_surrogate"),
-    "lone low surrogate": (rb'{"text": "\udc00"}', "\ufffd", "lone_surrogate"),
-    "two high surrogates": (rb'{"text": "\ud83d\ud83d\ude00"}', "\ufffd😀", "lone_surrogate"),
-    "surrogate in UTF-8": (b'{"text": "a\xed\xa0\x80b"}', "a\ufffdb", "lone_surrogate"),
-    "separator": (b'{"text": "a<|endoftext|>b"}', "a<|endoftext|>b", "separator_in_text"),
-    "escaped separator": (rb'{"text": "\u003c|endoftext|>"}', "<|endoftext|>", "separator_in_text"),
-    "surrogate pair": (rb'{"text": "\ud83d\ude00"}', "😀", None),
-    "NaN elsewhere": (b'{"text": "a", "score": NaN}', "a", None),
-    "byte order mark": (b'\xef\xbb\xbf{"text": "a"}', "a", None),
-    "carriage return": (b'{"text": "a"}\r', "a", None),
-    "text twice": (b'{"text": "a", "text": "b"}', "b", None),
-    "escaped key": (rb'{"te\u0078t": "a"}', "a", None),
-    "white space": (b'{"text": " \\n"}', " \n", None),
-}
-
-
-def parsed(content: bytes) -> Documents:
-    return parse(Chunk(bytearray(content), len(content)))
-
-
-@pytest.mark.parametrize("name", BAD_LINES)
-def test_bad_line_is_left_out_and_told(name: str) -> None:
-    line, kind = BAD_LINES[name]
-    found = parsed(b"\n".join([GOOD, line, GOOD, b""]))
-    assert (found.texts, found.lines) == ([GOOD_TEXT, GOOD_TEXT], 3)
-    assert [(problem.kind, problem.line) for problem in found.problems] == [(kind, 2)]
-    assert parsed(line).texts == []
-
-
-@pytest.mark.parametrize("name", KEPT_LINES)
-def test_odd_line_is_kept(name: str) -> None:
-    line, text, kind = KEPT_LINES[name]
-    for content, number in ((b"\n".join([GOOD, line, GOOD]), 2), (line, 1)):
-        found = parsed(content)
-        assert text.encode() in found.texts and len(found.texts) == (3 if number == 2 else 1)
-        assert [(problem.kind, problem.line) for problem in found.problems] == ([(kind, number)] if kind else [])
-
-
-def test_an_object_is_one_line() -> None:
-    two_in_one = b'{"text": "a"}{"text": "b"}\n{"text":\n"c"}\n'
-    assert [problem.kind for problem in parsed(two_in_one).problems] == ["not_json"] * 3
-
-
-def test_blank_lines_are_passed_over_and_counted() -> None:
-    found = parsed(b"\n" + GOOD + b"\n \t\r\n\n" + GOOD + b"\nx\n")
-    assert found.texts == [GOOD_TEXT] * 2
-    assert [problem.line for problem in found.problems] == [6]
 
 
 def shard(folder: Path, content: bytes) -> Path:
@@ -94,7 +24,7 @@ def read(reader: ChunkReader) -> tuple[list[bytes], list[tuple[str, int]], int, 
     texts, problems, lines, places = [], [], 0, []
     while not reader.ended:
         found = parse(reader.next_chunk())
-        texts += found.texts
+        texts += texts_of(found)
         problems += [(problem.kind, lines + problem.line) for problem in found.problems]
         lines += found.lines
         places.append((reader.position, reader.objects))
@@ -158,7 +88,7 @@ def test_a_limit_counts_lines_that_are_not_blank(mixture, max_objects: int, chun
     wanted = [line for line in path.read_bytes().split(b"\n") if line.strip()][:max_objects]
     texts, problems, *_ = read_shard(path, chunk_bytes, max_objects)
     assert len(texts) + len(problems) == len(wanted)
-    assert texts == parsed(b"\n".join(wanted)).texts
+    assert texts == parsed(b"\n".join(wanted))[0]
 
 
 @pytest.mark.parametrize("followed", [b"", b"\n", b"\n" + GOOD + b"\nx"])
@@ -169,37 +99,6 @@ def test_a_line_that_is_too_long_is_left_out(tmp_path: Path, monkeypatch, follow
     assert texts == [GOOD_TEXT] * (2 if GOOD in followed else 1)
     assert problems == [("line_too_long", 2), *([("not_json", 4)] if GOOD in followed else [])]
     assert (lines, places[-1][0]) == (4 if GOOD in followed else 2, path.stat().st_size)
-
-
-def test_a_text_that_is_too_long_is_left_out(monkeypatch) -> None:
-    monkeypatch.setattr(documents, "MAX_TEXT_BYTES", 5)
-    monkeypatch.setattr(documents, "LONG_LINE_BYTES", 0)
-    assert [problem.kind for problem in parsed(GOOD).problems] == ["line_too_long"]
-
-
-PIECES = [*"a\\\"\n😀é中f0u /z\u2028\x01\x7f", "\\u", "\\ud83d", "\\ude00", "\\n"]
-
-
-PIECED_TEXTS = st.lists(st.sampled_from(PIECES), max_size=60).map("".join) | st.text(max_size=60)
-
-
-@given(PIECED_TEXTS, st.booleans(), st.integers(1, 9))
-def test_long_lines_are_decoded_in_pieces(text: str, escaped: bool, piece_bytes: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "LONG_LINE_BYTES", 0)
-        patch.setattr(documents, "PIECE_BYTES", piece_bytes)
-        line = json.dumps({"a": 1, "text": text}, ensure_ascii=escaped).encode("utf-8", "surrogatepass")
-        assert parsed(line).texts == ([text.encode()] if text else [])
-
-
-def test_bad_long_lines(monkeypatch) -> None:
-    monkeypatch.setattr(documents, "LONG_LINE_BYTES", 0)
-    for name, (line, kind) in BAD_LINES.items():
-        if name != "nested too deep":
-            found = parsed(line)
-            assert not found.texts and [problem.kind for problem in found.problems] == [kind], name
-    assert [problem.kind for problem in parsed(rb'{"text": "a\ud800b"}').problems] == ["not_json"]
-    assert parsed(b"   ").problems == []
 
 
 @pytest.mark.parametrize(
@@ -216,6 +115,6 @@ def test_damage_is_told_with_its_line_and_what_is_before_it_kept(tmp_path: Path,
     path.write_bytes(content(zstandard.ZstdCompressor(write_checksum=True).compress(lines)))
     texts, problems, *_ = read_shard(path, 5000)
     assert problems == [(kind, len(texts) + 1)]
-    assert texts == parsed(lines).texts[: len(texts)]
+    assert texts == parsed(lines)[0][: len(texts)]
     if content(b"x" * 100):
         assert len(texts) > 50

@@ -1,9 +1,4 @@
-"""What Python calls of the compiled code: `encode`, and what makes the table of merges.
-
-Numba keeps what it compiles on disk, and by itself sees a change only in the file of the function that is called. These
-functions have the digest of all files here in their closure, which Numba looks at as well.
-"""
-import hashlib
+"""What Python calls of the compiled code: `encode`, and what makes the table of merges."""
 from pathlib import Path
 
 from numba import njit
@@ -11,6 +6,7 @@ from numba import njit
 from engine.tokenizer import END_OF_TEXT
 from tools.bpe import merges
 from tools.bpe.cache import encode_pretokens
+from tools.bpe.digest import digest
 from tools.bpe.intrinsics import copy_bytes, pointer
 from tools.bpe.memory import CHUNK_BYTES, PADDING_BYTES, MergeScratch, Scratch, Tables
 from tools.bpe.merges import merge_windows
@@ -117,10 +113,4 @@ def compiled(sources: str):
     return encode, learn_merges, place_merges
 
 
-def digest() -> str:
-    """Return the digest of everything that compiled code is made of here."""
-    texts = (path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    return hashlib.sha256(b"\0".join(texts)).hexdigest()
-
-
-encode, learn_merges, place_merges = compiled(digest())
+encode, learn_merges, place_merges = compiled(digest(Path(__file__).parent.glob("*.py")))
