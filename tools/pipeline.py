@@ -1,7 +1,7 @@
 """One process's share of preparing: segments decompressed, parsed, encoded, written and merged at the same time.
 
-The thread that calls reads and writes, a pool of threads parses and encodes, one more merges. Decompression and
-encoding release the GIL. Other processes may be at the same inputs: each reads an input from end to end and takes the
+The thread that calls reads and writes, a pool of threads parses and encodes, one more merges. Decompression, encoding
+and most of parsing release the GIL. Other processes may be at the same inputs: each reads an input from end to end and takes the
 segments that nobody has; those that others have it only decompresses. So one huge shard keeps as many cores busy as
 its decompressor can feed, and nothing is divided up beforehand.
 """

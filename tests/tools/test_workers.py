@@ -36,7 +36,7 @@ def test_a_helper_that_dies_leaves_its_work_to_others(tmp_path: Path, small_segm
 
 @pytest.mark.parametrize(
     ("count", "gigabytes", "expected_"),
-    [(1, 9, [1]), (3, 9, [3]), (4, 9, [2, 2]), (11, 9, [3, 3, 3, 2]), (12, 0.2, [4, 4, 4]), (12, 0.001, [12])],
+    [(1, 9, [1]), (4, 9, [4]), (5, 9, [3, 2]), (15, 9, [4, 4, 4, 3]), (15, 0.2, [5, 5, 5]), (15, 0.001, [15])],
 )
 def test_processes_have_a_few_threads_each(count: int, gigabytes: float, expected_: list[int]) -> None:
     assert workers.shares(count, int(gigabytes * 2**30)) == expected_
