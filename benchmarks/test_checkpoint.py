@@ -19,7 +19,7 @@ from engine.placement import settle
 from engine.strategy import Strategy, build
 
 PRESET = "gpt2" if torch.cuda.is_available() else "13m"
-PROGRESS = {"step": 1, "tokens": 256, "val_loss": None}
+PROGRESS = {"step": 1, "tokens": 256, "val_loss": None, "tokenizer": "r50k_base"}
 
 
 @pytest.fixture

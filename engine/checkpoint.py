@@ -68,7 +68,7 @@ def read_state(path: Path) -> dict[str, Any]:
 def save(config: Config, strategy: Strategy, processes: Processes, progress: dict[str, Any]) -> Path:
     """Write a checkpoint for progress["step"] finished steps and remove those no longer kept; all processes call it.
 
-    `progress` is JSON: step, tokens, val_loss and what else the loop wants back. CheckpointError, on every process,
+    `progress` is JSON: step, tokens, val_loss, tokenizer and what else the loop wants back. CheckpointError, on every process,
     where the disk refuses; the earlier checkpoints are then untouched.
     """
     folder = Path(config.run_dir) / "checkpoints"
@@ -135,8 +135,8 @@ class _Writer:
             self._flush()
 
     def finish(self, config: Config, state: dict[str, Any], final: Path) -> OSError | None:
-        model = {"model_config": json.dumps(config.to_dict()["model"])}
-        self._attempt(lambda: save_file(self.weights, self.folder / "model.safetensors", metadata=model))
+        about = {"model_config": json.dumps(config.to_dict()["model"]), "tokenizer": state["tokenizer"]}
+        self._attempt(lambda: save_file(self.weights, self.folder / "model.safetensors", metadata=about))
         self._flush()
         self._attempt(lambda: config.save(self.folder / "config.json"))
         self._attempt(lambda: (self.folder / "state.json").write_text(json.dumps(state | {"shards": self.shards}, indent=1)))

@@ -17,8 +17,8 @@ from engine.config import ConfigError, require
 from engine.device import DTYPES, choose_device, choose_dtype
 from engine.formats import WeightsError
 from engine.sampling import TextStream, check_sampling, generate, prompt_tokens, sample_text
-from engine.tokenizer import load_encoding
-from engine.weights import find_weights, load_model
+from engine.tokenizer import DEFAULT, load_encoding
+from engine.weights import find_weights, load_model, recorded_tokenizer
 
 __all__ = ["generate", "main", "sample_text"]
 
@@ -37,7 +37,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=1, metavar="N", help="the same seed writes the same text [%(default)s]")
     add("--num_samples", type=int, default=1, metavar="N", help="texts to write, side by side [%(default)s]")
     add("--stop_at_end_of_text", action="store_true", help="stop where the model ends the document")
-    add("--tokenizer_name", default="r50k_base", metavar="NAME", help="the one it was trained with [%(default)s]")
+    add("--tokenizer_name", metavar="NAME", help=f"by default what is recorded of its training, or else {DEFAULT}")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N [%(default)s]")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="of weights and computation [%(default)s]")
     options = parser.parse_args(arguments)
@@ -51,11 +51,11 @@ def write_text(options: argparse.Namespace) -> None:
     check_sampling(options.temperature, options.top_k, options.top_p)
     device, device_reason = choose_device(options.device)
     dtype, dtype_reason = choose_dtype(options.dtype, device)
+    path = find_weights(options.model_path)
     try:
-        encoding = load_encoding(options.tokenizer_name)
+        encoding = load_encoding(options.tokenizer_name or recorded_tokenizer(path) or DEFAULT)
     except ValueError as error:
         raise ConfigError(f"--tokenizer_name: {error}") from None
-    path = find_weights(options.model_path)
     model = load_model(path, device, dtype)
     rows = model.config.vocab_size
     require(
@@ -63,6 +63,7 @@ def write_text(options: argparse.Namespace) -> None:
         f"{path} has {rows} tokens and {encoding.name} {encoding.n_vocab}: give the --tokenizer_name of its training",
     )
     note(f"model: {path}, {model.num_parameters():,} parameters, context {model.config.block_size}")
+    note(f"tokenizer: {encoding.name}")
     note(f"device: {device} ({device_reason}); dtype: {str(dtype).removeprefix('torch.')} ({dtype_reason})")
 
     # The first sample is written as it is made; the others, made beside it, when they are finished.

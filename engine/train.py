@@ -38,7 +38,7 @@ from engine.report import Report, human
 from engine.schedule import learning_rate
 from engine.strategy import Strategy, build
 from engine.tokenizer import load_encoding
-from engine.weights import read_weights
+from engine.weights import read_weights, recorded_tokenizer
 from kernels import dispatch
 
 EMBEDDED_DATA = Path("data/embedded")
@@ -130,7 +130,7 @@ def set_up(config: Config, resume: str | None, processes: Processes) -> Run:
     model = GPT.outline(config.model)
     n_parameters = model.num_parameters()
     if elsewhere := start_from or config.init_from:
-        weights = weights_from(elsewhere, config.model)
+        weights = weights_from(elsewhere, config.model, train_file)
     else:
         weights = model.initial_weights(torch.Generator().manual_seed(config.seed))
     strategy = build(config, model, processes, device, dtype, grad_accum, weights)
@@ -138,6 +138,7 @@ def set_up(config: Config, resume: str | None, processes: Processes) -> Run:
     if start_from:
         saved = checkpoint.load(start_from, config, strategy)
         progress = {key: saved[key] for key in progress}
+    progress["tokenizer"] = train_file.tokenizer
 
     report = None
     if processes.main:
@@ -249,14 +250,21 @@ def save(run: Run, final: bool) -> Path | None:
         return checkpoint.newest(run.config.run_dir)
 
 
-def weights_from(path: str | Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def weights_from(path: str | Path, config: ModelConfig, data: TokenFile) -> Iterator[tuple[str, Tensor]]:
     """Return the names and fp32 weights of any file that generate reads: a run, a checkpoint, GPT-2's folder, the classic .pt.
 
-    ConfigError where they belong to another model than `config` describes.
+    ConfigError where they belong to another model than `config` describes, or were trained with another tokenizer than
+    made `data`.
     """
     there, state = read_weights(path)
     other = differences(asdict(there), config)
     require(not other, f"{path} holds another model: {', '.join(other)}")
+    tokenizer = recorded_tokenizer(path) or data.tokenizer
+    require(
+        tokenizer == data.tokenizer,
+        f"{path} was trained on tokens of {tokenizer}, and {data.path} has those of {data.tokenizer}: "
+        f"prepare the text with --tokenizer_name {tokenizer}",
+    )
     return ((name, state.pop(name).float()) for name in list(state))
 
 

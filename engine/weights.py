@@ -79,17 +79,31 @@ def read_weights(path: str | Path) -> tuple[ModelConfig, State]:
         raise WeightsError(f"{path}: {error}") from None
 
 
-def write_weights(path: str | Path, config: ModelConfig, state: State) -> Path:
+def recorded_tokenizer(path: str | Path) -> str | None:
+    """Return the name of the tokenizer that the weights at `path` were trained with, None where that is not recorded."""
+    path = find_weights(path)
+    file = path / WEIGHTS_FILE if path.is_dir() else path
+    if file.suffix != ".safetensors" or not file.exists():
+        return None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return (opened.metadata() or {}).get("tokenizer")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file} cannot be read whole: {error}") from None
+
+
+def write_weights(path: str | Path, config: ModelConfig, state: State, tokenizer: str | None = None) -> Path:
     """Write the weights, as they are, to a .safetensors file, or to a folder as model.safetensors and config.json.
 
-    The model's shape is in the file's metadata too, as "model_config". Returns the file.
+    The model's shape is in the file's metadata too, as "model_config", and the tokenizer's name. Returns the file.
     """
     path = Path(path)
     shape = dataclasses.asdict(config)
     if path.suffix != ".safetensors":
         _write_json(path / "config.json", {"model": shape})
         path = path / WEIGHTS_FILE
-    _write_safetensors(path, drop_tied(config, state), {"model_config": json.dumps(shape)})
+    about = {"model_config": json.dumps(shape)} | ({"tokenizer": tokenizer} if tokenizer else {})
+    _write_safetensors(path, drop_tied(config, state), about)
     return path
 
 

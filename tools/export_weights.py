@@ -11,7 +11,7 @@ from engine.checkpoint import CheckpointError
 from engine.config import ConfigError
 from engine.device import DTYPES
 from engine.formats import R50K_PADDED, R50K_TOKENS, WeightsError, resize_vocab
-from engine.weights import find_weights, read_weights, write_classic, write_gpt2, write_weights
+from engine.weights import find_weights, read_weights, recorded_tokenizer, write_classic, write_gpt2, write_weights
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             if options.vocab_size:
                 config, state = resize_vocab(config, state, options.vocab_size)
-            out = (write_classic if options.format == "classic" else write_weights)(options.out, config, state)
+            if options.format == "classic":
+                out = write_classic(options.out, config, state)
+            else:
+                out = write_weights(options.out, config, state, recorded_tokenizer(path))
     except (CheckpointError, ConfigError, WeightsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,7 +9,7 @@ import sys
 from engine.checkpoint import CheckpointError
 from engine.config import ConfigError
 from engine.formats import WeightsError, resize_vocab
-from engine.weights import find_weights, read_weights, write_weights
+from engine.weights import find_weights, read_weights, recorded_tokenizer, write_weights
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         if padded != config.vocab_size:
             print(f"embedding: {config.vocab_size} rows padded to {padded}")
             config, state = resize_vocab(config, state, padded)
-        out = write_weights(options.out, config, state)
+        out = write_weights(options.out, config, state, recorded_tokenizer(path))
     except (CheckpointError, ConfigError, WeightsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

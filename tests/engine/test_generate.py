@@ -13,6 +13,7 @@ from engine.config import ConfigError, ModelConfig
 from engine.model import GPT
 from engine.sampling import TextStream, check_sampling, choose, generate, prompt_tokens, sample_text
 from engine.tokenizer import END_OF_TEXT, load_encoding
+from engine.weights import write_weights
 from tests.engine.conftest import save_model
 
 ENCODING = load_encoding()
@@ -295,6 +296,15 @@ def test_a_tokenizer_that_the_model_does_not_have_is_refused(tmp_path, capsys):
     file = save_model(tmp_path / "m.safetensors", model(vocab_size=300))
     code, _, err = run(capsys, f"--model_path={file}")
     assert code == 2 and "has 300 tokens and r50k_base 50257: give the --tokenizer_name" in err
+
+
+def test_the_tokenizer_of_the_training_is_taken(tmp_path, capsys):
+    ours = model(END_OF_TEXT + 1)
+    file = write_weights(tmp_path / "m.safetensors", ours.config, ours.state_dict(), "other")
+    code, _, err = run(capsys, f"--model_path={file}")
+    assert code == 2 and "unknown tokenizer 'other'" in err
+    code, _, err = run(capsys, f"--model_path={file}", "--tokenizer_name=gpt2", "--max_new_tokens=2")
+    assert code == 0 and "tokenizer: r50k_base" in err
 
 
 @pytest.mark.parametrize("temperature, top_k, top_p", [(float("nan"), 0, 1.0), (float("inf"), 0, 1.0), (1.0, 0, 1.1)])

@@ -2,9 +2,11 @@
 import json
 import math
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from engine.distributed import Processes
 from engine.report import read_metrics
 from engine.strategy.loss_scaling import LossScale
 from engine.strategy.resident import Resident
+from engine.weights import recorded_tokenizer
 
 
 def losses(run_dir) -> dict[int, float]:
@@ -166,6 +169,25 @@ def test_training_begins_with_weights_from_elsewhere(tiny_flags, tmp_path, capsy
     assert losses(tmp_path / "run")[1] > 6 and losses(tmp_path / "second")[1] < 4.7  # 6.2 is a guess among 512 words
     assert train.main([*tiny_flags, f"--run_dir={tmp_path}/third", f"--init_from={run}", "--n_layer=2"]) == 2
     assert "n_layer is 1 there and 2 here" in capsys.readouterr().err
+
+
+def test_weights_and_tokens_are_of_one_tokenizer(tiny_flags, token_files, tmp_path, capsys):
+    assert train.main(tiny_flags) == 0
+    assert recorded_tokenizer(tmp_path / "run") == "r50k_base"
+
+    def train_on(tokenizer: str, *flags: str) -> int:
+        copies = []
+        for flag, file in zip(("train", "val"), map(Path, token_files)):
+            about = json.loads(Path(f"{file}.json").read_text()) | {"tokenizer": tokenizer}
+            copy = Path(shutil.copy(file, tmp_path))
+            Path(f"{copy}.json").write_text(json.dumps(about))
+            copies.append(f"--{flag}_file={copy}")
+        return train.main([*tiny_flags, *copies, *flags])
+
+    for flags in (["--resume"], [f"--run_dir={tmp_path}/second", f"--init_from={tmp_path}/run"]):
+        assert train_on("p50k_base", *flags) == 2
+        assert "was trained on tokens of r50k_base, and" in capsys.readouterr().err
+        assert train_on("gpt2", *flags, "--max_steps=14") == 0  # another name of r50k_base
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from engine.config import ModelConfig, from_dict
 from engine.formats import WeightsError, drop_tied, resize_vocab
 from engine.model import GPT
-from engine.weights import load_model
+from engine.weights import load_model, recorded_tokenizer, write_weights
 from tests.engine.conftest import CLASSIC, draw_weights, gpt, randomise, save_model, tokens
+from tools import export_weights, import_weights
 
 
 @pytest.mark.parametrize("changes", [{}, CLASSIC, dict(positions="rotary", n_head=4, n_embd=32)])
@@ -123,3 +124,14 @@ def test_padding_changes_no_logit_and_takes_little_probability(changes):
     assert logits.softmax(-1)[..., 61:].sum(-1).max() <= 3 / 64
     back = resize_vocab(config, state, 61)[1]
     assert all(back[name].equal(tensor) for name, tensor in ours.state_dict().items() if name in back)
+
+
+@pytest.mark.parametrize("tool", [import_weights, export_weights])
+def test_tools_keep_the_tokenizer_that_is_recorded(tmp_path, tool):
+    ours = gpt()
+    write_weights(tmp_path / "a", ours.config, ours.state_dict(), "p50k_base")
+    flags = ["--model_path", str(tmp_path / "a"), "--out", str(tmp_path / "b")]
+    assert tool.main([*flags, *(["--format=safetensors"] if tool is export_weights else [])]) == 0
+    assert recorded_tokenizer(tmp_path / "b") == "p50k_base"
+    save_model(tmp_path / "c", ours)
+    assert recorded_tokenizer(tmp_path / "c") is None
