@@ -30,6 +30,7 @@ from torch import Tensor
 
 from benchmarks.environment import RESULTS, environment, write_result
 from engine import footprint
+from engine.arguments import positive
 from engine.cards import CLASSIC, Card, get
 from engine.config import PRESETS, Config, ModelConfig, from_dict
 from engine.data import Batch
@@ -234,7 +235,7 @@ def choices(card: Card, model: ModelConfig) -> list[Plan]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cards", help="names as in tools/plan.py, separated by commas [the classic ten]")
-    parser.add_argument("--steps", type=int, default=20, help="[%(default)s]")
+    parser.add_argument("--steps", type=positive, default=20, help="[%(default)s]")
     parser.add_argument("--out", type=Path, default=RESULTS / "miniature-cpu.json", help="[%(default)s]")
     parser.add_argument("--trial", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -244,7 +245,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not STATUS.exists():
         print("error: the limit is Linux's: this needs /proc", file=sys.stderr)
         return 2
-    cards = [get(name) for name in options.cards.split(",")] if options.cards else CLASSIC
+    try:
+        cards = [get(name) for name in options.cards.split(",")] if options.cards else CLASSIC
+    except ValueError as error:
+        parser.error(f"--cards: {error}")
     model = ModelConfig(**PRESETS[PRESET]["model"])
     settings = {"preset": PRESET, "scale": SCALE, "steps": options.steps, "host_memory_bytes": HOST_MEMORY}
     settings |= {"model": asdict(miniature(model)), "process_bytes": PROCESS_BYTES}

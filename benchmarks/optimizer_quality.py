@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import RESULTS, environment, write_result
+from engine.arguments import positive
 from engine.data import TokenFile
 from engine.report import read_metrics
 
@@ -245,10 +246,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     default_formats = ["fp32", "fp32-again", "residual-int8", "stochastic-int8"]
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=default_formats, help="[%(default)s]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="[%(default)s]")
-    parser.add_argument("--steps", type=int, default=2000, help="[%(default)s]")
-    parser.add_argument("--batch_tokens", type=int, default=1024, help="tokens a step [%(default)s]")
-    parser.add_argument("--eval_tokens", type=int, default=131_072, help="tokens of each validation [%(default)s]")
-    parser.add_argument("--threads", type=int, default=1, help="threads of a run [%(default)s]")
+    parser.add_argument("--steps", type=positive, default=2000, help="[%(default)s]")
+    parser.add_argument("--batch_tokens", type=positive, default=1024, help="tokens a step [%(default)s]")
+    parser.add_argument("--eval_tokens", type=positive, default=131_072, help="tokens of each validation [%(default)s]")
+    parser.add_argument("--threads", type=positive, default=1, help="threads of a run [%(default)s]")
     parser.add_argument("--run_dir", default="runs/optimizer_quality", help="where the runs are [%(default)s]")
     parser.add_argument("--out", default=str(RESULTS / "optimizer_quality.json"), help="results; a picture beside it")
     parser.add_argument("--report", action="store_true", help="train nothing")

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from engine.config import require
+from engine.config import ConfigError, require
 from kernels import dispatch
 
 _STATUS = Path("/proc/self/status")
@@ -13,7 +13,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> tuple[torch.device, str]:
-    """Return what `find_device` does; a GPU is this process's current one from now on, and some of its memory taken."""
+    """Return what `find_device` does; a GPU is this process's current one from now on, and some of its memory taken.
+
+    ConfigError as there, and where the environment asks for kernels or a chip that do not exist.
+    """
+    try:
+        dispatch.check_environment()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     device, reason = find_device(wanted, local_rank)
     if device.type == "cuda":
         # States stay while activations come and go: in segments of a fixed size one would keep the other's from use.

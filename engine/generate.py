@@ -12,6 +12,7 @@ import os
 import sys
 import time
 
+from engine.arguments import positive
 from engine.checkpoint import CheckpointError
 from engine.config import ConfigError, require
 from engine.device import DTYPES, choose_device, choose_dtype
@@ -30,21 +31,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model_path", required=True, metavar="PATH", help="run, checkpoint, .safetensors, GPT-2 folder, .pt")
     add("--input_text", default="", metavar="TEXT", help="what to continue; empty: the beginning of a document")
-    add("--max_new_tokens", type=int, default=100, metavar="N", help="tokens to write [%(default)s]")
+    add("--max_new_tokens", type=positive, default=100, metavar="N", help="tokens to write [%(default)s]")
     add("--temperature", type=float, default=0.8, metavar="X", help="0: the likeliest token each time [%(default)s]")
     add("--top_k", type=int, default=50, metavar="N", help="draw from the N likeliest; 0: from all [%(default)s]")
     add("--top_p", type=float, default=0.95, metavar="X", help="draw from the likeliest that add up to X [%(default)s]")
     add("--seed", type=int, default=1, metavar="N", help="the same seed writes the same text [%(default)s]")
-    add("--num_samples", type=int, default=1, metavar="N", help="texts to write, side by side [%(default)s]")
+    add("--num_samples", type=positive, default=1, metavar="N", help="texts to write, side by side [%(default)s]")
     add("--stop_at_end_of_text", action="store_true", help="stop where the model ends the document")
     add("--tokenizer_name", metavar="NAME", help=f"by default what is recorded of its training, or else {DEFAULT}")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N [%(default)s]")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="of weights and computation [%(default)s]")
-    options = parser.parse_args(arguments)
-    for name in ("max_new_tokens", "num_samples"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be positive, got {getattr(options, name)}")
-    return options
+    return parser.parse_args(arguments)
 
 
 def write_text(options: argparse.Namespace) -> None:

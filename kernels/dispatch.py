@@ -137,14 +137,25 @@ def use_backend(preference: str) -> Iterator[None]:
         set_backend(before)
 
 
+def check_environment() -> None:
+    """ValueError where PILESMITH_KERNELS or PILESMITH_CHIP is set to what does not exist."""
+    _check_preference(os.environ.get("PILESMITH_KERNELS") or "auto", "PILESMITH_KERNELS")
+    _check_chip(os.environ.get("PILESMITH_CHIP") or "cpu")
+
+
+def _check_chip(target: str) -> None:
+    if target not in CHIPS:
+        raise ValueError(f"PILESMITH_CHIP={target}: no such chip; the table has {', '.join(CHIPS)}")
+
+
 def force_chip(target: str | None) -> None:
     """Decides as if every device were the chip `target` (a key of CHIPS); None: as the device is.
 
     Raises ValueError for a chip that the table does not have. The same as the environment variable PILESMITH_CHIP.
     """
     global _forced_target
-    if target is not None and target not in CHIPS:
-        raise ValueError(f"PILESMITH_CHIP={target}: no such chip; the table has {', '.join(CHIPS)}")
+    if target is not None:
+        _check_chip(target)
     _forced_target = target
     _chips.clear()
     _decisions.clear()
@@ -154,7 +165,7 @@ def force_chip(target: str | None) -> None:
 def chip(device: torch.device) -> Chip:
     """The row of the table for a device; an unlisted GPU gets the nearest older row with its own shared memory."""
     if device not in _chips:
-        if _forced_target is None and "PILESMITH_CHIP" in os.environ:
+        if _forced_target is None and os.environ.get("PILESMITH_CHIP"):
             force_chip(os.environ["PILESMITH_CHIP"])
         _chips[device] = CHIPS[_forced_target] if _forced_target else _look_up(device)
     return _chips[device]

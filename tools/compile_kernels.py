@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.environment import RESULTS, environment, write_result
+from engine.arguments import positive
 from kernels import aot
 from kernels.dispatch import CHIPS, OPS, TRITON_PRESENT
 
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", action="append", choices=[t for t in CHIPS if t != "cpu"], help="only this chip")
     parser.add_argument("--op", action="append", choices=list(OPS), help="only this op")
-    parser.add_argument("--workers", type=int, default=2, help="processes side by side (2)")
+    parser.add_argument("--workers", type=positive, default=2, help="processes side by side (2)")
     parser.add_argument("--cache", type=Path, help="folder of finished rows (default: the user's cache folder)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of compiled_kernels.json and .md")
     options = parser.parse_args(arguments)

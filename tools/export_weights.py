@@ -7,6 +7,7 @@
 import argparse
 import sys
 
+from engine.arguments import positive
 from engine.checkpoint import CheckpointError
 from engine.config import ConfigError
 from engine.device import DTYPES
@@ -24,12 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     add("--format", required=True, choices=["classic", "gpt2", "safetensors"])
     add("--dtype", choices=list(DTYPES), help="of the numbers written; as they are stored without it")
     add(
-        "--vocab_size", type=int, metavar="N",
+        "--vocab_size", type=positive, metavar="N",
         help=f"rows of the embedding to keep; without it all, and for gpt2 {R50K_TOKENS} of {R50K_PADDED}",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    if options.vocab_size is not None and options.vocab_size < 1:
-        parser.error(f"--vocab_size must be positive, got {options.vocab_size}")
     try:
         path = find_weights(options.model_path)
         config, state = read_weights(path)

@@ -6,6 +6,7 @@
 import argparse
 import sys
 
+from engine.arguments import positive
 from engine.checkpoint import CheckpointError
 from engine.config import ConfigError
 from engine.formats import WeightsError, resize_vocab
@@ -20,12 +21,10 @@ def main(arguments: list[str] | None = None) -> int:
     add("--model_path", required=True, metavar="PATH", help="GPT-2 folder, classic .pt, .safetensors, run")
     add("--out", required=True, metavar="PATH", help="folder, or .safetensors file, to write")
     add(
-        "--vocab_multiple", type=int, default=64, metavar="N",
+        "--vocab_multiple", type=positive, default=64, metavar="N",
         help="add rows to the embedding up to a multiple of N, which GPUs multiply faster; 1: none [%(default)s]",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    if options.vocab_multiple < 1:
-        parser.error(f"--vocab_multiple must be positive, got {options.vocab_multiple}")
     try:
         path = find_weights(options.model_path)
         config, state = read_weights(path)

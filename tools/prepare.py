@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from engine.arguments import positive
 from tools.documents import INPUT_PATTERNS, KINDS, Problem
 from tools.parts import Settings, Workspace
 from tools.pipeline import Pipeline, refuse_losses
@@ -204,12 +205,6 @@ def parse_shard(text: str) -> tuple[int, int]:
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form i/n with i from 1 to n, as in 2/4")
     return int(number), int(count)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import kernels.cross_entropy
+from engine.arguments import positive
 from engine.config import PRESETS, ModelConfig
 from engine.device import DTYPES
 from engine.footprint import METHODS, Footprint, Recompute, predict
@@ -93,8 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--preset", required=True, choices=list(PRESETS))
-    add("--micro_batch_size", type=int, default=1, metavar="N", help="sequences [1]")
-    add("--block_size", type=int, metavar="N", help="tokens of a sequence; without it the preset's")
+    add("--micro_batch_size", type=positive, default=1, metavar="N", help="sequences [1]")
+    add("--block_size", type=positive, metavar="N", help="tokens of a sequence; without it the preset's")
     add("--dtype", choices=list(DTYPES), default="bf16", help="of the computation [bf16]")
     add("--weights", choices=list(DTYPES), default="bf16", help="of the stored weights [bf16]")
     add("--recompute", type=int, default=0, metavar="N", help="blocks whose activations are not kept [0]")
@@ -103,6 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
     settings = PRESETS[options.preset]["model"]
     model = ModelConfig(**(settings | ({"block_size": options.block_size} if options.block_size else {})))
     asked = {key: getattr(options, key) for key in ("dtype", "weights", "micro_batch_size")}
+    if not 0 <= options.recompute <= model.n_layer:
+        parser.error(f"--recompute must be 0 to {model.n_layer}, the blocks that {options.preset} has; got {options.recompute}")
     asked["recompute"] = Recompute(options.keep, options.recompute) if options.recompute else Recompute()
     began = time.perf_counter()
     seen = track(model, **asked)

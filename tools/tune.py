@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import environment, write_result
+from engine.arguments import positive, positives
 from kernels import dispatch, launch_configs
 from kernels.aot import Row, compile_case
 from kernels.dispatch import CHIPS, Chip
@@ -161,12 +162,12 @@ def main(arguments: list[str] | None = None) -> int:
         "one), bf16_residual_moments_int8 [those of the presets]",
     )  # fmt: skip
     parser.add_argument(
-        "--sizes", help="what a winner is measured at: sequence lengths, rows or parameters [each kernel's own]"
+        "--sizes", type=positives, help="what a winner is measured at: sequence lengths, rows or parameters [each kernel's own]"
     )
     parser.add_argument(
-        "--limit", type=int, help="try no more candidates than this for a kernel and case, taken evenly"
+        "--limit", type=positive, help="try no more candidates than this for a kernel and case, taken evenly"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile [one a core]")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes that compile [one a core]")
     parser.add_argument(
         "--dry_run", action="store_true", help="compile and prune only; needs no GPU and changes no table"
     )
@@ -266,8 +267,7 @@ def tune(
 
     dispatch.set_backend("triton")
     dtype = getattr(torch, chip.dtype)
-    sizes = [int(n) for n in options.sizes.split(",")] if options.sizes else tunable.sizes
-    timed = [tunable.speed(case, device, dtype, size) for size in sizes]
+    timed = [tunable.speed(case, device, dtype, size) for size in options.sizes or tunable.sizes]
 
     def verify(config: LaunchConfig) -> str:
         with launch_configs.use_launch_config(tunable.kernel, case, config):

@@ -1,0 +1,34 @@
+"""Mistakes on command lines: each program says in a line what is wrong, and ends with 2."""
+import pytest
+
+from benchmarks import miniature
+from engine import train
+from tools import compile_kernels, export_weights, import_weights, track_memory, tune
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "said"),
+    [
+        (compile_kernels, "--workers=0", "--workers: must be a whole number from 1 on, got '0'"),
+        (tune, "--sizes=1024,", "--sizes: must be"),
+        (import_weights, "--model_path=a --out=b --vocab_multiple=0", "--vocab_multiple: must be"),
+        (export_weights, "--model_path=a --out=b --format=gpt2 --vocab_size=x", "--vocab_size: must be"),
+        (track_memory, "--preset=13m --block_size=-4", "--block_size: must be"),
+        (track_memory, "--preset=13m --recompute=99", "--recompute must be 0 to 1"),
+        (miniature, "--cards=nonsense", "unknown GPU 'nonsense'"),
+        (miniature, "--steps=0", "--steps: must be"),
+    ],
+)
+def test_arguments_that_cannot_be(program, flags, said, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        program.main(flags.split())
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("PILESMITH_CHIP", "no such chip"), ("PILESMITH_KERNELS", "should be auto, triton or torch")]
+)
+def test_an_environment_that_cannot_be(name, said, tiny_flags, monkeypatch, capsys) -> None:
+    monkeypatch.setenv(name, "x")
+    assert train.main(tiny_flags) == 2
+    assert f"error: {name}=x: {said}" in capsys.readouterr().err
