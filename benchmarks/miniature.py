@@ -30,8 +30,8 @@ from torch import Tensor
 
 from benchmarks.environment import RESULTS, environment, write_result
 from engine import footprint
-from engine.arguments import positive
 from engine.cards import CLASSIC, Card, get
+from engine.command_line import positive
 from engine.config import PRESETS, Config, ModelConfig, from_dict
 from engine.data import Batch
 from engine.device import DTYPES, peak_memory

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import RESULTS, environment, write_result
-from engine.arguments import positive
+from engine.command_line import positive
 from engine.data import TokenFile
 from engine.report import read_metrics
 

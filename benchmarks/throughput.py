@@ -36,7 +36,8 @@ from benchmarks.environment import environment, write_result
 from benchmarks.meters import energy_j, forget_peak, kernels_in_use, limit_memory, peak_bytes, step_bytes
 from engine import cards
 from engine.cards import Card
-from engine.config import Config, ConfigError, parse, require
+from engine.command_line import parse
+from engine.config import Config, ConfigError, require
 from engine.data import Batch
 from engine.device import choose_device, choose_dtype, find_device
 from engine.distributed import Processes

@@ -1,14 +1,11 @@
-"""The typed configuration tree, the presets, and the command line made from them.
-
-Precedence, weakest first: defaults, `--preset`, `--config FILE` (or the run that is resumed), flags.
-"""
-import argparse
+"""The typed configuration tree, and the presets."""
 import dataclasses
 import difflib
 import json
 import math
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -242,13 +239,13 @@ class Config:
 _GPT2 = dict(block_size=1024, positions="learned", activation="gelu_tanh")
 _GPT2_TRAINING = dict(batch_tokens=524_288, max_steps=20_000, lr=6e-4, min_lr=6e-5, warmup_steps=700)
 _BIG_REPORT = dict(eval_interval=250, eval_tokens=1_048_576, save_interval=250)
-_CLASSIC = dict(
+CLASSIC_MODEL = dict(
     positions="learned", activation="relu", bias=True, qkv_bias=False, head_bias=True, tie_head=False
 )  # train-llm-from-scratch
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "13m": {
-        "model": dict(n_layer=1, n_head=8, n_embd=128, block_size=128, **_CLASSIC),
+        "model": dict(n_layer=1, n_head=8, n_embd=128, block_size=128, **CLASSIC_MODEL),
         "optimizer": dict(batch_tokens=2048, max_steps=1000, lr=2e-3, min_lr=2e-4, warmup_steps=50),
     },
     "gpt2": {
@@ -277,7 +274,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "report": _BIG_REPORT,
     },
     "3b": {
-        "model": dict(n_layer=64, n_head=16, n_embd=2048, block_size=512, **_CLASSIC),
+        "model": dict(n_layer=64, n_head=16, n_embd=2048, block_size=512, **CLASSIC_MODEL),
         "optimizer": _GPT2_TRAINING | dict(lr=2e-4, min_lr=2e-5, max_steps=80_000, warmup_steps=1000),
         "report": _BIG_REPORT,
     },
@@ -288,7 +285,7 @@ _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0":
 
 
 @dataclass(frozen=True)
-class _Flag:
+class Setting:
     """A leaf of the tree: `section` is empty for the fields of Config itself; `optional` ones may be None, "auto".
 
     also: further values that a choice may be given by, True, False or None, and which each means.
@@ -302,9 +299,37 @@ class _Flag:
     default: Any
     also: dict[bool | None, str]
 
+    def convert(self, value: Any) -> Any:
+        """Check `value`, a string from the command line or a value from JSON, against the field's type."""
+        kind, text = self.kind, str(value).strip()
+        if self.optional and (value is None or text == "auto"):
+            return None
+        if typing.get_origin(kind) is Literal:
+            choices = typing.get_args(kind)
+            text = self.also.get(None if value is None else _TRUTH.get(text.lower(), text), text)
+            require(text in choices, f"{self.name} must be one of {', '.join(choices)}; got {text!r}{nearest_name(text, choices)}")
+            return text
+        if kind is bool:
+            require(text.lower() in _TRUTH, f"{self.name} must be true or false, got {text!r}")
+            return _TRUTH[text.lower()]
+        if kind is str:
+            require(isinstance(value, str), f"{self.name} must be a string, got {value!r}")
+            return value
+        try:
+            if kind is int:
+                number = float(text.replace("_", "")) if not text.lstrip("+-").replace("_", "").isdigit() else int(text)
+                require(number == int(number), f"{self.name} must be a whole number, got {text!r}")
+                return int(number)
+            return float(text)
+        except (ValueError, OverflowError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{self.name} must be a {'whole number' if kind is int else 'number'}, got {text!r}") from None
 
-def _flags() -> dict[str, _Flag]:
-    flags: dict[str, _Flag] = {}
+
+def settings() -> dict[str, Setting]:
+    """Return every leaf of the tree by its name."""
+    found: dict[str, Setting] = {}
 
     def collect(cls: type, section: str) -> None:
         hints = typing.get_type_hints(cls)
@@ -312,66 +337,39 @@ def _flags() -> dict[str, _Flag]:
             if dataclasses.is_dataclass(hints[f.name]):
                 collect(hints[f.name], f.name)
             else:
-                assert f.name not in flags, f"two settings are called {f.name}"
+                assert f.name not in found, f"two settings are called {f.name}"
                 kinds = [kind for kind in typing.get_args(hints[f.name]) if kind is not type(None)]
                 optional = typing.get_origin(hints[f.name]) is types.UnionType
                 kind = kinds[0] if optional else hints[f.name]
-                flags[f.name] = _Flag(
+                found[f.name] = Setting(
                     section, f.name, kind, optional, f.metadata.get("help", ""), f.default, f.metadata.get("also", {})
                 )
 
     collect(Config, "")
-    return flags
+    return found
 
 
-def _convert(flag: _Flag, value: Any) -> Any:
-    """Check `value`, a string from the command line or a value from JSON, against the field's type."""
-    kind, text = flag.kind, str(value).strip()
-    if flag.optional and (value is None or text == "auto"):
-        return None
-    if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        text = flag.also.get(None if value is None else _TRUTH.get(text.lower(), text), text)
-        require(text in choices, f"{flag.name} must be one of {', '.join(choices)}; got {text!r}{_meant(text, choices)}")
-        return text
-    if kind is bool:
-        require(text.lower() in _TRUTH, f"{flag.name} must be true or false, got {text!r}")
-        return _TRUTH[text.lower()]
-    if kind is str:
-        require(isinstance(value, str), f"{flag.name} must be a string, got {value!r}")
-        return value
-    try:
-        if kind is int:
-            number = float(text.replace("_", "")) if not text.lstrip("+-").replace("_", "").isdigit() else int(text)
-            require(number == int(number), f"{flag.name} must be a whole number, got {text!r}")
-            return int(number)
-        return float(text)
-    except (ValueError, OverflowError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{flag.name} must be a {'whole number' if kind is int else 'number'}, got {text!r}") from None
-
-
-def _meant(word: str, known: typing.Iterable[str]) -> str:
+def nearest_name(word: str, known: Iterable[str]) -> str:
+    """Return what to add to a message about an unknown name: the known one that was meant, or nothing."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def from_dict(tree: dict[str, Any], source: str = "config") -> Config:
     """Build a Config from a (partial) nested dict; ConfigError names an unknown key and the nearest known one."""
-    flags = _flags()
-    sections = {f.section for f in flags.values()} - {""}
+    leaves = settings()
+    sections = {f.section for f in leaves.values()} - {""}
     values: dict[str, dict[str, Any]] = {section: {} for section in sections | {""}}
     for key, value in tree.items():
         require(key not in sections or isinstance(value, dict), f"{source}: {key} must hold settings, got {value!r}")
         entries = value.items() if key in sections else [(key, value)]
         section = key if key in sections else ""
         for name, leaf in entries:
-            if name not in flags or flags[name].section != section:
+            if name not in leaves or leaves[name].section != section:
                 where = f"{section}.{name}" if section else name
-                known = [f.name for f in flags.values() if f.section == section] + ([] if section else list(sections))
-                raise ConfigError(f"{source}: unknown setting {where!r}{_meant(name, known)}")
-            values[section][name] = _convert(flags[name], leaf)
+                known = [f.name for f in leaves.values() if f.section == section] + ([] if section else list(sections))
+                raise ConfigError(f"{source}: unknown setting {where!r}{nearest_name(name, known)}")
+            values[section][name] = leaves[name].convert(leaf)
     hints = typing.get_type_hints(Config)
     return Config(**values[""], **{section: hints[section](**values[section]) for section in sections})
 
@@ -388,7 +386,7 @@ def merge(*trees: dict[str, Any]) -> dict[str, Any]:
 
 def preset(name: str) -> dict[str, Any]:
     known = list(PRESETS)  # a list also takes what a file may hold in the name's place
-    require(name in known, f"unknown preset {name!r}; known: {', '.join(known)}{_meant(str(name), known)}")
+    require(name in known, f"unknown preset {name!r}; known: {', '.join(known)}{nearest_name(str(name), known)}")
     return {"preset": name, **PRESETS[name]}
 
 
@@ -401,57 +399,3 @@ def load_file(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is no JSON: {error}") from None
     require(isinstance(tree, dict), f"{path} must hold settings, got {tree!r}")
     return tree
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise ConfigError(message)
-
-
-def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
-    """Return the configuration that the command line asks for, and what is no part of it: `resume`, `local_rank`.
-
-    `resume` is None, "latest", or the path of a checkpoint. Dashes and underscores in flags are the same.
-    ConfigError: an unknown flag (with the nearest name), a value of the wrong type, settings that exclude each other.
-    """
-    flags = _flags()
-    parser = _Parser(
-        prog="engine/train.py", description="Train a GPT.", allow_abbrev=False, formatter_class=argparse.HelpFormatter
-    )
-    parser.add_argument("--config", metavar="FILE", help="a JSON configuration, such as a run's config.json")
-    parser.add_argument("--resume", nargs="?", const="latest", metavar="CHECKPOINT", help="go on with run_dir's newest checkpoint, or this one")
-    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher's
-    for flag in flags.values():
-        choices = typing.get_args(flag.kind) if typing.get_origin(flag.kind) is Literal else PRESETS if flag.name == "preset" else ()
-        shown = f" ({', '.join(choices)})" if choices else ""
-        options = {"nargs": "?", "const": "true"} if flag.kind is bool or True in flag.also else {}
-        metavar = {int: "N", float: "X", bool: "true|false"}.get(flag.kind, "NAME" if choices else "TEXT")
-        parser.add_argument(f"--{flag.name}", help=f"{flag.help}{shown} [{'auto' if flag.default is None else flag.default}]".replace("%", "%%"), metavar=metavar, **options)
-    dashed = [f"--{a[2:].partition('=')[0].replace('-', '_')}{a[a.index('='):] if '=' in a else ''}" if a.startswith("--") else a for a in arguments]
-    given, unknown = parser.parse_known_args(dashed)
-    if unknown:
-        name = unknown[0].lstrip("-").partition("=")[0]
-        raise ConfigError(f"unknown flag {unknown[0]!r}{_meant(name, flags)}")
-    chosen: dict[str, Any] = {}
-    for name, flag in flags.items():
-        value = getattr(given, name)  # a string; None where the flag was not given
-        if value is not None:
-            where = chosen.setdefault(flag.section, {}) if flag.section else chosen
-            where[name] = _convert(flag, value)
-    base = load_file(given.config) if given.config else {}
-    if given.resume:
-        base = merge(base, _resumed(given.resume, merge(base, chosen)))
-    name = chosen.get("preset", base.get("preset", "13m"))
-    config = from_dict(merge(preset(name), base, chosen), given.config or "command line")
-    return config, types.SimpleNamespace(resume=given.resume, local_rank=given.local_rank)
-
-
-def _resumed(checkpoint: str, chosen: dict[str, Any]) -> dict[str, Any]:
-    """The saved configuration of the run that `--resume` names, where there is one yet."""
-    if checkpoint == "latest":
-        run_dir = Path(chosen.get("run_dir") or f"runs/{chosen.get('preset', '13m')}")
-        saved = run_dir / "config.json"
-        return load_file(saved) if saved.exists() else {}
-    saved = Path(checkpoint) / "config.json"
-    require(saved.exists(), f"--resume {checkpoint}: no checkpoint there ({saved} is missing)")
-    return load_file(saved)

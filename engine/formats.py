@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.config import ModelConfig
+from engine.config import CLASSIC_MODEL, ModelConfig
 from engine.model import GPT
 from engine.tokenizer import END_OF_TEXT
 
@@ -25,9 +25,6 @@ _GPT2_DEFAULTS = dict(  # what a config.json may leave out
     activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
 )  # fmt: skip
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2 stores these (in, out)
-_CLASSIC = dict(
-    positions="learned", activation="relu", bias=True, qkv_bias=False, head_bias=True, tie_head=False, norm_eps=1e-5
-)
 _CLASSIC_NAMES = {  # ours: the classic script's; the packed qkv matrix is one matrix a head there
     "transformer.wte": "token_embed",
     "transformer.wpe": "position_embed",
@@ -196,7 +193,7 @@ def from_classic(state: State) -> tuple[ModelConfig, State]:
         n_embd=n_embd,
         block_size=len(state["position_embed.weight"]),
         vocab_size=vocab_size,
-        **_CLASSIC,
+        **CLASSIC_MODEL,
     )
     if not any(".attn.proj." in name for name in state):
         like = state["token_embed.weight"]
@@ -216,7 +213,7 @@ def from_classic(state: State) -> tuple[ModelConfig, State]:
 
 def to_classic(config: ModelConfig, state: State) -> State:
     """Return the classic script's state dict, its buffers included; WeightsError names the fields it does not have."""
-    _require_fields(config, _CLASSIC, "the classic format")
+    _require_fields(config, CLASSIC_MODEL | {"norm_eps": 1e-5}, "the classic format")
     classic = {name: tensor.clone() for name, tensor in _classic_entries(config, state).items()}
     tril = torch.ones(config.block_size, config.block_size).tril()  # one tensor for all heads: stored once
     for layer in range(config.n_layer):

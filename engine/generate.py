@@ -12,8 +12,8 @@ import os
 import sys
 import time
 
-from engine.arguments import positive
 from engine.checkpoint import CheckpointError
+from engine.command_line import positive
 from engine.config import ConfigError, require
 from engine.device import DTYPES, choose_device, choose_dtype
 from engine.formats import WeightsError

@@ -24,17 +24,18 @@ from torch import Tensor
 
 from engine import checkpoint
 from engine.cards import peak_flops
-from engine.config import Config, ConfigError, DataConfig, ModelConfig, differences, parse, require
+from engine.command_line import parse
+from engine.config import Config, ConfigError, DataConfig, ModelConfig, differences, require
 from engine.data import Batch, DataError, TokenFile, TrainingBatches, prefetch, validation_batches
 from engine.device import choose_device, choose_dtype, peak_memory
 from engine.distributed import Processes
-from engine.sampling import sample_text
 from engine.formats import WeightsError
 from engine.held_memory import by_part, gradient_bytes
 from engine.memory import Plan
 from engine.model import GPT, flops_per_token
 from engine.placement import explain, settle
 from engine.report import Report, human
+from engine.sampling import sample_text
 from engine.schedule import learning_rate
 from engine.strategy import Strategy, build
 from engine.tokenizer import load_encoding

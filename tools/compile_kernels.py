@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.environment import RESULTS, environment, write_result
-from engine.arguments import positive
+from engine.command_line import positive
 from kernels import aot
 from kernels.dispatch import CHIPS, OPS, TRITON_PRESENT
 

@@ -7,8 +7,8 @@
 import argparse
 import sys
 
-from engine.arguments import positive
 from engine.checkpoint import CheckpointError
+from engine.command_line import positive
 from engine.config import ConfigError
 from engine.device import DTYPES
 from engine.formats import R50K_PADDED, R50K_TOKENS, WeightsError, resize_vocab

@@ -6,8 +6,8 @@
 import argparse
 import sys
 
-from engine.arguments import positive
 from engine.checkpoint import CheckpointError
+from engine.command_line import positive
 from engine.config import ConfigError
 from engine.formats import WeightsError, resize_vocab
 from engine.weights import find_weights, read_weights, recorded_tokenizer, write_weights

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.arguments import positive
+from engine.command_line import positive
 from tools.documents import INPUT_PATTERNS, KINDS, Problem
 from tools.parts import Settings, Workspace
 from tools.pipeline import Pipeline, refuse_losses

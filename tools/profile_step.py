@@ -27,7 +27,8 @@ from benchmarks.environment import environment, write_result
 from benchmarks.meters import kernels_in_use
 from benchmarks.throughput import random_batches
 from engine import cards
-from engine.config import Config, ConfigError, parse, require
+from engine.command_line import parse
+from engine.config import Config, ConfigError, require
 from engine.device import choose_device, choose_dtype
 from engine.distributed import Processes
 from engine.model import GPT

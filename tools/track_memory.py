@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import kernels.cross_entropy
-from engine.arguments import positive
+from engine.command_line import positive
 from engine.config import PRESETS, ModelConfig
 from engine.device import DTYPES
 from engine.footprint import METHODS, Footprint, Recompute, predict

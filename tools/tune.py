@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import environment, write_result
-from engine.arguments import positive, positives
+from engine.command_line import positive, positives
 from kernels import dispatch, launch_configs
 from kernels.aot import Row, compile_case
 from kernels.dispatch import CHIPS, Chip

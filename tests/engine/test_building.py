@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from engine import train
-from engine.config import from_dict, parse, preset
+from engine.command_line import parse
+from engine.config import from_dict, preset
 from engine.distributed import Processes
 from engine.footprint import HOST_PROCESS_BYTES, METHODS, predict
 from engine.model import GPT
@@ -13,7 +14,7 @@ GROWTH = """
 import os
 import torch
 from engine import train
-from engine.config import parse
+from engine.command_line import parse
 from engine.device import peak_memory
 from engine.distributed import Processes
 from engine.model import GPT

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from engine.command_line import parse
 from engine.config import (
     PRESETS,
     Config,
@@ -16,7 +17,6 @@ from engine.config import (
     from_dict,
     load_file,
     merge,
-    parse,
     preset,
 )
 from engine.model import GPT

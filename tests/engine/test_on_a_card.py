@@ -8,7 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from engine import generate, train
-from engine.config import parse
+from engine.command_line import parse
 from engine.distributed import Processes
 from engine.model import GPT
 from engine.optimizer import AdamW, parameter_groups

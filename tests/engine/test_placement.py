@@ -4,7 +4,8 @@ import torch
 
 from engine import placement
 from engine.cards import get
-from engine.config import ConfigError, StrategyConfig, parse
+from engine.command_line import parse
+from engine.config import ConfigError, StrategyConfig
 from engine.memory import plan
 
 GiB = 2**30

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from engine.config import parse
+from engine.command_line import parse
 from engine.report import Report, duration, human, read_metrics
 
 

@@ -5,7 +5,8 @@ import torch
 
 from engine import placement
 from engine.cards import get
-from engine.config import ModelConfig, parse
+from engine.command_line import parse
+from engine.config import ModelConfig
 from engine.data import Batch
 from engine.device import DTYPES
 from engine.distributed import Processes

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from engine.config import parse
+from engine.command_line import parse
 from engine.footprint import METHODS, predict
 from engine.model import GPT
 from engine.optimizer import AdamW, parameter_groups

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine import checkpoint, train
-from engine.config import parse
+from engine.command_line import parse
 from engine.distributed import Processes
 from engine.report import read_metrics
 from engine.strategy.loss_scaling import LossScale

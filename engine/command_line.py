@@ -1,0 +1,77 @@
+"""Command lines: a flag for every setting of a run, and types of arguments that several programs have.
+
+Settings go, weakest first: defaults, `--preset`, `--config FILE` (or the run that is resumed), flags.
+"""
+import argparse
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.config import PRESETS, Config, ConfigError, from_dict, load_file, merge, nearest_name, preset, require, settings
+
+
+def positive(text: str) -> int:
+    """Return a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def positives(text: str) -> list[int]:
+    """Return whole numbers from 1 on, separated by commas."""
+    return [positive(part) for part in text.split(",")]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(message)
+
+
+def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
+    """Return the configuration that the command line asks for, and what is no part of it: `resume`, `local_rank`.
+
+    `resume` is None, "latest", or the path of a checkpoint. Dashes and underscores in flags are the same.
+    ConfigError: an unknown flag (with the nearest name), a value of the wrong type, settings that exclude each other.
+    """
+    flags = settings()
+    parser = _Parser(
+        prog="engine/train.py", description="Train a GPT.", allow_abbrev=False, formatter_class=argparse.HelpFormatter
+    )
+    parser.add_argument("--config", metavar="FILE", help="a JSON configuration, such as a run's config.json")
+    parser.add_argument("--resume", nargs="?", const="latest", metavar="CHECKPOINT", help="go on with run_dir's newest checkpoint, or this one")
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    for flag in flags.values():
+        choices = typing.get_args(flag.kind) if typing.get_origin(flag.kind) is Literal else PRESETS if flag.name == "preset" else ()
+        shown = f" ({', '.join(choices)})" if choices else ""
+        options = {"nargs": "?", "const": "true"} if flag.kind is bool or True in flag.also else {}
+        metavar = {int: "N", float: "X", bool: "true|false"}.get(flag.kind, "NAME" if choices else "TEXT")
+        parser.add_argument(f"--{flag.name}", help=f"{flag.help}{shown} [{'auto' if flag.default is None else flag.default}]".replace("%", "%%"), metavar=metavar, **options)
+    dashed = [f"--{a[2:].partition('=')[0].replace('-', '_')}{a[a.index('='):] if '=' in a else ''}" if a.startswith("--") else a for a in arguments]
+    given, unknown = parser.parse_known_args(dashed)
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0]
+        raise ConfigError(f"unknown flag {unknown[0]!r}{nearest_name(name, flags)}")
+    chosen: dict[str, Any] = {}
+    for name, flag in flags.items():
+        value = getattr(given, name)  # a string; None where the flag was not given
+        if value is not None:
+            where = chosen.setdefault(flag.section, {}) if flag.section else chosen
+            where[name] = flag.convert(value)
+    base = load_file(given.config) if given.config else {}
+    if given.resume:
+        base = merge(base, _resumed(given.resume, merge(base, chosen)))
+    name = chosen.get("preset", base.get("preset", "13m"))
+    config = from_dict(merge(preset(name), base, chosen), given.config or "command line")
+    return config, types.SimpleNamespace(resume=given.resume, local_rank=given.local_rank)
+
+
+def _resumed(checkpoint: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    """The saved configuration of the run that `--resume` names, where there is one yet."""
+    if checkpoint == "latest":
+        run_dir = Path(chosen.get("run_dir") or f"runs/{chosen.get('preset', '13m')}")
+        saved = run_dir / "config.json"
+        return load_file(saved) if saved.exists() else {}
+    saved = Path(checkpoint) / "config.json"
+    require(saved.exists(), f"--resume {checkpoint}: no checkpoint there ({saved} is missing)")
+    return load_file(saved)
