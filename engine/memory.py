@@ -289,7 +289,7 @@ def nearest(model: ModelConfig, card: Card, host_memory: int, **options: Any) ->
     more = [options["gpus"] * n for n in (2, 4, 8)]
     changes += [(f"with {count} cards", card, host_memory, {"gpus": count}) for count in more]
     sizes = {c.label_gb: c for c in reversed(CARDS) if c.memory_bytes > card.memory_bytes}  # the first of each size
-    changes += [(f"on a {sizes[size].name}", sizes[size], host_memory, {}) for size in sorted(sizes)]
+    changes += [(f"on the {sizes[size].name}", sizes[size], host_memory, {}) for size in sorted(sizes)]
     for words, other, memory, change in changes:
         try:
             found = choose(plan(model, other, memory, **({"block_size": length} | options | change)))

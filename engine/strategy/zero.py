@@ -97,6 +97,9 @@ class Zero:
         groups = parameter_groups(model, options.weight_decay)  # by shapes, which stage 3 takes away
         self._place(model, weights, settings)
         optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.adam_eps, fused=True)
+        self.clip_norm = 0.0
+        if self.stage == 0:  # there DeepSpeed cannot skip a step that it is to clip
+            self.clip_norm, settings = settings["gradient_clipping"], settings | {"gradient_clipping": 0.0}
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         if self.stage > 0:
             self.engine.optimizer.check_grad_overflow = True  # in fp32 too: a non-finite gradient skips the step
@@ -136,9 +139,13 @@ class Zero:
         return total / len(batches)
 
     def step(self, loss: Tensor) -> StepResult:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values()]) if self.stage == 0 else None
-        if norm is not None and not torch.isfinite(norm):
-            self.engine.optimizer.zero_grad(set_to_none=True)  # the step below then finds nothing to do
+        norm = None
+        if self.stage == 0:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values()])
+            if not torch.isfinite(norm):
+                self.engine.optimizer.zero_grad(set_to_none=True)  # the step below then finds nothing to do
+            elif self.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip_norm, norm)
         scale = self._scale()
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() if norm is None else norm)

@@ -154,8 +154,11 @@ def test_where_nothing_fits_the_nearest_change_is_named():
     card = replace(get("RTX 3080"), memory_bytes=3 * GiB)
     assert choose(plan(TWO_B, card, HOST)) is None
     words, found = nearest(TWO_B, card, HOST)
-    assert found.fits
-    assert words.startswith(("with", "on a"))
+    assert found.fits and words == "on the RTX 4060"
+    card = replace(card, memory_bytes=6 * GiB)
+    words, found = nearest(TWO_B, card, 8 * GiB)
+    assert found.fits and words == "with 64 GiB of host memory"
+    assert [choose(plan(TWO_B, card, size * GiB)) for size in (8, 48, 64)] == [None, None, found]
     host_too_small = [p for p in plan(TWO_B, get("RTX 3080"), 16 * GiB) if p.method.stage]
     assert choose(host_too_small) is None
     assert nearest(ModelConfig(n_layer=100, n_head=128, n_embd=16384, block_size=1024), card, HOST) is None

@@ -7,6 +7,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from engine import checkpoint, train
 from engine.command_line import parse
+from engine.data import DataError
 from engine.distributed import Processes
 from engine.report import read_metrics
 from engine.strategy.loss_scaling import LossScale
@@ -152,6 +154,49 @@ def test_a_loss_scale_that_cannot_go_lower_is(tiny_flags, tmp_path, monkeypatch)
     monkeypatch.setattr("engine.strategy.resident.LossScale", lambda: LossScale(minimum=65536 / 4))
     assert train.main([*tiny_flags, "--dtype=fp16", "--max_bad_steps=3"]) == train.EXIT_DIVERGED
     assert list(losses(tmp_path / "run"))[-1] == 5  # two steps that halve it, then three bad ones
+
+
+def test_a_loss_scale_grows_after_good_steps_and_stays_within_bounds():
+    scale = LossScale(value=8.0, growth_interval=3, minimum=2.0, maximum=16.0)
+    values = []
+    for overflowed in [False, False, True, False, False, False, False, False, False, False, False, False, True, True, True, True, True]:
+        scale.update(overflowed)
+        values.append(scale.value)
+    assert values == [8, 8, 4, 4, 4, 8, 8, 8, 16, 16, 16, 16, 8, 4, 2, 2, 2]
+
+
+def test_a_run_without_prepared_data_makes_its_own_and_touches_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    commands, code = [], 0
+
+    def run(command):
+        commands.append(command[2])
+        return SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(train.subprocess, "run", run)
+    named = parse(["--preset=13m", "--train_file=mine.bin"])[0]
+    train.prepare_default_data(named, Processes())
+    assert not commands and named.data.train_file == "mine.bin"
+
+    config = parse(["--preset=13m"])[0]
+    train.prepare_default_data(config, Processes())
+    assert commands == ["tools.download", "tools.prepare"] and config.data.train_file == "data/embedded/train.bin"
+    assert "building the embedded default" in capsys.readouterr().out
+    for name in ("train", "val"):
+        Path(f"data/embedded/{name}.bin").parent.mkdir(parents=True, exist_ok=True)
+        Path(f"data/embedded/{name}.bin").touch()
+    train.prepare_default_data(parse(["--preset=13m"])[0], Processes())
+    assert len(commands) == 2  # it is there
+    Path("data/embedded/val.bin").unlink()
+    code = 1
+    with pytest.raises(DataError, match="python -m tools.download .* failed"):
+        train.prepare_default_data(parse(["--preset=13m"])[0], Processes())
+    code = 0
+    prepared = parse(["--preset=13m"])[0]
+    Path(prepared.data.train_file).parent.mkdir(parents=True)
+    Path(prepared.data.train_file).touch()
+    train.prepare_default_data(prepared, Processes())
+    assert prepared.data == parse(["--preset=13m"])[0].data
 
 
 def test_resume_from_a_named_checkpoint(tiny_flags, tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import checkpoint
+from engine import checkpoint, train
 from engine.report import read_metrics
 
 pytest.importorskip("deepspeed")
@@ -107,3 +107,17 @@ def test_on_a_pretended_card(single, tiny_flags, start, tmp_path):
         output = finish(start(*launcher, *command))
         assert "device: cuda:0" in output and "dtype: float16" in output and f"{2 if launcher else 1} processes" in output
         assert losses(run) == pytest.approx(reference, rel=1e-2), chip
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_step_that_is_not_finite_is_skipped(tiny_flags, start, tmp_path, stage):
+    shape = ["--max_steps=5", "--micro_batch_size=4", "--grad_clip=0.1"]  # a quarter of what the gradients have
+    flags = [*shape, "--strategy=zero", f"--zero_stage={stage}"]
+    finish(start("-m", "tests.engine.poisoned_zero", *tiny_flags, *flags))
+    assert [r["step"] for r in read_metrics(tmp_path / "run") if r.get("skipped")] == [3]
+    assert checkpoint.read_state(checkpoint.newest(tmp_path / "run"))["counters"]["updates"] == 4
+    finish(start("engine/train.py", *tiny_flags, *flags, f"--run_dir={tmp_path}/whole"))
+    assert train.main([*tiny_flags, *shape, f"--run_dir={tmp_path}/plain"]) == 0
+    poisoned, whole, plain = (losses(tmp_path / name) for name in ("run", "whole", "plain"))
+    assert whole == pytest.approx(plain, rel=2e-5)
+    assert poisoned[4, "loss"] != whole[4, "loss"] and all(poisoned[step, "loss"] == whole[step, "loss"] for step in (1, 2, 3))
