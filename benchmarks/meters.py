@@ -1,17 +1,20 @@
-"""Memory and energy of a step, on a GPU or a CPU."""
+"""Size, memory and energy of a step that is measured, on a GPU or a CPU."""
 
+import copy
 import ctypes
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.config import require
+from engine.config import Config, from_dict, preset, require
 from engine.device import peak_memory
 from kernels import dispatch
 
+CPU_STEP_TOKENS = 8192
 _STATUS = Path("/proc/self/status")
 
 
@@ -21,6 +24,22 @@ def kernels_in_use(device: torch.device) -> dict[str, str]:
     interpreted = dispatch.interpreting() and "triton" in decided.values()
     require(not interpreted, "TRITON_INTERPRET=1 with Triton's kernels: the interpreter's times mean nothing; unset it")
     return decided
+
+
+def within_minutes(config: Config, device: torch.device, processes: int = 1) -> Config:
+    """Return `config`, on a CPU with CPU_STEP_TOKENS tokens a step where its preset has more and nobody asked for others.
+
+    Half a million tokens, as the larger presets have, take a CPU an hour.
+    """
+    usual = from_dict(preset(config.preset)).optimizer.batch_tokens
+    unit = config.model.block_size * (config.optimizer.micro_batch_size or 1) * processes
+    tokens = max(unit, CPU_STEP_TOKENS // unit * unit)
+    if device.type != "cpu" or config.optimizer.batch_tokens != usual or usual <= tokens:
+        return config
+    print(f"a step has {tokens:,} tokens, not {usual:,}: this is a CPU; --batch_tokens sets it", file=sys.stderr)
+    config = copy.deepcopy(config)
+    config.optimizer.batch_tokens = tokens
+    return config
 
 
 def limit_memory(device: torch.device, limit_bytes: int | None, context_counts: bool = False) -> None:

@@ -33,7 +33,15 @@ import torch
 
 from benchmarks.contenders import CONTENDERS, Step, Unsupported
 from benchmarks.environment import environment, write_result
-from benchmarks.meters import energy_j, forget_peak, kernels_in_use, limit_memory, peak_bytes, step_bytes
+from benchmarks.meters import (
+    energy_j,
+    forget_peak,
+    kernels_in_use,
+    limit_memory,
+    peak_bytes,
+    step_bytes,
+    within_minutes,
+)
 from engine import cards
 from engine.cards import Card
 from engine.command_line import parse
@@ -300,6 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
         card = cards.get(options.card) if options.card else None
         gpu_memory = cards.parse_memory(options.gpu_memory) if options.gpu_memory else card and card.memory_bytes
         device, reason = find_device(config.strategy.device)  # its memory is for the processes that measure
+        config = within_minutes(config, device, options.processes)
         dispatch.force_chip(chip_of(card).target if card else None)
         dtype, _ = choose_dtype(config.strategy.dtype, device)
         dispatch.force_chip(None)  # the processes that measure pretend; this one need not

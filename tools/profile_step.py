@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.charts import draw_timelines, timelines_data
 from benchmarks.contenders import some_weights
 from benchmarks.environment import environment, write_result
-from benchmarks.meters import kernels_in_use
+from benchmarks.meters import kernels_in_use, within_minutes
 from benchmarks.throughput import random_batches
 from engine import cards
 from engine.command_line import parse
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         dispatch.set_backend(config.strategy.kernels)
         dtype, _ = choose_dtype(config.strategy.dtype, device)
         kernels_in_use(device)
-        config, grad_accum, _ = settle(config, device, dtype, 1)
+        config, grad_accum, _ = settle(within_minutes(config, device), device, dtype, 1)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

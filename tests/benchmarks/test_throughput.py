@@ -12,6 +12,7 @@ from benchmarks import contenders, meters, throughput
 from benchmarks.contenders import CONTENDERS, Unsupported, some_weights
 from benchmarks.throughput import Job, Measured, random_batches, summarise
 from engine.cards import get
+from engine.command_line import parse
 from engine.config import ConfigError, from_dict, merge, preset
 from engine.distributed import Processes
 from engine.model import GPT, flops_per_token
@@ -187,6 +188,22 @@ def test_smaller_micro_batches_are_tried_for_others_where_one_does_not_fit(monke
     assert throughput.largest_that_fits("it", Job("pytorch", config), 1, 1) == "fits" and tried == [8, 4, 2]
     ours = throughput.largest_that_fits("it", Job("pilesmith", config), 1, 1)
     assert ours == "out of memory: tried to allocate 20 GiB" and tried == [8, 4, 2, 8]
+
+
+def test_a_step_is_such_as_a_cpu_takes_in_a_minute(capsys):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+
+    def tokens(flags: str, device: torch.device = cpu, processes: int = 1) -> int:
+        return meters.within_minutes(parse(flags.split())[0], device, processes).optimizer.batch_tokens
+
+    assert tokens("--preset=gpt2") == 8192
+    assert "8,192 tokens, not 524,288" in capsys.readouterr().err
+    assert tokens("--preset=gpt2", gpu) == 524_288
+    assert tokens("--preset=gpt2 --batch_tokens=65536") == 65536
+    assert tokens("--preset=13m") == 2048
+    assert tokens("--preset=2b --micro_batch_size=3") == 3 * 2048
+    assert tokens("--preset=2b --micro_batch_size=4", cpu, 2) == 8 * 2048
+
 
 
 def test_energy_is_nvmls(monkeypatch):
