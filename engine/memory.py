@@ -246,11 +246,12 @@ def choose(plans: list[Plan]) -> Plan | None:
 
 def reason(chosen: Plan, plans: list[Plan]) -> str:
     """Say why `chosen` rather than what would be preferred to it, and what it costs."""
-    passed_over = []
+    passed_over, ordered = [], best_first(plans)
+    preferred = ordered[: ordered.index(chosen)]
     for method in METHODS:
         if method.rank >= chosen.method.rank or (method.stage and method.offload == "none" and chosen.gpus == 1):
             continue
-        best = next((p for p in best_first(plans) if p.method == method), None)
+        best = next((p for p in ordered if p.method == method), None)
         if best is None:
             continue
         if not best.fits_card:
@@ -258,7 +259,8 @@ def reason(chosen: Plan, plans: list[Plan]) -> str:
         elif not best.fits_host:
             passed_over.append(f"{method.title}: would take {_gib(best.host_bytes)} GiB of host memory")
         elif best.keeps_batch:
-            passed_over.append(f"{method.title}: {1 - best.tokens_per_s / chosen.tokens_per_s:.0%} slower")
+            slower = f"{1 - best.tokens_per_s / chosen.tokens_per_s:.0%} slower"
+            passed_over.append(f"{method.title}: {'excluded by what is set' if best in preferred else slower}")
     said = ["Not chosen: " + "; ".join(passed_over) if passed_over else "Nothing more exact is left to choose"]
     whole = next((p for p in plans if p.method == chosen.method and p.recompute.kind == "none"), None)
     if chosen.recompute.kind != "none" and whole and not whole.fits:

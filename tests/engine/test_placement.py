@@ -159,3 +159,9 @@ def test_what_fits_nowhere_is_refused_with_what_would(on_card):
 def test_every_plan_is_a_valid_configuration():
     for candidate in plan(parse(["--preset=gpt2"])[0].model, get("rtx3090"), 64 * GiB):
         StrategyConfig(**candidate.settings["strategy"])
+
+
+def test_what_was_excluded_is_not_said_to_be_slower(on_card):
+    on_card("h100", 64)
+    said = settled("--preset=gpt2", "--weights=stochastic")[2].why
+    assert said.count("excluded by what is set") == 2 and "slower" not in said
