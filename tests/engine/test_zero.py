@@ -81,9 +81,9 @@ def test_streamed_states_pass_to_zero_and_back(tiny_flags, start, tmp_path):
     for stage in (1, 3):
         there = go_on(run, 4, f"stage{stage}", f"--zero_stage={stage}", *shared, processes=2)
         assert there == pytest.approx(reference, rel=2e-5), f"stage {stage}"
-        own = tmp_path / f"stage{stage}"
-        back = go_on(own, 8, f"back{stage}", *streamed, processes=2)
-        assert back == pytest.approx(go_on(own, 8, f"compact{stage}", *compact, processes=1), rel=2e-3), f"stage {stage}"
+    own = tmp_path / "stage3"
+    back = go_on(own, 8, "back", *streamed, processes=2)
+    assert back == pytest.approx(go_on(own, 8, "compact", *compact, processes=1), rel=2e-3)
 
 
 def test_the_deepspeed_launcher_starts_the_same_program(tiny_flags, start, tmp_path):
@@ -116,8 +116,8 @@ def test_a_step_that_is_not_finite_is_skipped(tiny_flags, start, tmp_path, stage
     finish(start("-m", "tests.engine.poisoned_zero", *tiny_flags, *flags))
     assert [r["step"] for r in read_metrics(tmp_path / "run") if r.get("skipped")] == [3]
     assert checkpoint.read_state(checkpoint.newest(tmp_path / "run"))["counters"]["updates"] == 4
-    finish(start("engine/train.py", *tiny_flags, *flags, f"--run_dir={tmp_path}/whole"))
     assert train.main([*tiny_flags, *shape, f"--run_dir={tmp_path}/plain"]) == 0
-    poisoned, whole, plain = (losses(tmp_path / name) for name in ("run", "whole", "plain"))
-    assert whole == pytest.approx(plain, rel=2e-5)
-    assert poisoned[4, "loss"] != whole[4, "loss"] and all(poisoned[step, "loss"] == whole[step, "loss"] for step in (1, 2, 3))
+    poisoned, plain = losses(tmp_path / "run"), losses(tmp_path / "plain")
+    until = [(step, "loss") for step in (1, 2, 3)]
+    assert [poisoned[at] for at in until] == pytest.approx([plain[at] for at in until], rel=1e-6)
+    assert abs(poisoned[4, "loss"] / plain[4, "loss"] - 1) > 1e-5
