@@ -12,7 +12,7 @@ from typing import Any, Literal
 from engine.config import ModelConfig
 from engine.optimizer import MOMENT_BYTES, RESIDUAL_BYTES, Moments, Weights
 from engine.strategy.activations import ON_DEVICE
-from engine.streaming import HOST_SLAB_BYTES, PORTION, SLOTS
+from engine.streamed_adamw import HOST_SLAB_BYTES, PORTION, SLOTS
 from kernels.adamw import CHUNK_ON_CARD, UNPACKED_BYTES
 from kernels.cross_entropy import CPU_LOGITS_BYTES
 from kernels.cross_entropy_gpu import LOGITS_BYTES, SLAB_BYTES, WORKSPACE_BYTES
@@ -49,7 +49,7 @@ class Method:
     """A way of keeping weights and optimizer states. Everything here is data: what runs, and what is preferred.
 
     rank: order of preference among methods of about equal speed, exactness first. weights and moments as in
-    engine/optimizer.py. streamed: residuals and moments lie in pinned host memory (engine/streaming.py).
+    engine/optimizer.py. streamed: residuals and moments lie in pinned host memory (engine/streamed_adamw.py).
     in_backward: each gradient is used and freed in the backward pass, so there is no accumulation and no global
     clipping. stage: DeepSpeed's, 0 for ours; offload as in the config.
     """

@@ -1,6 +1,6 @@
 """Everything in one process: weights in fp32, or in 16 bits with or without a residual; moments in 32, 16 or 8 bits.
 
-Residuals and moments lie on the device, or in host memory (engine/streaming.py).
+Residuals and moments lie on the device, or in host memory (engine/streamed_adamw.py).
 """
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -18,7 +18,7 @@ from engine.strategy import StepResult, give_memory
 from engine.strategy.activations import in_words, recompute_blocks
 from engine.strategy.data_parallel import average_in_backward, data_parallel
 from engine.strategy.loss_scaling import LossScale
-from engine.streaming import StreamedAdamW
+from engine.streamed_adamw import StreamedAdamW
 
 
 class Resident:

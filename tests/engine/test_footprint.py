@@ -10,7 +10,7 @@ from engine import footprint
 from engine.config import PRESETS, ModelConfig
 from engine.footprint import METHODS, PARTS, Elements, GiB, Recompute, predict
 from engine.model import GPT
-from engine.streaming import HOST_SLAB_BYTES
+from engine.streamed_adamw import HOST_SLAB_BYTES
 from kernels.dispatch import CHIPS
 from tests.engine.conftest import state_bytes
 
@@ -41,7 +41,7 @@ def test_states_are_those_of_the_optimizer(name):
     states = made.host if method.streamed else made.card
     assert made.card["weights"] == pytest.approx(held["weights"], rel=0.002)  # vectors stay fp32
     assert states["master_weights"] == pytest.approx(held["residuals"], rel=0.002)
-    # States in host memory are cut from slabs, of which something is left over (tests/engine/test_streaming.py).
+    # States in host memory are cut from slabs, of which something is left over (tests/engine/test_streamed_adamw.py).
     left = min(2 * HOST_SLAB_BYTES, held["residuals"] + held["moments"]) if method.streamed else 0
     assert states["optimizer_states"] - left == pytest.approx(held["moments"], rel=0.005)
 

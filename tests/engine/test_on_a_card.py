@@ -14,7 +14,7 @@ from engine.model import GPT
 from engine.optimizer import AdamW, parameter_groups
 from engine.report import read_metrics
 from engine.strategy.activations import recompute_blocks
-from engine.streaming import StreamedAdamW
+from engine.streamed_adamw import StreamedAdamW
 from kernels import dispatch
 from kernels.adamw import CHUNK_ON_CARD, UNPACKED_BYTES, adamw
 from kernels.number_formats import BLOCK, GROUP

@@ -8,7 +8,7 @@ from engine.command_line import parse
 from engine.footprint import METHODS, predict
 from engine.model import GPT
 from engine.optimizer import AdamW, parameter_groups
-from engine.streaming import HOST_SLAB_BYTES, HostMemory, StreamedAdamW, portions
+from engine.streamed_adamw import HOST_SLAB_BYTES, HostMemory, StreamedAdamW, portions
 from kernels.number_formats import BLOCK, GROUP
 from tests.engine.conftest import state_bytes
 
