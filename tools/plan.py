@@ -4,12 +4,14 @@
     python tools/plan.py --preset 2b --gpu rtx3090 --gpus 8 --host_memory 256GB
     python tools/plan.py --preset 2b --gpu all --picture plan.png        # the choice for every card
     python tools/plan.py --preset 2b --gpu t4 --json                     # for programs
+    python tools/plan.py --preset 2b --n_layer 30 --gpu rtx4090          # another model: engine/train.py's flags of one
 
 Bytes are formulas checked against torch's memory tracker; times are estimates from published peaks and the shares of
 them named in engine/step_time.py.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -19,7 +21,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from engine.cards import CARDS, CLASSIC, Card, get, parse_memory
-from engine.config import PRESETS, ConfigError, ModelConfig
+from engine.command_line import parse
+from engine.config import PRESETS, ConfigError, ModelConfig, require, settings
 from engine.footprint import PARTS, Elements, GiB
 from engine.memory import GPUS_PER_MACHINE, Plan, choose, nearest, plan, reason
 
@@ -207,7 +210,8 @@ def bar(label: str, made: Plan, card: Card) -> tuple[str, dict[str, int], float,
     return label, made.footprint.card, card.memory_bytes, f"{speed(made)} tokens/s" if made.fits else "does not fit"
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Return what is asked, and the flags that are left, which are the model's."""
     parser = argparse.ArgumentParser(
         prog="tools/plan.py", description="Show what training a model takes on a card.", allow_abbrev=False
     )
@@ -225,24 +229,36 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--network_gbit", type=float, default=100.0, metavar="X", help="Gb/s between machines [100]")
     add("--json", action="store_true", help="a list for programs instead of tables")
     add("--picture", metavar="FILE", help="draw memory by part, as .png, .svg or .pdf")
-    return parser.parse_args(arguments)
+    return parser.parse_known_args(arguments)
+
+
+def model_of(preset_name: str, flags: list[str]) -> ModelConfig:
+    """Return a preset's model, changed by engine/train.py's flags of a model. ConfigError for any other flag."""
+    fields = [field.name for field in dataclasses.fields(ModelConfig)]
+    for flag in flags:
+        name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
+        trains = flag.startswith("--") and name not in fields and name in {*settings(), "config", "resume"}
+        require(not trains, f"{flag} is for training: beside its own flags plan takes a model's, {', '.join(fields)}")
+    return parse([f"--preset={preset_name}", *flags])[0].model
 
 
 def main(arguments: list[str] | None = None) -> int:
-    asked = parse_arguments(arguments)
+    asked, flags = parse_arguments(arguments)
     try:
-        return run(asked)
+        return run(asked, flags)
     except (ConfigError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def run(asked: argparse.Namespace) -> int:
+def run(asked: argparse.Namespace, flags: list[str]) -> int:
     cards = CARDS if asked.gpu == "all" else (get(asked.gpu),)
     if asked.gpu_memory:
         cards = tuple(replace(card, memory_bytes=parse_memory(asked.gpu_memory)) for card in cards)
     preset = PRESETS[asked.preset]
-    model = ModelConfig(**(preset["model"] | ({"block_size": asked.block_size} if asked.block_size else {})))
+    model = model_of(asked.preset, flags)
+    if asked.block_size:
+        model = replace(model, block_size=asked.block_size)
     host_memory = parse_memory(asked.host_memory)
     batch_tokens = preset["optimizer"]["batch_tokens"] if asked.batch_tokens is None else asked.batch_tokens
     options = dict(
@@ -260,7 +276,7 @@ def run(asked: argparse.Namespace) -> int:
         made[card] = chosen, plans, None if chosen else nearest(model, card, host_memory, **options)
     millions = Elements.of(model).total / 1e6
     shape = f"sequences of {model.block_size}, {batch_tokens:,} tokens a step"
-    title = f"{asked.preset}: {millions:,.0f} M parameters, {shape}"
+    title = f"{' '.join([asked.preset, *flags])}: {millions:,.0f} M parameters, {shape}"
     if len(cards) > 1:
         bars = [bar(card.name, made[card][0] or made[card][1][0], card) for card in cards[: len(CLASSIC)]]
         entries = [

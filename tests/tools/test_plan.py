@@ -1,11 +1,13 @@
 """The planning program: tables for people, JSON for programs, a picture, messages for mistakes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from engine.cards import CARDS, CLASSIC, GiB, parse_memory
-from engine.footprint import PARTS
+from engine.config import PRESETS, ModelConfig
+from engine.footprint import PARTS, Elements
 from tools.plan import main, table
 
 NUMBER = {"type": "number"}
@@ -81,6 +83,9 @@ def test_settings_reach_the_planner(capsys):
     eight = chosen("--gpus", "8", "--host_memory", "512GB")
     assert eight["gpus"] == 8 and eight["communication_bytes"] > 0
     assert chosen("--gpu_memory", "10GB")["card_bytes"] < 10 * GiB
+    half = output(capsys, *asked, "--n_layer", "12", "--positions=learned")
+    layers = replace(ModelConfig(**PRESETS["2b"]["model"]), n_layer=12, positions="learned")
+    assert f"2b --n_layer 12 --positions=learned: {Elements.of(layers).total / 1e6:,.0f} M parameters" in half
 
 
 def test_what_does_not_fit_says_what_would(capsys):
@@ -104,6 +109,10 @@ def test_what_does_not_fit_says_what_would(capsys):
         (("--gpu", "t4", "--micro_batch_size", "-2"), "must be positive"),
         (("--gpu", "t4", "--batch_tokens", "0"), "must be a multiple"),
         (("--gpu", "t4", "--network_gbit", "0"), "moves nothing"),
+        (("--gpu", "t4", "--lr", "1"), "--lr is for training: beside its own flags plan takes a model's, n_layer"),
+        (("--gpu", "t4", "--config", "a.json"), "--config is for training"),
+        (("--gpu", "t4", "--n_layers", "3"), "did you mean 'n_layer'"),
+        (("--gpu", "t4", "--n_head", "3"), "must be a multiple of n_head"),
     ],
 )
 def test_mistakes_are_named(arguments, message, capsys):
