@@ -267,6 +267,8 @@ def reason(chosen: Plan, plans: list[Plan]) -> str:
         share = chosen.time.recompute / chosen.time.total
         kept = _gib(whole.footprint.card_bytes)
         said.append(f"With all activations kept it would take {kept} GiB; recomputing is {share:.0%} of the time")
+    if chosen.method.in_backward:
+        said.append("Updated inside the backward pass, gradients are not clipped")
     if not chosen.keeps_batch:
         said.append(f"It cannot accumulate: a step is {chosen.batch_tokens:,} tokens")
     return ". ".join(said) + "."
