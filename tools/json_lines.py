@@ -19,7 +19,7 @@ SHORT_REST_BYTES = 256
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _REFUSALS = (msgspec.MsgspecError, ValueError, RecursionError)  # what a parser raises where a line is wrong
-_UNDONE = {NOT_JSON: ("not_json", "the `text` is no JSON string"), NOT_UTF8: ("not_utf8", "the `text`")}
+_UNDONE = {NOT_JSON: ("not_json", "the `text` is no JSON string"), NOT_UTF8: ("not_utf8", "in the `text`")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def _completes(rest: memoryview, complete: set[bytes]) -> bool:
     if b'"text"' in content or b"\\u" in content:
         return False
     try:
-        _object_decoder.decode(b'{"text":0' + content)
+        _object_decoder.decode(b'{"text":""' + content)
     except _REFUSALS:
         return False
     if len(content) <= SHORT_REST_BYTES:

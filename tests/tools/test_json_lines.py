@@ -30,6 +30,9 @@ BAD_LINES = {
     "control character": (b'{"text": "a\x01"}', "not_json"),
     "unknown escape": (b'{"text": "\\q"}', "not_json"),
     "null bytes": (b"\0" * 30, "not_json"),
+    "a fraction behind the text": (b'{"text": "a".5}', "not_json"),
+    "an exponent behind the text": (b'{"text": "a"e5}', "not_json"),
+    "a string behind the text": (b'{"text": "a""b"}', "not_json"),
 }
 KEPT_LINES = {
     "lone high surrogate": (rb'{"text": "a\ud800b"}', "a\ufffdb", "lone_surrogate"),
