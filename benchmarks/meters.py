@@ -27,7 +27,7 @@ def kernels_in_use(device: torch.device) -> dict[str, str]:
 
 
 def within_minutes(config: Config, device: torch.device, processes: int = 1) -> Config:
-    """Return `config`, on a CPU with CPU_STEP_TOKENS tokens a step where its preset has more and nobody asked for others.
+    """Return `config`, on a CPU with CPU_STEP_TOKENS tokens a step where it has its preset's and these are more.
 
     Half a million tokens, as the larger presets have, take a CPU an hour.
     """
@@ -36,7 +36,7 @@ def within_minutes(config: Config, device: torch.device, processes: int = 1) -> 
     tokens = max(unit, CPU_STEP_TOKENS // unit * unit)
     if device.type != "cpu" or config.optimizer.batch_tokens != usual or usual <= tokens:
         return config
-    print(f"a step has {tokens:,} tokens, not {usual:,}: this is a CPU; --batch_tokens sets it", file=sys.stderr)
+    print(f"a step has {tokens:,} tokens, not {usual:,}: this is a CPU; any other --batch_tokens is kept", file=sys.stderr)
     config = copy.deepcopy(config)
     config.optimizer.batch_tokens = tokens
     return config

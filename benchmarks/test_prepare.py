@@ -26,7 +26,7 @@ import zstandard
 from benchmarks.corpus import documents
 from benchmarks.environment import RESULTS, environment, write_result
 from tools import prepare, workers
-from tools.documents import CHUNK_BYTES, ChunkReader
+from tools.chunks import CHUNK_BYTES, ChunkReader
 from tools.shard_stream import ShardStream
 
 SIZE_BYTES = 100_000_000

@@ -68,8 +68,8 @@ def read_state(path: Path) -> dict[str, Any]:
 def save(config: Config, strategy: Strategy, processes: Processes, progress: dict[str, Any]) -> Path:
     """Write a checkpoint for progress["step"] finished steps and remove those no longer kept; all processes call it.
 
-    `progress` is JSON: step, tokens, val_loss, tokenizer and what else the loop wants back. CheckpointError, on every process,
-    where the disk refuses; the earlier checkpoints are then untouched.
+    `progress` is JSON: step, tokens, val_loss, tokenizer and what else the loop wants back. CheckpointError, on every
+    process, where the disk refuses; the earlier checkpoints are then untouched.
     """
     folder = Path(config.run_dir) / "checkpoints"
     final = folder / f"step_{progress['step']:08d}"

@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.config import PRESETS, Config, ConfigError, from_dict, load_file, merge, nearest_name, preset, require, settings
+from engine.config import PRESETS, Config, ConfigError, did_you_mean, from_dict, load_file, merge, preset, require, settings
 
 
 def positive(text: str) -> int:
@@ -51,7 +51,7 @@ def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
     given, unknown = parser.parse_known_args(dashed)
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
-        raise ConfigError(f"unknown flag {unknown[0]!r}{nearest_name(name, flags)}")
+        raise ConfigError(f"unknown flag {unknown[0]!r}{did_you_mean(name, flags)}")
     chosen: dict[str, Any] = {}
     for name, flag in flags.items():
         value = getattr(given, name)  # a string; None where the flag was not given

@@ -239,9 +239,9 @@ class Config:
 _GPT2 = dict(block_size=1024, positions="learned", activation="gelu_tanh")
 _GPT2_TRAINING = dict(batch_tokens=524_288, max_steps=20_000, lr=6e-4, min_lr=6e-5, warmup_steps=700)
 _BIG_REPORT = dict(eval_interval=250, eval_tokens=1_048_576, save_interval=250)
-CLASSIC_MODEL = dict(
-    positions="learned", activation="relu", bias=True, qkv_bias=False, head_bias=True, tie_head=False
-)  # train-llm-from-scratch
+CLASSIC_MODEL = dict(  # train-llm-from-scratch's
+    positions="learned", activation="relu", bias=True, qkv_bias=False, head_bias=True, tie_head=False, norm_eps=1e-5
+)
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "13m": {
@@ -307,7 +307,7 @@ class Setting:
         if typing.get_origin(kind) is Literal:
             choices = typing.get_args(kind)
             text = self.also.get(None if value is None else _TRUTH.get(text.lower(), text), text)
-            require(text in choices, f"{self.name} must be one of {', '.join(choices)}; got {text!r}{nearest_name(text, choices)}")
+            require(text in choices, f"{self.name} must be one of {', '.join(choices)}; got {text!r}{did_you_mean(text, choices)}")
             return text
         if kind is bool:
             require(text.lower() in _TRUTH, f"{self.name} must be true or false, got {text!r}")
@@ -349,7 +349,7 @@ def settings() -> dict[str, Setting]:
     return found
 
 
-def nearest_name(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return what to add to a message about an unknown name: the known one that was meant, or nothing."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
@@ -368,7 +368,7 @@ def from_dict(tree: dict[str, Any], source: str = "config") -> Config:
             if name not in leaves or leaves[name].section != section:
                 where = f"{section}.{name}" if section else name
                 known = [f.name for f in leaves.values() if f.section == section] + ([] if section else list(sections))
-                raise ConfigError(f"{source}: unknown setting {where!r}{nearest_name(name, known)}")
+                raise ConfigError(f"{source}: unknown setting {where!r}{did_you_mean(name, known)}")
             values[section][name] = leaves[name].convert(leaf)
     hints = typing.get_type_hints(Config)
     return Config(**values[""], **{section: hints[section](**values[section]) for section in sections})
@@ -386,7 +386,7 @@ def merge(*trees: dict[str, Any]) -> dict[str, Any]:
 
 def preset(name: str) -> dict[str, Any]:
     known = list(PRESETS)  # a list also takes what a file may hold in the name's place
-    require(name in known, f"unknown preset {name!r}; known: {', '.join(known)}{nearest_name(str(name), known)}")
+    require(name in known, f"unknown preset {name!r}; known: {', '.join(known)}{did_you_mean(str(name), known)}")
     return {"preset": name, **PRESETS[name]}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.tokenizer import DEFAULT, END_OF_TEXT, canonical
+from engine.tokenizer import DEFAULT_TOKENIZER, END_OF_TEXT, canonical
 
 
 class DataError(ValueError):
@@ -49,7 +49,7 @@ class TokenFile:
             about = json.loads(description.read_text()) if description.exists() else {}
         except ValueError as error:
             raise DataError(f"{description} is no JSON: {error}; prepare {path} again") from None
-        self.tokenizer: str = canonical(about.get("tokenizer", DEFAULT))
+        self.tokenizer: str = canonical(about.get("tokenizer", DEFAULT_TOKENIZER))
         self.vocab_size: int = about.get("vocab_size", END_OF_TEXT + 1)
         self.end_of_text: int = about.get("end_of_text", END_OF_TEXT)
         dtype = np.dtype(about.get("dtype", "uint16")).newbyteorder("<")

@@ -213,7 +213,7 @@ def from_classic(state: State) -> tuple[ModelConfig, State]:
 
 def to_classic(config: ModelConfig, state: State) -> State:
     """Return the classic script's state dict, its buffers included; WeightsError names the fields it does not have."""
-    _require_fields(config, CLASSIC_MODEL | {"norm_eps": 1e-5}, "the classic format")
+    _require_fields(config, CLASSIC_MODEL, "the classic format")
     classic = {name: tensor.clone() for name, tensor in _classic_entries(config, state).items()}
     tril = torch.ones(config.block_size, config.block_size).tril()  # one tensor for all heads: stored once
     for layer in range(config.n_layer):

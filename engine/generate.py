@@ -18,7 +18,7 @@ from engine.config import ConfigError, require
 from engine.device import DTYPES, choose_device, choose_dtype
 from engine.formats import WeightsError
 from engine.sampling import TextStream, check_sampling, generate, prompt_tokens, sample_text
-from engine.tokenizer import DEFAULT, load_encoding
+from engine.tokenizer import DEFAULT_TOKENIZER, load_encoding
 from engine.weights import find_weights, load_model, recorded_tokenizer
 
 __all__ = ["generate", "main", "sample_text"]
@@ -38,7 +38,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=1, metavar="N", help="the same seed writes the same text [%(default)s]")
     add("--num_samples", type=positive, default=1, metavar="N", help="texts to write, side by side [%(default)s]")
     add("--stop_at_end_of_text", action="store_true", help="stop where the model ends the document")
-    add("--tokenizer_name", metavar="NAME", help=f"by default what is recorded of its training, or else {DEFAULT}")
+    add("--tokenizer_name", metavar="NAME", help=f"by default what is recorded of its training, or else {DEFAULT_TOKENIZER}")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N [%(default)s]")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="of weights and computation [%(default)s]")
     return parser.parse_args(arguments)
@@ -49,8 +49,9 @@ def write_text(options: argparse.Namespace) -> None:
     device, device_reason = choose_device(options.device)
     dtype, dtype_reason = choose_dtype(options.dtype, device)
     path = find_weights(options.model_path)
+    tokenizer = options.tokenizer_name or recorded_tokenizer(path) or DEFAULT_TOKENIZER
     try:
-        encoding = load_encoding(options.tokenizer_name or recorded_tokenizer(path) or DEFAULT)
+        encoding = load_encoding(tokenizer)
     except ValueError as error:
         raise ConfigError(f"--tokenizer_name: {error}") from None
     model = load_model(path, device, dtype)

@@ -10,7 +10,7 @@ VOCABULARY_FILE = Path(__file__).parent / "vocabulary" / "r50k_base.tiktoken"
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # the hash tiktoken expects
 R50K_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 END_OF_TEXT = 50256
-DEFAULT = "r50k_base"
+DEFAULT_TOKENIZER = "r50k_base"
 
 
 def load_ranks() -> dict[bytes, int]:
@@ -25,15 +25,15 @@ def load_ranks() -> dict[bytes, int]:
 
 def canonical(name: str) -> str:
     """Return the one of an encoding's names that is recorded and compared."""
-    return DEFAULT if name == "gpt2" else name
+    return DEFAULT_TOKENIZER if name == "gpt2" else name
 
 
 @functools.cache
-def load_encoding(name: str = DEFAULT) -> tiktoken.Encoding:
+def load_encoding(name: str = DEFAULT_TOKENIZER) -> tiktoken.Encoding:
     """Return the encoding called `name`; ValueError lists the known ones. Names but r50k_base and gpt2 may download."""
-    if canonical(name) == DEFAULT:
+    if canonical(name) == DEFAULT_TOKENIZER:
         return tiktoken.Encoding(
-            DEFAULT,
+            DEFAULT_TOKENIZER,
             pat_str=R50K_PATTERN,
             mergeable_ranks=load_ranks(),
             special_tokens={"<|endoftext|>": END_OF_TEXT},

@@ -4,7 +4,8 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,10 @@ def recorded_tokenizer(path: str | Path) -> str | None:
     if file.suffix != ".safetensors" or not file.exists():
         return None
     try:
-        with safe_open(file, framework="pt") as opened:
+        with _opened(file) as opened:
             return (opened.metadata() or {}).get("tokenizer")
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file} cannot be read whole: {error}") from None
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
 
 
 def write_weights(path: str | Path, config: ModelConfig, state: State, tokenizer: str | None = None) -> Path:
@@ -132,12 +133,9 @@ def _read_safetensors(path: Path) -> tuple[ModelConfig, State]:
             files = [path / name for name in sorted(set(index.values()))]
     state: State = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                metadata = opened.metadata() or {}
-                state |= {name: opened.get_tensor(name) for name in opened.keys()}
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{file.name} cannot be read whole: {error}") from None
+        with _opened(file) as opened:
+            metadata = opened.metadata() or {}
+            state |= {name: opened.get_tensor(name) for name in opened.keys()}
     if "model_config" in metadata:
         config = _model_config(json.loads(metadata["model_config"]))
     elif not (folder / "config.json").exists():
@@ -149,6 +147,15 @@ def _read_safetensors(path: Path) -> tuple[ModelConfig, State]:
         config = _model_config(about["model"])
     compare(expected_state(config), state, "the file")
     return config, state
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file.name} cannot be read whole: {error}") from None
 
 
 def _model_config(about: dict[str, Any]) -> ModelConfig:

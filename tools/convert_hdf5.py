@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 from tqdm import tqdm
 
-from engine.tokenizer import load_encoding
+from engine.tokenizer import DEFAULT_TOKENIZER, load_encoding
 from engine.whole_file import whole_file
 from tools.disk import write_json
 from tools.token_file import Description, PrepareError, Source, description_path, read_description
@@ -23,7 +23,7 @@ HDF5_SUFFIXES = (".h5", ".hdf5")
 BLOCK_TOKENS = 4 << 20
 
 
-def convert(source: Path, target: Path, tokenizer_name: str = "r50k_base") -> int:
+def convert(source: Path, target: Path, tokenizer_name: str = DEFAULT_TOKENIZER) -> int:
     """Convert between HDF5 and a token file, by their suffixes; return the number of ids.
 
     tokenizer_name: what made the ids of an HDF5 file, which does not say; those of a token file must be the ones it
@@ -168,7 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("source", type=Path, help="what is converted: .h5, .hdf5, or a token file")
     parser.add_argument("target", type=Path, help="what it becomes: the other of the two")
-    parser.add_argument("--tokenizer_name", default="r50k_base", help="what made the ids of HDF5, default %(default)s")
+    about = "what made the ids of HDF5, default %(default)s"
+    parser.add_argument("--tokenizer_name", default=DEFAULT_TOKENIZER, help=about)
     options = parser.parse_args(arguments)
     try:
         count = convert(options.source, options.target, options.tokenizer_name)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from tools.documents import MAX_TEXT_BYTES, OF_A_FILE, SEPARATOR, Chunk, Problem
+from tools.chunks import MAX_TEXT_BYTES, OF_A_FILE, SEPARATOR, Chunk, Problem
 from tools.json_strings import COLUMNS, NOT_JSON, NOT_UTF8, QUOTE, read_lines, undo
 
 LINES = 1024  # that compiled code reads at once

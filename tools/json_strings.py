@@ -10,25 +10,25 @@ from llvmlite import ir
 from numba import njit, types, uint64
 from numba.extending import intrinsic
 
+from tools import chunks
 from tools.bpe import intrinsics
 from tools.bpe.digest import digest
 from tools.bpe.intrinsics import BYTE, WORD, load64, pointer, trailing_zeros
-from tools.documents import SEPARATOR
 
 # What unescape returns in place of where a string ends.
 NOT_JSON, NOT_UTF8 = -1, -2
 
 # The columns of read_lines' rows, one a line: where it starts and ends, where it goes on after its text (0 where it is
 # for a library, as one with an empty text is), where the text starts and ends, how many halves of surrogate pairs were
-# replaced in it, whether SEPARATOR is in it.
+# replaced in it, whether chunks.SEPARATOR is in it.
 COLUMNS = START, END, REST, TEXT_START, TEXT_END, REPLACED, SEPARATED = range(7)
 
 BLOCK = 64
 BLOCK_TYPE = ir.VectorType(BYTE, BLOCK)
 TEXT_KEY = np.frombuffer(b'{"text":', np.uint64)[0]
 QUOTE, BACKSLASH, BLANK, LINE_FEED, BAR, LETTER_U = (np.uint8(ord(c)) for c in '"\\ \n|u')
-SEPARATOR_BYTES = len(SEPARATOR)
-SEPARATOR_HEAD, SEPARATOR_TAIL = (np.frombuffer(part, np.uint64)[0] for part in (SEPARATOR[:8], SEPARATOR[-8:]))
+SEPARATOR_BYTES = len(chunks.SEPARATOR)
+SEPARATOR_HEAD, SEPARATOR_TAIL = np.frombuffer(chunks.SEPARATOR[:8] + chunks.SEPARATOR[-8:], np.uint64)
 ESCAPES = np.zeros(256, np.uint8)  # what a letter after a backslash stands for, 0 for nothing
 ESCAPES[np.frombuffer(b'"\\/bfnrt', np.uint8)] = np.frombuffer(b'"\\/\b\f\n\r\t', np.uint8)
 HEX = np.full(256, 1 << 16, np.int64)  # a digit's value; any byte that is none makes a number of more than 16 bits
@@ -210,7 +210,7 @@ def line_end(source, i, end, room):
 
 @njit
 def has_separator(text, start, end, room):
-    """Say whether SEPARATOR is in text[start:end]; text can be read up to `room`."""
+    """Say whether chunks.SEPARATOR is in text[start:end]; text can be read up to `room`."""
     i = start + 1
     while i < end:
         bars = matches(text, i, BAR) if i + BLOCK <= room else uint64(text[i] == BAR)  # fewer than of what comes before
@@ -273,4 +273,4 @@ def compiled(sources: str):
     return read_lines, undo
 
 
-read_lines, undo = compiled(digest([Path(__file__), Path(intrinsics.__file__)]))
+read_lines, undo = compiled(digest(Path(module) for module in (__file__, intrinsics.__file__, chunks.__file__)))

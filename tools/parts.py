@@ -23,8 +23,8 @@ import msgspec
 import numpy as np
 
 from engine.whole_file import sync
+from tools.chunks import CHUNK_BYTES, Problem
 from tools.disk import append_file, checksum, is_at, lock, try_lock, write_all, write_json, write_whole
-from tools.documents import CHUNK_BYTES, Problem
 from tools.token_file import FORMAT, Description, PrepareError, Source, description_path, read_description
 
 SEGMENT_CHUNKS = 8

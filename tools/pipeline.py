@@ -1,9 +1,9 @@
 """One process's share of preparing: segments decompressed, parsed, encoded, written and merged at the same time.
 
 The thread that calls reads and writes, a pool of threads parses and encodes, one more merges. Decompression, encoding
-and most of parsing release the GIL. Other processes may be at the same inputs: each reads an input from end to end and takes the
-segments that nobody has; those that others have it only decompresses. So one huge shard keeps as many cores busy as
-its decompressor can feed, and nothing is divided up beforehand.
+and most of parsing release the GIL. Other processes may be at the same inputs: each reads an input from end to end and
+takes the segments that nobody has; those that others have it only decompresses. So one huge shard keeps as many cores
+busy as its decompressor can feed, and nothing is divided up beforehand.
 """
 import sys
 from collections import deque
@@ -17,7 +17,7 @@ from threading import local
 import msgspec
 import numpy as np
 
-from tools.documents import CHANGES, KINDS, LOSSES, Chunk, ChunkReader, Problem
+from tools.chunks import CHANGES, KINDS, LOSSES, Chunk, ChunkReader, Problem
 from tools.json_lines import parse
 from tools.parts import Place, Segment, Workspace
 from tools.shard_stream import ShardStream

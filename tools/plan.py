@@ -235,9 +235,10 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, li
 def model_of(preset_name: str, flags: list[str]) -> ModelConfig:
     """Return a preset's model, changed by engine/train.py's flags of a model. ConfigError for any other flag."""
     fields = [field.name for field in dataclasses.fields(ModelConfig)]
+    training = {*settings(), "config", "resume"} - set(fields)
     for flag in flags:
         name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
-        trains = flag.startswith("--") and name not in fields and name in {*settings(), "config", "resume"}
+        trains = flag.startswith("--") and name in training
         require(not trains, f"{flag} is for training: beside its own flags plan takes a model's, {', '.join(fields)}")
     return parse([f"--preset={preset_name}", *flags])[0].model
 

@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.command_line import positive
-from tools.documents import INPUT_PATTERNS, KINDS, Problem
+from engine.tokenizer import DEFAULT_TOKENIZER
+from tools.chunks import INPUT_PATTERNS, KINDS, Problem
 from tools.parts import Settings, Workspace
 from tools.pipeline import Pipeline, refuse_losses
 from tools.progress import Progress
@@ -46,7 +47,7 @@ def find_inputs(folder: Path) -> list[Path]:
 def prepare(
     inputs: Sequence[Path],
     out_file: Path,
-    tokenizer_name: str = "r50k_base",
+    tokenizer_name: str = DEFAULT_TOKENIZER,
     max_data: int | None = None,
     workers: int | None = None,
     strict: bool = False,
@@ -220,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("--out_val_file", "data/val/pile_dev.bin"),
     ):
         parser.add_argument(name, type=Path, default=Path(path), help="default %(default)s")
-    parser.add_argument("--tokenizer_name", default="r50k_base", help="any of tiktoken's, default %(default)s")
+    parser.add_argument("--tokenizer_name", default=DEFAULT_TOKENIZER, help="any of tiktoken's, default %(default)s")
     parser.add_argument("--max_data", type=positive, metavar="N", help="JSON objects of each shard (default all)")
     parser.add_argument("--workers", type=positive, metavar="N", help="threads (default: the cores that may be used)")
     parser.add_argument("--shard", type=parse_shard, metavar="I/N", help="only the I-th of N shares of the shards")

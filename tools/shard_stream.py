@@ -17,7 +17,7 @@ SKIPPABLE_MAGIC = 0x184D2A50  # and the 15 that follow
 class ShardStream:
     """Reads a `.zst`, `.gz` or plain file; any number of frames or members follow one another.
 
-    At the end `fault` is None, or (kind of documents.LOSSES, what the library said) where the file is cut off or
+    At the end `fault` is None, or (kind of chunks.LOSSES, what the library said) where the file is cut off or
     damaged, and `sha256` is that of the file, None where there is a fault.
     """
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from engine.tokenizer import END_OF_TEXT, load_encoding
+from engine.tokenizer import DEFAULT_TOKENIZER, END_OF_TEXT, canonical, load_encoding
 from tools.bpe import Encoder
 
 Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -16,9 +16,9 @@ class TextEncoder:
     ValueError where the tokenizer is unknown or has no `<|endoftext|>`.
     """
 
-    def __init__(self, name: str = "r50k_base") -> None:
+    def __init__(self, name: str = DEFAULT_TOKENIZER) -> None:
         self.name = name
-        self.ours = name in ("r50k_base", "gpt2")
+        self.ours = canonical(name) == DEFAULT_TOKENIZER
         if self.ours:
             self.vocab_size, self.end_of_text = END_OF_TEXT + 1, END_OF_TEXT
             self._encoder = Encoder()

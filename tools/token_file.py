@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from tools.documents import LOSSES, Problem
+from tools.chunks import LOSSES, Problem
 from tools.shards import hash_file
 
 FORMAT = 1
@@ -24,7 +24,7 @@ class Source(msgspec.Struct, kw_only=True):
     documents: int = 0
     tokens: int = 0
     bytes: int = 0  # UTF-8 bytes of the texts
-    skipped: dict[str, int] = {}  # how often each of documents.LOSSES
+    skipped: dict[str, int] = {}  # how often each of chunks.LOSSES
     noted: dict[str, int] = {}  # the same for what cost no text
     examples: dict[str, list[tuple[int, str]]] = {}  # kind -> its first lines, and what was said of them
     file_bytes: int  # of the input as it is on disk

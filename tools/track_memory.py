@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     model = ModelConfig(**(settings | ({"block_size": options.block_size} if options.block_size else {})))
     asked = {key: getattr(options, key) for key in ("dtype", "weights", "micro_batch_size")}
     if not 0 <= options.recompute <= model.n_layer:
-        parser.error(f"--recompute must be 0 to {model.n_layer}, the blocks that {options.preset} has; got {options.recompute}")
+        parser.error(f"--recompute must be 0 to {model.n_layer}, {options.preset}'s blocks; got {options.recompute}")
     asked["recompute"] = Recompute(options.keep, options.recompute) if options.recompute else Recompute()
     began = time.perf_counter()
     seen = track(model, **asked)

@@ -162,8 +162,9 @@ def main(arguments: list[str] | None = None) -> int:
         "one), bf16_residual_moments_int8 [those of the presets]",
     )  # fmt: skip
     parser.add_argument(
-        "--sizes", type=positives, help="what a winner is measured at: sequence lengths, rows or parameters [each kernel's own]"
-    )
+        "--sizes", type=positives, metavar="N,N",
+        help="what a winner is measured at: sequence lengths, rows or parameters [each kernel's own]",
+    )  # fmt: skip
     parser.add_argument(
         "--limit", type=positive, help="try no more candidates than this for a kernel and case, taken evenly"
     )

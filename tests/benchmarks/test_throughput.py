@@ -205,7 +205,6 @@ def test_a_step_is_such_as_a_cpu_takes_in_a_minute(capsys):
     assert tokens("--preset=2b --micro_batch_size=4", cpu, 2) == 8 * 2048
 
 
-
 def test_energy_is_nvmls(monkeypatch):
     device = torch.device("cuda", 0)
     millijoules = iter([5000, 12500])

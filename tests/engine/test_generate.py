@@ -305,6 +305,9 @@ def test_the_tokenizer_of_the_training_is_taken(tmp_path, capsys):
     assert code == 2 and "unknown tokenizer 'other'" in err
     code, _, err = run(capsys, f"--model_path={file}", "--tokenizer_name=gpt2", "--max_new_tokens=2")
     assert code == 0 and "tokenizer: r50k_base" in err
+    file.write_bytes(file.read_bytes()[:1000])
+    code, _, err = run(capsys, f"--model_path={file}")
+    assert code == 2 and err.startswith(f"error: {file}: m.safetensors cannot be read whole")
 
 
 @pytest.mark.parametrize("temperature, top_k, top_p", [(float("nan"), 0, 1.0), (float("inf"), 0, 1.0), (1.0, 0, 1.1)])

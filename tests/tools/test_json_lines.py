@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tools import json_lines
-from tools.documents import Chunk
+from tools.chunks import Chunk
 from tools.json_lines import Documents, parse
 
 GOOD = b'{"text": "caf\xc3\xa9 \\u00e9\\n", "meta": {"pile_set_name": "Pile-CC"}}'
@@ -122,8 +122,9 @@ def as_python_reads(line: bytes) -> str | None:
 HALVES = dict.fromkeys(range(0xD800, 0xE000), "\ufffd")  # of surrogate pairs
 
 
-MUTATIONS = st.sampled_from(
-    [b"", b'"', b"\\", b"\\u", b"\\u12", b"\\ud800", b"\x1f", b"\x7f", b"\xff", b"\xed\xa0\x80", b"\xc3", b"}"]
+MUTATIONS = st.sampled_from(  # what is put in place of a byte
+    [b"", b'"', b"\\", b"\\u", b"\\u12", b"\\ud800", b"\x1f", b"\x7f", b"\xff", b"\xed\xa0\x80", b"\xc3"]
+    + [b"}", b".5", b"e5"]
 )
 
 

@@ -1,4 +1,4 @@
-"""Documents: that neither chunks nor places to go on from change anything, and what is in the way is told."""
+"""Chunks: that neither they nor places to go on from change anything, and what is in the way is told."""
 import json
 import random
 from pathlib import Path
@@ -7,8 +7,8 @@ import pytest
 import zstandard
 
 from tests.tools.test_json_lines import BAD_LINES, GOOD, GOOD_TEXT, parsed, texts_of
-from tools import documents
-from tools.documents import ChunkReader
+from tools import chunks
+from tools.chunks import ChunkReader
 from tools.json_lines import parse
 from tools.shard_stream import ShardStream
 
@@ -93,7 +93,7 @@ def test_a_limit_counts_lines_that_are_not_blank(mixture, max_objects: int, chun
 
 @pytest.mark.parametrize("followed", [b"", b"\n", b"\n" + GOOD + b"\nx"])
 def test_a_line_that_is_too_long_is_left_out(tmp_path: Path, monkeypatch, followed: bytes) -> None:
-    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 5000)
+    monkeypatch.setattr(chunks, "MAX_LINE_BYTES", 5000)
     path = shard(tmp_path, GOOD + b"\n" + b"x" * 100_000 + followed)
     texts, problems, lines, places = read_shard(path, 1000)
     assert texts == [GOOD_TEXT] * (2 if GOOD in followed else 1)

@@ -1,8 +1,8 @@
-"""Documents out of shards: `.jsonl.zst`, `.jsonl.gz` and `.jsonl`, one JSON object with a `text` a line.
+"""Shards in chunks: `.jsonl.zst`, `.jsonl.gz` and `.jsonl`, one JSON object with a `text` a line.
 
-A shard is cut into chunks of whole lines, and a chunk is parsed on its own, so that several can be at once. What a
-shard should not contain becomes a `Problem` with its line. Lines of white space are passed over: they count as lines,
-no more.
+A shard is cut into chunks of whole lines, and a chunk is parsed on its own (tools/json_lines.py), so that several can
+be at once. What a shard should not contain becomes a `Problem` with its line. Lines of white space are passed over:
+they count as lines, no more.
 """
 from dataclasses import dataclass
 
