@@ -30,7 +30,7 @@ ROUNDS = 3
 SLOW_S = 10  # an encoder that takes longer for all of the text runs in one round only
 WORST_BYTES = 50_000_000
 DOCUMENT_BYTES = 200_000_000
-Encode = Callable[[list[str]], Any]  # all texts, one after another, on one thread
+Encode = Callable[[list[str]], Any]  # a batch of texts, one after another, on one thread
 
 
 def json_tokenizer(folder: Path) -> str:
@@ -59,7 +59,7 @@ def merge_ids() -> list[tuple[int, int]]:
 
 def pilesmith(folder: Path) -> Encode:
     worker = Encoder().worker()
-    return lambda texts: [worker.encode(*batch) for batch in batches(texts)]
+    return lambda texts: [worker.encode(*joined(texts))]
 
 
 def tiktoken(folder: Path) -> Encode:
@@ -110,12 +110,22 @@ def wordchipper(folder: Path) -> Encode:
 ENCODERS = (pilesmith, tiktoken, gigatoken, tuetoken, kitoken, tokie, riptoken, wordchipper, tokenizers)
 
 
-def batches(texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return texts as Worker.encode takes them, about BATCH_BYTES at a time."""
+def batches(texts: list[str]) -> list[list[str]]:
+    """Return texts about BATCH_BYTES at a time."""
+    step = max(1, BATCH_BYTES * len(texts) // max(1, sum(len(text.encode()) for text in texts)))
+    return [texts[first : first + step] for first in range(0, len(texts), step)]
+
+
+def joined(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return texts as Worker.encode takes them."""
     contents = [text.encode() for text in texts]
-    step = max(1, BATCH_BYTES * len(contents) // max(1, sum(map(len, contents))))
-    parts = [contents[first : first + step] for first in range(0, len(contents), step)]
-    return [(np.frombuffer(b"".join(part), np.uint8), np.cumsum([len(content) for content in part])) for part in parts]
+    return np.frombuffer(b"".join(contents), np.uint8), np.cumsum([len(content) for content in contents])
+
+
+def encode_all(encode: Encode, parts: list[list[str]]) -> None:
+    """Encode batch after batch; as when files are made, ids are dropped before the next."""
+    for texts in parts:
+        encode(texts)
 
 
 def cpu_seconds(run: Callable[[], Any]) -> float:
@@ -169,6 +179,7 @@ def test_encoder(benchmark, corpus, installed, make):
 def test_ratios(corpus, installed, result):
     """All of the text, by an encoder that has seen nothing, then once more by the same; the encoders take turns."""
     texts, expected = corpus["texts"], load_encoding()
+    parts = batches(texts)
     rates: dict[str, dict[str, list[float]]] = defaultdict(lambda: {"first": [], "again": []})
     exact = {}
     for name, make in installed.items():
@@ -181,7 +192,7 @@ def test_ratios(corpus, installed, result):
                 continue
             encode = make()
             for which in ("first", "again"):
-                rates[name][which].append(corpus["bytes"] / 1e6 / cpu_seconds(lambda: encode(texts)))
+                rates[name][which].append(corpus["bytes"] / 1e6 / cpu_seconds(lambda: encode_all(encode, parts)))
     rows = {}
     for name, found in rates.items():
         base = rates["tiktoken"]
@@ -237,7 +248,7 @@ def worst_cases() -> dict[str, Callable[[int], bytes]]:
 
 def test_worst_cases(corpus, result):
     """Time per byte of one document, against ordinary text before and after it, all to a worker that is new to it."""
-    encoder, ordinary = Encoder(), batches(corpus["texts"])
+    encoder, ordinary = Encoder(), [joined(texts) for texts in batches(corpus["texts"])]
 
     def ordinary_seconds() -> float:
         worker = encoder.worker()
@@ -259,7 +270,7 @@ def test_worst_cases(corpus, result):
 
 def test_threads(corpus, result):
     """Wall clock: the same text by each of n threads, against one thread alone, in turns."""
-    encoder, ordinary = Encoder(), batches(corpus["texts"])
+    encoder, ordinary = Encoder(), [joined(texts) for texts in batches(corpus["texts"])]
     cores = len(os.sched_getaffinity(0))
     counts = sorted({1, *(2**k for k in range(1, 8) if 2**k <= cores), cores})
     workers = [encoder.worker() for _ in range(cores)]
@@ -288,6 +299,7 @@ def test_write_result(result):
             "clock": "CPU seconds of the process; wall clock for threads, the best of the rounds",
             "load_average": os.getloadavg()[0],  # of a machine that others use; threads mean nothing above the cores
             "rounds": ROUNDS,
+            "batch_bytes": BATCH_BYTES,  # given to an encoder at once; the ids of one batch are dropped before the next
             "statistic": "median; ratios are of the same round",
             "first": "an encoder made for the round, nothing cached; `again`: the same encoder, the same text",
         }

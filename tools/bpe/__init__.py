@@ -34,7 +34,8 @@ class Encoder:
         two_bytes = np.flatnonzero(lengths == 2)
         byte_pairs[[int.from_bytes(tokens[token]) for token in two_bytes]] = two_bytes
         shifts, merges = kernels.place_merges(learned)
-        self.tables = memory.Tables(classes, byte_ids, byte_pairs, shifts, merges, lengths)
+        key_shapes = memory.new_key_shapes()
+        self.tables = memory.Tables(classes, byte_ids, byte_pairs, shifts, merges, lengths, key_shapes)
 
     def worker(self) -> "Worker":
         """Return an encoder for one thread, with its own cache."""

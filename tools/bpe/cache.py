@@ -2,9 +2,12 @@
 import numpy as np
 from numba import int64, njit, uint64
 
-from tools.bpe.intrinsics import load64, prefetch, store64
+from tools.bpe.intrinsics import load64, prefetch, store64, store_key
 from tools.bpe.memory import (
     BATCH,
+    HASH,
+    HASH_2,
+    HASH_3,
     LONG_BYTES,
     LONG_ROW_WORDS_LOG2,
     LONG_ROWS,
@@ -18,30 +21,28 @@ from tools.bpe.memory import (
     SHORT_ROW_WORDS_LOG2,
     SHORT_ROWS_LOG2,
 )
-from tools.bpe.merges import HASH, HASH_2, merge_lists, merge_short
+from tools.bpe.merges import merge_lists, merge_short
 
-HASH_3 = np.uint64(0x165667B19E3779F9)
-LOW_MASKS = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(16)], np.uint64)
-HIGH_MASKS = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(16)], np.uint64)
+LOW_MASKS = np.array([(1 << 8 * n) - 1 for n in range(8)], np.uint64)
 
 
 @njit
-def make_keys(text, first, count, scratch):
+def make_keys(text, first, count, tables, scratch):
     """Fill `keys` for `count` pre-tokens from number `first` on, and have their rows of the cache fetched.
 
-    keys: BATCH words each: of a pre-token of at most SHORT_BYTES bytes, its bytes and, in the top byte, their number;
-    of any, where its row is.
+    keys: of each pre-token of at most SHORT_BYTES bytes two words, its bytes and, in the top byte, their number; then,
+    from 2 * BATCH on, where its row is, of any.
     """
     positions, keys, cache = scratch.positions, scratch.keys, scratch.cache
     for k in range(count):
         i = positions[first + k]
         n = positions[first + k + 1] - i
-        low, high = load64(text, i), load64(text, i + 8)
         if n <= SHORT_BYTES:
-            low, high = low & LOW_MASKS[n], high & HIGH_MASKS[n] | uint64(n) << uint64(56)
-            row = (low * HASH + high * HASH_2) >> uint64(64 - SHORT_ROWS_LOG2) << uint64(SHORT_ROW_WORDS_LOG2)
+            hashed = store_key(text, i, n, tables.key_shapes, keys, 2 * k)
+            row = hashed >> uint64(64 - SHORT_ROWS_LOG2) << uint64(SHORT_ROW_WORDS_LOG2)
         else:
-            hashed = low * HASH + high * HASH_2 + (load64(text, i + n - 8) + uint64(n)) * HASH_3
+            hashed = load64(text, i) * HASH + load64(text, i + 8) * HASH_2
+            hashed += (load64(text, i + n - 8) + uint64(n)) * HASH_3
             if n <= MEDIUM_BYTES:
                 row = hashed >> uint64(64 - MEDIUM_ROWS_LOG2) << uint64(MEDIUM_ROW_WORDS_LOG2)
                 row += uint64(MEDIUM_ROWS)
@@ -51,7 +52,7 @@ def make_keys(text, first, count, scratch):
                 prefetch(cache, row + uint64(16))
             prefetch(cache, row + uint64(8))
         prefetch(cache, row)
-        keys[k], keys[BATCH + k], keys[2 * BATCH + k] = low, high, row
+        keys[2 * BATCH + k] = row
 
 
 @njit
@@ -148,9 +149,9 @@ def encode_pretokens(text, first, count, tables, scratch, merging, out, at):
     cache, keys, positions = scratch.cache, scratch.keys, scratch.positions
     while first < count:
         batch = min(BATCH, count - first)
-        make_keys(text, first, batch, scratch)
+        make_keys(text, first, batch, tables, scratch)
         for k in range(batch):
-            low, high, row = keys[k], keys[BATCH + k], int64(keys[2 * BATCH + k])
+            low, high, row = keys[2 * k], keys[2 * k + 1], int64(keys[2 * BATCH + k])
             if row >= MEDIUM_ROWS:
                 i = positions[first + k]
                 n = positions[first + k + 1] - i

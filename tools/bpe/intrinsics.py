@@ -1,4 +1,4 @@
-"""What compiled code needs and Numba has no name for: pointers, unaligned words, bit counts, masks over 64 bytes.
+"""What compiled code needs and Numba has no name for: pointers, unaligned words, bit counts, two words or 64 bytes at once.
 
 A pointer is indexed like an array; it has no bounds, no negative index and no reference count. Whoever takes one keeps
 its array alive. Passing arrays to small functions in a hot loop costs an atomic increment and decrement for each.
@@ -7,6 +7,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from tools.bpe.memory import HASH, HASH_2
 
 BYTE, WORD = ir.IntType(8), ir.IntType(64)
 
@@ -57,6 +59,33 @@ def prefetch(typingctx, place, index):
         return context.get_dummy_value()
 
     return types.void(place, types.uint64), codegen
+
+
+@intrinsic
+def store_key(typingctx, text, i, n, shapes, keys, k):
+    """Write text[i : i + 16] & shapes[4n : 4n + 2] | shapes[4n + 2 : 4n + 4] to keys[k : k + 2]; return a hash of both.
+
+    In one vector: word by word it takes half as long again.
+    """
+
+    def codegen(context, builder, signature, args):
+        pair = ir.VectorType(WORD, 2)
+
+        def address(place, index):
+            return builder.bitcast(builder.gep(place, [index]), pair.as_pointer())
+
+        text, i, n, shapes, keys, k = args
+        mask, end = (builder.add(builder.shl(n, WORD(2)), WORD(offset)) for offset in (0, 2))
+        key = builder.load(address(text, i), align=1)
+        key = builder.and_(key, builder.load(address(shapes, mask), align=8))
+        key = builder.or_(key, builder.load(address(shapes, end), align=8))
+        builder.store(key, address(keys, k), align=8)
+        factors = ir.Constant(pair, [WORD(int(HASH)), WORD(int(HASH_2))])
+        product = builder.mul(key, factors)
+        low, high = (builder.extract_element(product, ir.IntType(32)(lane)) for lane in range(2))
+        return builder.add(low, high)
+
+    return types.uint64(text, types.int64, types.int64, shapes, keys, types.int64), codegen
 
 
 @intrinsic

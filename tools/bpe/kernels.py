@@ -29,6 +29,7 @@ def encode_documents(text, ends, table_arrays, scratch_arrays, merge_arrays, win
         pointer(t.shifts),
         pointer(t.merges),
         pointer(t.lengths),
+        pointer(t.key_shapes),
     )
     scratch = Scratch(
         pointer(s.cache),

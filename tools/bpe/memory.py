@@ -22,10 +22,11 @@ CACHE_WORDS = LONG_ROWS + (1 << LONG_ROWS_LOG2 + LONG_ROW_WORDS_LOG2)
 
 NO_RANK = 0xFFFF  # of two tokens that do not merge
 EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
+HASH, HASH_2, HASH_3 = map(np.uint64, (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9))  # factors
 
 
 class Tables(NamedTuple):
-    """What the vocabulary and Unicode say; read-only, shared by all threads. Compiled code has pointers in it."""
+    """What is only read, shared by all threads: what the vocabulary and Unicode say. Compiled code has pointers in it."""
 
     classes: np.ndarray  # uint8 (2**21,): class of each code point, and of whatever else four bytes may decode to
     byte_ids: np.ndarray  # uint16 (256,)
@@ -33,6 +34,7 @@ class Tables(NamedTuple):
     shifts: np.ndarray  # uint16 (2**13,), see merges.merge_rank
     merges: np.ndarray  # uint64 (2**16,): `left << 32 | right << 16 | merged`, or EMPTY
     lengths: np.ndarray  # uint8 (vocab_size,): bytes of each token
+    key_shapes: np.ndarray  # uint64 (4 * (SHORT_BYTES + 1),), see new_key_shapes
 
 
 class MergeScratch(NamedTuple):
@@ -55,10 +57,10 @@ class Scratch(NamedTuple):
 
     cache: np.ndarray  # uint64 (CACHE_WORDS,)
     text: np.ndarray  # uint8 (CHUNK_BYTES + PADDING_BYTES,)
-    masks: np.ndarray  # uint64 (6 * MASK_WORDS,): bits over the chunk, see classify
+    masks: np.ndarray  # uint64 (6 * MASK_WORDS,): bits over the chunk, see pretokens.classify
     positions: np.ndarray  # int32 (CHUNK_BYTES + PADDING_BYTES + UNROLLED,)
-    keys: np.ndarray  # uint64 (3 * BATCH,), see make_keys
-    parts: np.ndarray  # uint32 (128,), see merge_short
+    keys: np.ndarray  # uint64 (3 * BATCH,), see cache.make_keys
+    parts: np.ndarray  # uint32 (128,), see merges.merge_short
 
 
 def new_merge_scratch(n: int) -> MergeScratch:
@@ -79,13 +81,22 @@ def new_merge_scratch(n: int) -> MergeScratch:
 
 
 def zeros_by_line(words: int) -> np.ndarray:
-    """Return uint64 zeros that begin where a cache line of 64 bytes does, so that no row of the cache lies in two.
+    """Return uint64 zeros that begin where a cache line of 64 bytes does, so that no row lies in two.
 
     NumPy asks for huge pages where it allocates 4 MiB or more: with small ones, encoding takes a tenth longer.
     """
     room = np.zeros(words + 7, np.uint64)
     first = -room.ctypes.data // 8 % 8
     return room[first : first + words]
+
+
+def new_key_shapes() -> np.ndarray:
+    """Return four words for each n up to SHORT_BYTES: masks of a key's n bytes, and n in its top byte."""
+    shapes = zeros_by_line(4 * (SHORT_BYTES + 1))
+    for n in range(SHORT_BYTES + 1):
+        mask = (1 << 8 * n) - 1
+        shapes[4 * n : 4 * n + 4] = mask & int(EMPTY), mask >> 64, 0, n << 56
+    return shapes
 
 
 def new_scratch() -> Scratch:

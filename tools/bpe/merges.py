@@ -3,11 +3,9 @@ import numpy as np
 from numba import int32, int64, njit, uint16, uint32, uint64
 
 from tools.bpe.intrinsics import leading_zeros, trailing_zeros
-from tools.bpe.memory import EMPTY, NO_RANK
+from tools.bpe.memory import EMPTY, HASH, HASH_2, NO_RANK
 
 GROUPS_LOG2, SLOTS_LOG2 = 13, 16
-HASH = np.uint64(0x9E3779B97F4A7C15)
-HASH_2 = np.uint64(0xC2B2AE3D27D4EB4F)
 
 
 @njit
