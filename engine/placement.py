@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from engine.cards import Card, parse_memory
-from engine.config import Config, ConfigError, require
+from engine.config import PRESETS, Config, ConfigError, OptimizerConfig, require
 from engine.memory import Plan, card_of, choose, nearest, plan, reason
 
 CPU_MICRO_BATCH_TOKENS = 8192  # beyond this a CPU gains nothing and the activations leave its caches
@@ -94,7 +94,10 @@ def _plan(config: Config, device: torch.device, dtype: torch.dtype, world_size: 
     ways = allowed(config, plans)
     given = {key: value for key, value in asdict(config.strategy).items() if value not in _OPEN and key in plans[0].settings["strategy"]}
     require(ways, f"the planner knows no way that is all of {given}: leave some of it open, as auto")
-    chosen = choose(ways)
+    chosen = choose([p for p in ways if _keeps_what_is_set(config, p)])
+    if chosen is None and (lesser := choose(ways)):
+        would = f"--batch_tokens {lesser.batch_tokens} --grad_clip 0"
+        require(False, f"{card.memory_bytes / 2**30:.1f} GiB leave only an update inside the backward pass, which neither accumulates nor clips: {would} would do")
     if chosen is None:
         found = nearest(config.model, card, host, **options)
         hint = f"; it fits {found[0]}" if found else ""
@@ -110,6 +113,13 @@ def allowed(config: Config, plans: list[Plan]) -> list[Plan]:
     if not (find_spec("deepspeed") or config.strategy.strategy == "zero" or _asks_for_zero(config, 1)):
         plans = [p for p in plans if not p.method.stage]
     return [p for p in plans if all(asked.get(key, value) == value for key, value in p.settings["strategy"].items())]
+
+
+def _keeps_what_is_set(config: Config, candidate: Plan) -> bool:
+    """Whether a plan takes the batch and the clipping that a person has set, known by being other than the preset's."""
+    usual, asked = OptimizerConfig(**PRESETS[config.preset]["optimizer"]), config.optimizer
+    keeps_batch = candidate.keeps_batch or asked.batch_tokens == usual.batch_tokens
+    return keeps_batch and (not candidate.method.in_backward or asked.grad_clip in (0, usual.grad_clip))
 
 
 def host_memory(asked: str = "") -> int:

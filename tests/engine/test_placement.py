@@ -136,6 +136,19 @@ def test_the_smallest_card_updates_inside_the_backward_pass_without_clipping(on_
     assert config.optimizer.batch_tokens == config.optimizer.micro_batch_size * 2048
 
 
+@pytest.mark.parametrize("flag", ["--batch_tokens=262144", "--grad_clip=0.5"])
+def test_a_batch_and_a_clipping_that_a_person_set_are_kept_or_refused(on_card, flag):
+    on_card("rtx3080", 16)
+    with pytest.raises(ConfigError, match=r"--batch_tokens (\d+) --grad_clip 0 would do") as refused:
+        settled("--preset=2b", flag)
+    would = str(refused.value).partition(": ")[2].split()
+    config, grad_accum, chosen = settled("--preset=2b", *(f"{name}={value}" for name, value in zip(would[::2], would[1:4:2])))
+    assert chosen.method.in_backward and grad_accum == 1 and config.optimizer.batch_tokens == int(would[1])
+    on_card("rtx3080", 64)
+    name, value = flag.removeprefix("--").split("=")
+    assert getattr(settled("--preset=2b", flag)[0].optimizer, name) == float(value)
+
+
 def test_a_compiled_model_is_not_given_what_cannot_be_compiled(on_card):
     on_card("rtx3080", 64)
     assert settled("--preset=2b")[2].recompute.kind == "offloaded"
