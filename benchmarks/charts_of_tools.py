@@ -69,7 +69,7 @@ def draw_tune(panels: Any) -> Figure:
 
 STATUSES = {
     "done": "#08519c", "kept": "#9ecae1", "failed": "#e6550d", "out of time": "#fdae6b", "running": "#fdae6b",
-    "not run": "#d9d9d9",
+    "tests failed": "#a63603", "not run": "#d9d9d9",
 }  # fmt: skip
 
 

@@ -5,7 +5,8 @@
     python benchmarks/suite.py --cpu          # a rehearsal without a GPU: the same parts, small, into build/suite/
 
 Each part is a process of its own with its own time limit and writes its result as soon as it has one; run again, the
-suite goes on with the parts that have none for this commit and device, and tries those last that went wrong. A card's
+suite goes on with the parts that have none for this commit and device, and tries those last that went wrong. What such
+a part leaves never takes the place of more. Tests that fail are a result: the suite's exit code says so. A card's
 memory is imposed on a larger one, for `2b` its number format, kernels and plan as well, and the file says so. In a tree
 without its .git, PILESMITH_COMMIT=... says which commit it is. Afterwards: `python benchmarks/render.py`.
 """
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,6 @@ from xml.etree import ElementTree
 import torch
 
 from benchmarks.environment import RESULTS, environment, write_result
-from benchmarks.reading import load
 
 ROOT = Path(__file__).parents[1]
 LOGS = ROOT / "build" / "logs"
@@ -42,10 +43,18 @@ CARDS = {
 BATCH_TOKENS = {"gpt2": 131_072, "gpt2-xl": 65_536, "2b": 65_536}
 PEERS = "pytorch,transformers-liger,transformers,pytorch-compiled"
 TINY = "--n_layer 2 --n_embd 64 --n_head 2 --block_size 64 --vocab_size 512 --batch_tokens 512 --micro_batch_size 4"
-LEAST_S = 5.0  # with less time than this left no part is started
+LEAST_S = 30.0  # with less time than this left no part is started
 GRACE_S = 15.0  # to write what there is, once a part is out of time
 TEST_PROCESSES = max(1, min(2, (os.cpu_count() or 1) // 2))  # they share the card's memory
+TESTS_FAILED = "tests failed"
 WRONG = ("failed", "out of time", "running")  # the last: the suite was stopped in the middle of it
+AMOUNTS: dict[str, Callable[[dict[str, Any]], int]] = {  # how much of its part a result of each kind holds
+    "correctness": lambda result: result["passed"] + result["failed"] + result["skipped"],
+    "pytest-benchmark": lambda result: len(result["benchmarks"]),
+    "scaling": lambda result: len(result["axes"]),
+    "throughput": lambda result: sum(isinstance(row, dict) for row in result["results"].values()),
+    "tune": lambda result: len(result["searches"]),
+}
 NEEDED = ("deepspeed", "liger_kernel", "matplotlib", "pynvml", "pytest", "pytest_benchmark", "transformers", "triton")
 
 
@@ -57,8 +66,7 @@ class Part:
     arguments: str
     limit_s: float
 
-    def command(self, folder: Path) -> list[str]:
-        file = folder / f"{self.name}.json"
+    def command(self, file: Path) -> list[str]:
         return [sys.executable, *(word.replace("{file}", str(file)) for word in shlex.split(self.arguments))]
 
 
@@ -124,10 +132,46 @@ def gpu_tests() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in files]
 
 
+def read(file: Path) -> dict[str, Any] | None:
+    """Return what a result file holds; None where it is not there, or cannot be read."""
+    try:
+        return json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def is_from(here: dict[str, Any], result: dict[str, Any]) -> bool:
+    """Whether a result is of this commit and device."""
+    return all(result.get("environment", {}).get(key, "unknown") == here[key] for key in ("commit", "gpu"))
+
+
 def is_done(part: Part, folder: Path, here: dict[str, Any]) -> bool:
     """Whether this part's result is there, from this commit and device."""
-    found = load(folder).get(part.name)
-    return found is not None and all(found["environment"][key] == here[key] for key in ("commit", "gpu"))
+    found = read(folder / f"{part.name}.json")
+    return found is not None and is_from(here, found) and not found.get("unfinished")
+
+
+def verdict(part: Part, folder: Path) -> tuple[str, str]:
+    """Return the status of a part whose result is there, and what there is to say of it."""
+    found = read(folder / f"{part.name}.json")
+    failed = found["failed"] if found.get("benchmark") == "correctness" else 0
+    return (TESTS_FAILED, f"{failed} of {amount(found)}") if failed else ("done", "")
+
+
+def amount(result: dict[str, Any]) -> int:
+    return AMOUNTS.get(result.get("benchmark"), len)(result)
+
+
+def put_in_place(partial: Path, file: Path, whole: bool) -> bool:
+    """Give what a part wrote its name if it can be read and, unless it is `whole`, what has the name holds no more."""
+    made, before = read(partial), read(file)
+    better = made is not None and (
+        whole or before is None or not is_from(made["environment"], before) or amount(made) >= amount(before)
+    )
+    if better:
+        partial.replace(file)
+    partial.unlink(missing_ok=True)
+    return better
 
 
 def run(part: Part, folder: Path, limit_s: float) -> tuple[str, str]:
@@ -135,8 +179,8 @@ def run(part: Part, folder: Path, limit_s: float) -> tuple[str, str]:
 
     Past the limit it is interrupted, so that pytest writes what it has, and soon after killed with its children.
     """
-    file = folder / f"{part.name}.json"
-    before = file.stat().st_mtime_ns if file.exists() else None
+    file, partial = (folder / f"{part.name}.{ending}" for ending in ("json", "partial"))
+    partial.unlink(missing_ok=True)
     LOGS.mkdir(parents=True, exist_ok=True)
     log = LOGS / f"{part.name}.log"
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -146,7 +190,7 @@ def run(part: Part, folder: Path, limit_s: float) -> tuple[str, str]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(log, "w+") as output:
         process = subprocess.Popen(
-            part.command(folder), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=variables,
+            part.command(partial), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=variables,
             start_new_session=True,
         )  # fmt: skip
         try:
@@ -159,15 +203,13 @@ def run(part: Part, folder: Path, limit_s: float) -> tuple[str, str]:
         finally:  # also where the suite itself is stopped
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            whole = process.wait() == 0 and not late
+            written = put_in_place(partial, file, whole)
         output.seek(0)
         lines = output.read().strip().splitlines() or [""]
-    written = file.exists() and file.stat().st_mtime_ns != before
     if late:
         return "out of time", f"after {limit_s:.0f} s" + ("; what it had by then is kept" if written else "")
-    if written and process.returncode == 0:
-        return "done", ""
-    return "failed", lines[-1]
+    return verdict(part, folder) if whole and written else ("failed", lines[-1])
 
 
 def correctness(arguments: list[str], file: Path) -> int:
@@ -196,7 +238,7 @@ def correctness(arguments: list[str], file: Path) -> int:
             count_tests(payload, test_file, report)
             payload["seconds"] = time.perf_counter() - began
             write_result(file, payload)
-    return int(payload["failed"] > 0)
+    return 0
 
 
 def count_tests(payload: dict[str, Any], test_file: str, report: Path) -> None:
@@ -230,7 +272,7 @@ def suite(todo: list[Part], folder: Path, name: str, again: bool, seconds: float
     wrong = {key for key, row in rows.items() if row["status"] in WRONG}
 
     def note(part: Part, status: str, took_s: float, message: str) -> None:
-        command = shlex.join(["python", *part.command(Path("benchmarks/results"))[1:]])
+        command = shlex.join(["python", *part.command(Path(f"benchmarks/results/{part.name}.json"))[1:]])
         about = {"name": part.name, "command": command, "file": f"{part.name}.json"}
         rows[part.name] = about | {"status": status, "seconds": took_s, "message": message}
         elapsed = time.perf_counter() - began
@@ -240,8 +282,10 @@ def suite(todo: list[Part], folder: Path, name: str, again: bool, seconds: float
     for part in sorted(todo, key=lambda part: part.name in wrong):
         started = time.perf_counter()
         left = seconds - (started - began)
-        if not again and part.name not in wrong and is_done(part, folder, here):
-            status, message = "kept", ""
+        kept = not again and part.name not in wrong and is_done(part, folder, here)
+        if kept:
+            status, message = verdict(part, folder)
+            status = "kept" if status == "done" else status
         elif left < LEAST_S:  # what went wrong stays so: its file may hold half of a result
             status = rows[part.name]["status"] if part.name in wrong else "not run"
             message = "no time left: run the suite again"
@@ -250,21 +294,17 @@ def suite(todo: list[Part], folder: Path, name: str, again: bool, seconds: float
             note(part, "running", 0.0, "")
             status, message = run(part, folder, min(part.limit_s, left))
         took_s = time.perf_counter() - started
-        if status == "kept" and part.name in rows:
+        if kept and part.name in rows:
             took_s = rows[part.name]["seconds"]
         print(f"{part.name}: {status}{f', {message}' if message else ''} ({took_s:.0f} s)", flush=True)
         note(part, status, took_s, message)
-    return int(any(rows[part.name]["status"] in WRONG for part in todo))
+    return int(any(rows[part.name]["status"] in (*WRONG, TESTS_FAILED) for part in todo))
 
 
 def rows_before(summary: Path, here: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return by name what became of each part in the runs before this one, of this commit and device."""
-    if not summary.exists():
-        return {}
-    found = json.loads(summary.read_text())
-    if any(found["environment"][key] != here[key] for key in ("commit", "gpu")):
-        return {}
-    return {row["name"]: row for row in found["parts"]}
+    found = read(summary)
+    return {row["name"]: row for row in found["parts"]} if found and is_from(here, found) else {}
 
 
 def slug(name: str) -> str:
@@ -297,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = (options.out or (ROOT / "build" / "suite" if options.cpu else RESULTS)).resolve()
     if options.list:
         for part in todo:
-            print(f"{part.limit_s:>4.0f} s  {shlex.join(part.command(folder)[1:])}")
+            print(f"{part.limit_s:>4.0f} s  {shlex.join(part.command(folder / f'{part.name}.json')[1:])}")
         return 0
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -39,6 +40,60 @@ def test_what_is_there_is_kept_unless_asked_again(tmp_path, writes, validate):
     validate(json.loads((tmp_path / "all.json").read_text()), "suite")
     suite.suite(parts, tmp_path, "all", again=True, seconds=60)
     assert statuses(tmp_path) == {"one": "done", "two": "done"}
+
+
+@pytest.mark.parametrize("left", ["", '{"environment": '])
+def test_what_cannot_be_read_is_no_result_and_stops_nothing(tmp_path, writes, left):
+    """As pytest-benchmark leaves an empty file where it measures nothing."""
+    spoils = shlex.join(["-c", f"import sys; open(sys.argv[1], 'w').write({left!r})"]) + " {file}"
+    for name in ("one", "of another"):
+        (tmp_path / f"{name}.json").write_text(left)
+    parts = [Part("one", spoils, 60), Part("two", writes, 60)]
+    assert suite.suite(parts, tmp_path, "all", again=False, seconds=60) == 1
+    assert statuses(tmp_path) == {"one": "failed", "two": "done"}
+    assert suite.suite([Part("one", writes, 60)], tmp_path, "all", again=False, seconds=60) == 0
+    suite.suite(parts, tmp_path, "all", again=True, seconds=60)
+    assert statuses(tmp_path)["one"] == "failed" and suite.read(tmp_path / "one.json")
+
+
+def test_a_part_that_is_cut_off_replaces_no_result_that_holds_more(tmp_path):
+    """Unless what is there is of another commit or device."""
+    here = where.environment()
+
+    def part(count, then):
+        made = {"benchmark": "tune", "searches": [{}] * count, "environment": {key: here[key] for key in ("commit", "gpu")}}
+        program = f"import json, sys, time; json.dump({made}, open(sys.argv[1], 'w')); {then}"
+        return Part("one", shlex.join(["-c", program]) + " {file}", 5)
+
+    def searches_after(*parts):
+        for each in parts:
+            suite.suite([each], tmp_path, "all", again=True, seconds=60)
+        return len(suite.read(tmp_path / "one.json")["searches"])
+
+    assert searches_after(part(1, "sys.exit(1)"), part(3, "sys.exit(1)")) == 3
+    assert searches_after(part(4, ""), part(2, "time.sleep(60)")) == 4
+    assert statuses(tmp_path) == {"one": "out of time"}
+    assert searches_after(part(2, "")) == 2
+    older = suite.read(tmp_path / "one.json") | {"searches": [{}] * 9}
+    older["environment"]["commit"] = "b" * 40
+    (tmp_path / "one.json").write_text(json.dumps(older))
+    assert searches_after(part(1, "sys.exit(1)")) == 1
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_tests_that_fail_are_a_result(tmp_path):
+    """The suite's exit code says so, each time; it is not made again unless asked for."""
+    (tmp_path / "test_it.py").write_text("def test_good(): pass\ndef test_bad(): assert 0\n")
+    part = Part("tests", f"-m benchmarks.suite --correctness {{file}} -- -pno:cacheprovider {tmp_path}/test_it.py", 60)
+    for _ in range(2):
+        assert suite.suite([part], tmp_path, "all", again=False, seconds=60) == 1
+        row = json.loads((tmp_path / "all.json").read_text())["parts"][0]
+        assert (row["status"], row["message"]) == ("tests failed", "1 of 2")
+        (tmp_path / "test_it.py").unlink(missing_ok=True)
+    payload = suite.read(tmp_path / "tests.json")
+    assert (payload["passed"], payload["failed"]) == (1, 1)
+    (tmp_path / "tests.json").write_text(json.dumps(payload | {"unfinished": ["test_other.py"]}))
+    assert not suite.is_done(part, tmp_path, where.environment())
 
 
 def test_a_part_that_fails_leaves_the_older_result(tmp_path, writes):
@@ -165,7 +220,7 @@ def test_correctness_counts_tests(tmp_path, validate):
     (tmp_path / "test_crash.py").write_text("import os\ndef test_crash(): os._exit(1)\n")
     file = tmp_path / "out.json"
     tests = [str(tmp_path / name) for name in ("test_it.py", "test_crash.py")]
-    assert suite.correctness(["-p", "no:cacheprovider", *tests], file) == 1
+    assert suite.correctness(["-p", "no:cacheprovider", *tests], file) == 0
     payload = json.loads(file.read_text())
     validate(payload, "correctness")
     assert (payload["passed"], payload["failed"], payload["skipped"], payload["unfinished"]) == (1, 2, 1, [])
