@@ -45,7 +45,19 @@ PEERS = "pytorch,transformers-liger,transformers,pytorch-compiled"
 TINY = "--n_layer 2 --n_embd 64 --n_head 2 --block_size 64 --vocab_size 512 --batch_tokens 512 --micro_batch_size 4"
 LEAST_S = 30.0  # with less time than this left no part is started
 GRACE_S = 15.0  # to write what there is, once a part is out of time
-TEST_PROCESSES = max(1, min(2, (os.cpu_count() or 1) // 2))  # they share the card's memory
+TESTS_GRACE_S = 10.0  # of it, for the processes that run tests
+LONG = {  # files of tests that take a process minutes, most of it to compile, and how their tests are shared out
+    "tests/kernels/test_gpu_attention.py": (
+        "bfloat16 and documents", "bfloat16 and not documents", "not bfloat16 and documents",
+        "not bfloat16 and not documents",
+    ),
+    "tests/kernels/test_gpu_memory_access.py": ("",),
+    "tests/kernels/test_layer_norm.py": ("",),
+    "tests/kernels/test_gpu_training.py": ("",),
+}  # fmt: skip
+TEST_PROCESSES = 6
+TEST_BYTES = 12 << 30  # of the card, for each: some tests hold 20 GB for a moment, most 5 or less
+MESSAGE_LINES = 5  # of a failure
 TESTS_FAILED = "tests failed"
 WRONG = ("failed", "out of time", "running")  # the last: the suite was stopped in the middle of it
 AMOUNTS: dict[str, Callable[[dict[str, Any]], int]] = {  # how much of its part a result of each kind holds
@@ -213,40 +225,67 @@ def run(part: Part, folder: Path, limit_s: float) -> tuple[str, str]:
 
 
 def correctness(arguments: list[str], file: Path) -> int:
-    """Run pytest, a process for each file of tests in `arguments` and several at once; write what is known after each.
+    """Run pytest, several processes at once, a file of tests or a share of one each; write what is known after each.
 
-    Kernels compile while others run, and one that breaks the device's context takes no other file's tests with it.
+    Kernels compile while others run, and one that breaks the device's context takes no other process's tests with it.
+    Interrupted, it passes that on, and counts what its processes still report. Return 1 if it could not finish.
     """
     files, options = [a for a in arguments if a.endswith(".py")], [a for a in arguments if not a.endswith(".py")]
-    began = time.perf_counter()
+    began, here, waiting = time.perf_counter(), environment(), shares(files)
     payload: dict[str, Any] = {
-        "benchmark": "correctness", "environment": environment(), "command": f"pytest {shlex.join(arguments)}",
-        "passed": 0, "failed": 0, "skipped": 0, "seconds": 0.0, "failures": [], "unfinished": list(files),
+        "benchmark": "correctness", "environment": here, "command": f"pytest {shlex.join(arguments)}",
+        "passed": 0, "failed": 0, "skipped": 0, "seconds": 0.0, "failures": [],
+        "unfinished": [shlex.join(share) for share in waiting],
     }  # fmt: skip
+    running: dict[subprocess.Popen, tuple[str, Path]] = {}
+
+    def ended(process: subprocess.Popen, interrupted: bool = False) -> None:
+        share, report = running.pop(process)
+        if not interrupted:
+            payload["unfinished"].remove(share)
+        if report.exists() or not interrupted:
+            count_tests(payload, share, report)
+        payload["seconds"] = time.perf_counter() - began
+        write_result(file, payload)
+
     with tempfile.TemporaryDirectory() as scratch:
-        waiting, running = list(files), {}
-        while waiting or running:
-            while waiting and len(running) < TEST_PROCESSES:
-                test_file, report = waiting.pop(0), Path(scratch) / f"{len(waiting)}.xml"
-                command = [sys.executable, "-m", "pytest", "-q", *options, test_file, "--junitxml", str(report)]
-                running[subprocess.Popen(command, cwd=ROOT)] = test_file, report
-            finished = next((process for process in running if process.poll() is not None), None)
-            if finished is None:
+        try:
+            while waiting or running:
+                while waiting and len(running) < processes_at_once(here):
+                    share, report = waiting.pop(0), Path(scratch) / f"{len(waiting)}.xml"
+                    command = [sys.executable, "-m", "pytest", "-q", *options, *share, "--junitxml", str(report)]
+                    running[subprocess.Popen(command, cwd=ROOT)] = shlex.join(share), report
+                for process in [process for process in running if process.poll() is not None]:
+                    ended(process)
                 time.sleep(0.1)
-                continue
-            test_file, report = running.pop(finished)
-            count_tests(payload, test_file, report)
-            payload["seconds"] = time.perf_counter() - began
-            write_result(file, payload)
-    return 0
+        except KeyboardInterrupt:
+            deadline = time.perf_counter() + TESTS_GRACE_S
+            for process in running:
+                process.send_signal(signal.SIGINT)
+            for process in list(running):
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, deadline - time.perf_counter()))
+                    ended(process, interrupted=True)
+    return int(bool(payload["unfinished"]))
 
 
-def count_tests(payload: dict[str, Any], test_file: str, report: Path) -> None:
-    """Add what a file's report says; a process that left none has crashed, which is a failure."""
-    payload["unfinished"].remove(test_file)
+def shares(files: list[str]) -> list[list[str]]:
+    """Return pytest's arguments for each process, the longest first."""
+    split = [[file, "-k", words] for file, halves in LONG.items() if file in files for words in halves]
+    return split + [[file] for file in files if file not in LONG]
+
+
+def processes_at_once(here: dict[str, Any]) -> int:
+    """Return how many processes of tests the cores and the card's memory have room for."""
+    room = here["gpu"]["memory_bytes"] // TEST_BYTES if here["gpu"] else TEST_PROCESSES
+    return max(1, min(TEST_PROCESSES, here["cores"] // 2, room))
+
+
+def count_tests(payload: dict[str, Any], share: str, report: Path) -> None:
+    """Add what a process's report says; a process that left none has crashed, which is a failure."""
     if not report.exists():
         payload["failed"] += 1
-        payload["failures"].append(f"{test_file}: its process ended without a report")
+        payload["failures"].append({"test": share, "message": "its process ended without a report"})
         return
     suite = ElementTree.parse(report).getroot().find("testsuite")
     counts = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
@@ -254,11 +293,10 @@ def count_tests(payload: dict[str, Any], test_file: str, report: Path) -> None:
     payload["passed"] += counts["tests"] - failed - counts["skipped"]
     payload["failed"] += failed
     payload["skipped"] += counts["skipped"]
-    payload["failures"] += [
-        f"{case.get('classname')}::{case.get('name')}"
-        for case in suite.iter("testcase")
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
+    for case in suite.iter("testcase"):
+        for fault in (*case.iter("failure"), *case.iter("error")):
+            message = "\n".join(fault.get("message").splitlines()[:MESSAGE_LINES])
+            payload["failures"].append({"test": f"{case.get('classname')}::{case.get('name')}", "message": message})
 
 
 def suite(todo: list[Part], folder: Path, name: str, again: bool, seconds: float) -> int:

@@ -215,7 +215,7 @@ def test_only_files_with_tests_for_a_gpu_are_read():
 
 def test_correctness_counts_tests(tmp_path, validate):
     (tmp_path / "test_it.py").write_text(
-        "import pytest\ndef test_good(): pass\ndef test_bad(): assert 0\n@pytest.mark.skip\ndef test_skipped(): pass\n"
+        "import pytest\ndef test_good(): pass\ndef test_bad(): assert 0, 'seven\\nof nine'\n@pytest.mark.skip\ndef test_skipped(): pass\n"
     )
     (tmp_path / "test_crash.py").write_text("import os\ndef test_crash(): os._exit(1)\n")
     file = tmp_path / "out.json"
@@ -224,8 +224,51 @@ def test_correctness_counts_tests(tmp_path, validate):
     payload = json.loads(file.read_text())
     validate(payload, "correctness")
     assert (payload["passed"], payload["failed"], payload["skipped"], payload["unfinished"]) == (1, 2, 1, [])
-    assert any(name.endswith("test_bad") for name in payload["failures"])
-    assert f"{tests[1]}: its process ended without a report" in payload["failures"]
+    told = {failure["test"].rpartition("::")[2]: failure["message"] for failure in payload["failures"]}
+    assert told == {"test_bad": "AssertionError: seven\n  of nine\nassert 0", tests[1]: "its process ended without a report"}
+
+
+def test_tests_that_are_interrupted_are_counted_up_to_then(tmp_path, validate):
+    """Its processes are interrupted too; what they were about is not finished, and neither is what waits."""
+    for name in ("test_it.py", "test_later.py"):
+        (tmp_path / name).write_text(
+            "import pathlib, time\ndef test_good(): pass\n"
+            f"def test_slow(): pathlib.Path({str(tmp_path / 'begun')!r}).touch(); time.sleep(60)\n"
+        )
+    file, tests = tmp_path / "out.json", [str(tmp_path / name) for name in ("test_it.py", "test_later.py")]
+    program = (
+        "import sys\nfrom benchmarks import suite\nsuite.TEST_PROCESSES = 1\n"
+        f"sys.exit(suite.correctness({['-pno:cacheprovider', *tests]}, suite.Path({str(file)!r})))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=suite.ROOT, start_new_session=True)
+    deadline = time.perf_counter() + 60
+    while not (tmp_path / "begun").exists() and time.perf_counter() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 1
+    payload = json.loads(file.read_text())
+    validate(payload, "correctness")
+    assert (payload["passed"], payload["failed"], payload["unfinished"]) == (1, 0, tests)
+
+
+def test_long_files_are_begun_first_and_shared_out_evenly():
+    files = suite.gpu_tests()
+    assert set(suite.LONG) <= set(files)
+    made = suite.shares(files)
+    assert [share[0] for share in made[:5]] == 4 * ["tests/kernels/test_gpu_attention.py"] + [
+        "tests/kernels/test_gpu_memory_access.py"
+    ]
+    assert {share[0] for share in made} == set(files) and suite.shares(["tests/a.py"]) == [["tests/a.py"]]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", made[0][0]]
+    names = subprocess.run(command, cwd=suite.ROOT, capture_output=True, text=True).stdout.split()
+    for dtype in ("bfloat16", "torch.float16"):
+        for documents in ("plain", "documents"):
+            assert sum(dtype in name and documents in name for name in names) == 10
+
+
+def test_a_smaller_card_has_room_for_fewer_processes():
+    for gib, cores, count in ((80, 16, 6), (80, 4, 2), (24, 16, 2), (8, 16, 1)):
+        assert suite.processes_at_once({"gpu": {"memory_bytes": gib << 30}, "cores": cores}) == count
 
 
 def test_without_a_gpu_it_says_what_to_do(capsys):
