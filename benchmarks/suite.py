@@ -114,13 +114,13 @@ def parts(device: str, small: bool) -> list[Part]:
     return [
         Part(f"correctness-{device}", f"-m benchmarks.suite --correctness {{file}} -- {tests}", 300),
         kernels("attention", "attention and not flex", 120),
-        throughput("gpt2", 150, compare=PEERS, flags="--micro_batch_size 32"),  # the others would try ours in vain
+        throughput("gpt2", 210, compare=PEERS, flags="--micro_batch_size 32"),  # the others would try ours in vain
         throughput("2b", 120),
         throughput("2b", 90, memory=24),
         throughput("2b", 120, card="rtx3080"),
         throughput("2b", 120, card="v100"),
         throughput("gpt2-xl", 90),
-        kernels("rows", "copy or rows or rotary", 120),
+        kernels("rows", "copy or rows or rotary", 160),
         kernels("loss", "copy or cross_entropy or adamw", 90),
         *(throughput("2b", 120, card=card) for card in CARDS if card not in ("rtx3080", "v100")),
         throughput("2b", 300, compare="transformers-liger,transformers,pytorch", label="-compared"),
@@ -133,7 +133,7 @@ def parts(device: str, small: bool) -> list[Part]:
         *(throughput("gpt2-xl", 60, memory=memory) for memory in MEMORIES),
         *(throughput("gpt2", 40, memory=memory) for memory in MEMORIES),
         kernels("flex", "attention and (flex or whole)", 200),
-        Part(f"scaling-{device}", f"benchmarks/scaling.py {grown} --out {{file}}", 240),
+        Part(f"scaling-{device}", f"benchmarks/scaling.py {grown} --out {{file}}", 360),
         Part(f"tune-{device}", f"tools/tune.py {tuned} --out {{file}}", 300),
     ]
 
