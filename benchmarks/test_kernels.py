@@ -1,8 +1,9 @@
 """Our operations and what would be used in their place, forward and backward, at GPT's shapes.
 
-On a GPU each tensor is larger than the chip's cache, as in training, and calls follow one another without a wait, so
-that launching costs nothing; on a CPU the shapes are small. `bytes` is what must be read and written once, `flops` what
-must be computed; the copy says how fast memory really is.
+On a GPU each call takes the chip longer than it takes Python to make the next one, and calls follow one another without
+a wait, so that it is the kernel that is timed; its tensors are larger than the chip's cache, as in training. On a CPU
+the shapes are small. `bytes` is what must be read and written once, `flops` what must be computed; the copy says how
+fast memory really is.
 """
 
 import functools
@@ -24,9 +25,9 @@ from kernels.attention import attention_reference
 
 GPU = torch.cuda.is_available()
 WIDTHS = (768, 1600, 2560) if GPU else (768,)
-ROWS = 65536 if GPU else 2048
+ELEMENTS = 2**28 if GPU else 2048 * 768  # of each tensor of rows, at every width
 ATTENTION = (
-    [(16384 // T, T, 2048 // D, D) for D in (128, 64) for T in (1024, 2048, 4096, 16384)] if GPU else [(2, 256, 6, 64)]
+    [(32768 // T, T, 2048 // D, D) for D in (128, 64) for T in (1024, 2048, 4096, 16384)] if GPU else [(2, 256, 6, 64)]
 )
 HEADS = [(8192, 50304, 768), (8192, 50304, 2560)] if GPU else [(512, 50304, 128)]
 OPTIMIZED_PRESET = "gpt2-medium" if GPU else "13m"
@@ -182,6 +183,11 @@ def _bias_gelu_torch(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x + bias, approximate="tanh")
 
 
+def rows_of(width: int) -> int:
+    """Return as many rows as have ELEMENTS, in a multiple that a batch of sequences has too."""
+    return ELEMENTS // width // 64 * 64
+
+
 @dataclass(frozen=True)
 class RowOp:
     """An operation on rows: what runs it ("compiled" is PyTorch's, compiled), its inputs, the tensors that it moves."""
@@ -226,10 +232,11 @@ def test_rows(
     width: int,
     step: str,
 ) -> None:
-    about, rows = ROW_OPS[op], ROWS
+    about = ROW_OPS[op]
     run = about.runs.get(implementation) or _compiled(about.runs["pytorch"])
     if op == "bias_activation":  # the MLP's inner width
-        width, rows = 4 * width, ROWS // 4
+        width *= 4
+    rows = rows_of(width)
     inputs = [_random(rows, width, device=device, dtype=dtype) for _ in range(about.tensors)]
     inputs += [_random(width, device=device, dtype=dtype) for _ in range(about.vectors)]
     passes(
@@ -248,7 +255,7 @@ def _rotary_torch(qkv: Tensor, cos: Tensor, sin: Tensor, *, n_head: int, head_di
 
 @pytest.mark.parametrize("implementation", ["pilesmith", "pytorch", "compiled"])
 def test_rotary(measure: Callable[..., None], device: torch.device, dtype: torch.dtype, implementation: str) -> None:
-    B, T, H, D = (16, 2048, 20, 128) if GPU else (2, 256, 6, 64)
+    B, T, H, D = (32, 2048, 20, 128) if GPU else (2, 256, 6, 64)
     run = {"pilesmith": kernels.rotary, "pytorch": _rotary_torch}.get(implementation) or _compiled(_rotary_torch)
     qkv = _random(B, T, 3 * H * D, device=device, dtype=dtype, grad=False)
     cos, sin = rotary_tables(T, D, device)
