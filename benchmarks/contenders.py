@@ -4,6 +4,7 @@ All take the same config, with its open choices made, random tokens, dtype and A
 backward, clipping, update. Only ours runs in several processes.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ Step = Callable[[list[Batch]], Tensor]  # one optimizer step over these micro-ba
 
 
 class Unsupported(Exception):
-    """This contender cannot express the config or is not installed; the message says why."""
+    """This contender cannot express the config or does not run on the device; the message says why."""
 
 
 def pilesmith(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int, processes: Processes) -> Step:
@@ -151,10 +152,8 @@ def transformers(
     config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int, processes: Processes
 ) -> Step:
     """GPT-2 where positions are learned, else GPT-NeoX with sequential residuals, both with SDPA."""
-    try:
-        import transformers as hf
-    except ImportError:
-        raise Unsupported("transformers is not installed") from None
+    import transformers as hf
+
     shape = config.model
     activation = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}[shape.activation]
     if shape.positions == "learned":
@@ -189,10 +188,8 @@ def transformers_liger(
     """transformers with Liger-Kernel's LayerNorm and fused linear cross-entropy in place of its own."""
     if device.type != "cuda":
         raise Unsupported("Liger-Kernel needs a GPU")
-    try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerLayerNorm
-    except ImportError:
-        raise Unsupported("liger-kernel is not installed") from None
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerLayerNorm
+
     step = transformers(config, device, dtype, grad_accum, processes)
     model = step.model
     for parent in list(model.modules()):
@@ -259,3 +256,10 @@ CONTENDERS: dict[str, Callable[[Config, torch.device, torch.dtype, int, Processe
     "transformers-liger": transformers_liger,
     "classic": classic,
 }
+PACKAGES = {"transformers": ("transformers",), "transformers-liger": ("transformers", "liger-kernel")}
+
+
+def not_installed(contender: str) -> str:
+    """Return the package that a contender needs and that is not there, or nothing."""
+    missing = (name for name in PACKAGES.get(contender, ()) if not importlib.util.find_spec(name.replace("-", "_")))
+    return next(missing, "")

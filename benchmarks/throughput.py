@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contenders import CONTENDERS, Step, Unsupported
+from benchmarks.contenders import CONTENDERS, Step, Unsupported, not_installed
 from benchmarks.environment import environment, write_result
 from benchmarks.meters import (
     energy_j,
@@ -201,8 +201,9 @@ def largest_that_fits(name: str, job: Job, warmup: int, steps: int) -> Measured 
 
 
 def take_turns(jobs: dict[str, Job], warmup: int, steps: int, rounds: int) -> dict[str, Outcome]:
-    running = {name: Running(job) for name, job in jobs.items()}
-    results: dict[str, Outcome] = {}
+    missing = {name: not_installed(job.contender) for name, job in jobs.items()}
+    results: dict[str, Outcome] = {n: f"not run: {package} is not installed" for n, package in missing.items() if package}
+    running = {name: Running(job) for name, job in jobs.items() if name not in results}
     rounds = min(rounds, steps)
     for turn in range(rounds + 1):  # 0: warm up, all of them before any is timed
         count = warmup if turn == 0 else turn * steps // rounds - (turn - 1) * steps // rounds
@@ -212,7 +213,7 @@ def take_turns(jobs: dict[str, Job], warmup: int, steps: int, rounds: int) -> di
                 running.pop(name).end()
     for job in running.values():
         job.end()
-    return results
+    return {name: results[name] for name in jobs}
 
 
 class Running:

@@ -148,13 +148,21 @@ def test_a_comparison_from_the_command_line(tmp_path, capsys, validate):
     assert throughput.main([*FLAGS, *options]) == 0
     payload = json.loads(file.read_text())
     validate(payload, "throughput")
-    assert payload["results"]["transformers-liger"] == "not run: Liger-Kernel needs a GPU"
+    assert payload["results"]["transformers-liger"].startswith("not run: ")  # not installed, or here on a CPU
     assert payload["kernels"]["attention"] == "torch" and payload["card"] is None
     assert payload["results"]["pilesmith"]["steps"] == payload["results"]["classic"]["steps"] == 3
     losses = payload["results"]["pilesmith"]["losses"]
     assert len(losses) == 1 + 1 + 3 and losses == sorted(losses, reverse=True)
     assert payload["config"]["optimizer"]["micro_batch_size"] == 4 and payload["gpu_memory_bytes"] > 20 * 2**30
     assert "ours is" in capsys.readouterr().out
+
+
+def test_a_contender_that_is_not_installed_takes_no_process(monkeypatch):
+    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: name != "liger_kernel" or None)
+    monkeypatch.setattr(throughput, "Running", None)
+    job = Job("transformers-liger", from_dict(merge(preset("gpt2"), TINY)))
+    assert dict(throughput.compare({"it": job}, 1, 1)) == {"it": "not run: liger-kernel is not installed"}
+    assert contenders.not_installed("transformers") == contenders.not_installed("pytorch") == ""
 
 
 def test_a_contender_that_cannot_compile_is_named_and_why(tmp_path, monkeypatch):
