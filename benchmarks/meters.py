@@ -13,6 +13,7 @@ import torch
 from engine.config import Config, from_dict, preset, require
 from engine.device import peak_memory
 from kernels import dispatch
+from kernels.dispatch import Chip
 
 CPU_STEP_TOKENS = 8192
 _STATUS = Path("/proc/self/status")
@@ -52,6 +53,13 @@ def limit_memory(device: torch.device, limit_bytes: int | None, context_counts: 
     free, total = torch.cuda.mem_get_info(device)
     context = total - free - torch.cuda.memory_reserved(device) if context_counts else 0
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit_bytes - context) / total), device)
+
+
+def limit_attention(chip: Chip) -> None:
+    """Keep PyTorch's fused attention in this process to what `chip` has, whose work a larger card does."""
+    torch.backends.cuda.enable_flash_sdp(chip.sdpa == "flash")
+    torch.backends.cuda.enable_cudnn_sdp(chip.sdpa == "flash")
+    torch.backends.cuda.enable_mem_efficient_sdp(chip.sdpa != "none")
 
 
 def forget_peak(device: torch.device) -> int:

@@ -6,7 +6,8 @@
 
 Any field of the training configuration is a flag as well. Tokens are random and the same at every step: speed and
 memory do not depend on them, and the loss falls as they are learnt by heart. With --card a larger GPU does what the
-named one would: its memory, its number format, the kernels that dispatch gives it, and the plan made for it.
+named one would: its memory, its number format, the kernels that dispatch gives it, PyTorch's fused attention as far as
+it has one, and the plan made for it.
 MFU is tokens/s times (6 N + 12 n_layer n_embd T) FLOPs a token (PaLM, 2022; attention in full, though a causal kernel
 does half) over the chip's dense peak in the dtype used; a chip whose peak is not known has none. The peak memory is
 that of tensors on a GPU and of the whole process on a CPU; "of a step" is what a step adds to what is held between
@@ -37,6 +38,7 @@ from benchmarks.meters import (
     energy_j,
     forget_peak,
     kernels_in_use,
+    limit_attention,
     limit_memory,
     peak_bytes,
     step_bytes,
@@ -124,6 +126,7 @@ def measure(job: Job, rank: int, port: int, channel: Connection) -> None:
     torch.manual_seed(job.config.seed)
     if job.card:
         dispatch.force_chip(chip_of(job.card).target)
+        limit_attention(chip_of(job.card))
     processes = Processes.from_environment()
     device, _ = choose_device(job.config.strategy.device, rank)
     if device.type == "cuda":

@@ -182,6 +182,38 @@ def test_a_larger_device_does_as_a_card_would(tmp_path, validate):
     assert payload["host_memory_bytes"] > 2**30 and meters.dispatch.chip(CPU).target == "cpu"
 
 
+@pytest.mark.parametrize(
+    "card, fused", [("t4", (False, False, True)), ("rx6900xt", (False, False, False)), ("rtx3090", (True, True, True))]
+)
+def test_a_pretended_card_has_its_own_fused_attention(card, fused, monkeypatch):
+    """Flash, cuDNN's, the efficient one: as set while a step runs, which is when PyTorch chooses."""
+    cuda = torch.backends.cuda
+    switches = [
+        (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+        (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+        (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+    ]
+    before, seen, sent, asked = [on() for on, _ in switches], [], [], iter([1, 1, 0])
+
+    def contender(*_):
+        def step(batches):
+            seen.append(tuple(on() for on, _ in switches))
+            return torch.zeros(())
+
+        return step
+
+    monkeypatch.setitem(CONTENDERS, "it", contender)
+    monkeypatch.setattr(throughput.os, "environ", dict(throughput.os.environ))
+    job = Job("it", from_dict(merge(preset("gpt2"), TINY)), card=get(card), threads=torch.get_num_threads())
+    try:
+        throughput.measure(job, 0, 0, SimpleNamespace(recv=lambda: next(asked), send=sent.append))
+    finally:
+        meters.dispatch.force_chip(None)
+        for (_, switch), on in zip(switches, before):
+            switch(on)
+    assert isinstance(sent[-1], Measured) and set(seen) == {fused} and len(seen) == 3
+
+
 def test_smaller_micro_batches_are_tried_for_others_where_one_does_not_fit(monkeypatch):
     tried = []
 
