@@ -93,6 +93,11 @@ def step_bytes(step: Callable[[], Any], device: torch.device) -> int:
     return peak_bytes(device)["peak_bytes"] - held
 
 
+def alloc_retries(device: torch.device) -> int:
+    """Return how often the allocator has given its free memory back to a GPU to find more."""
+    return torch.cuda.memory_stats(device)["num_alloc_retries"] if device.type == "cuda" else 0
+
+
 def energy_j(device: torch.device) -> float | None:
     """Return the joules that the GPU has used since its driver was loaded; None without NVML or on other devices."""
     handle = _nvml_handle(device) if device.type == "cuda" and not torch.version.hip else None

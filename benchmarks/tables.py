@@ -55,7 +55,8 @@ def throughput_rows(result: dict[str, Any]) -> str:
             continue
         low, _, high = row["step_s_quartiles"]
         rows.append([
-            name, f"{row['tokens_per_s']:,.0f}", f"{seconds(row['step_s'])} ({seconds(low)} to {seconds(high)})",
+            name, f"{row['tokens_per_s']:,.0f}",
+            f"{seconds(row['step_s'])} ({seconds(low)} to {seconds(high)}){_retries(row)}",
             f"{row['mfu']:.1%}" if row["mfu"] else "-", mib(row["peak_bytes"]), mib(max(0, row["step_bytes"])),
             f"{ours['tokens_per_s'] / row['tokens_per_s']:.2f}" if isinstance(ours, dict) and row is not ours else "-",
         ])  # fmt: skip
@@ -83,11 +84,18 @@ def memory(results: Results, base: str) -> str:
         measured = isinstance(ours, dict)
         rows.append([
             f"`{result['config']['preset']}`", device_name(result), limit, plan["name"], mib(plan["allocated_bytes"]),
-            mib(ours["peak_bytes"]) if measured else ours, f"{ours['tokens_per_s']:,.0f}" if measured else "",
+            mib(ours["peak_bytes"]) if measured else ours,
+            f"{ours['tokens_per_s']:,.0f}{_retries(ours)}" if measured else "",
             _fall(ours) if measured else "", f"[{name}.json]({base}results/{name}.json)",
         ])  # fmt: skip
     header = ["model", "card", "memory it may use", "plan", "predicted", "measured", "tokens/s", "loss", "file"]
     return table(header, rows) if rows else nothing("python benchmarks/suite.py")
+
+
+def _retries(row: dict[str, Any]) -> str:
+    """What slows a step down that is close to its limit, where it happened."""
+    count = row.get("alloc_retries", 0)
+    return f", {count} allocation{'s' * (count > 1)} retried" if count else ""
 
 
 def _fall(row: dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ import torch
 from benchmarks.contenders import CONTENDERS, Step, Unsupported, not_installed
 from benchmarks.environment import environment, write_result
 from benchmarks.meters import (
+    alloc_retries,
     energy_j,
     forget_peak,
     kernels_in_use,
@@ -89,7 +90,8 @@ class Measured:
 
     config: with the open choices made; plan: the planner's bytes by part, on a card; kernels: op -> backend; losses: of
     the steps before the timed ones; steps: (seconds, loss) of each timed step; memory: `step_bytes`, `peak_bytes`,
-    `reserved_bytes`; energy_j: joules of all timed steps.
+    `reserved_bytes`; energy_j: joules of all timed steps; alloc_retries: how often in them memory was unmapped to make
+    room, which takes long.
     """
 
     config: Config
@@ -101,6 +103,7 @@ class Measured:
     reserved_bytes: int = 0
     steps: list[tuple[float, float]] = field(default_factory=list)
     energy_j: float | None = 0.0
+    alloc_retries: int = 0
 
     def saw(self, peak_bytes: int, reserved_bytes: int) -> None:
         self.peak_bytes = max(self.peak_bytes, peak_bytes)
@@ -149,9 +152,10 @@ def measure(job: Job, rank: int, port: int, channel: Connection) -> None:
         measured.step_bytes = step_bytes(lambda: losses.append(step(batches).item()), device)
         channel.send(measured)
         while steps := channel.recv():
-            joules = energy_j(device)
+            joules, retries = energy_j(device), alloc_retries(device)
             measured.steps += [timed_step(step, batches) for _ in range(steps)]
             measured.energy_j = None if joules is None else measured.energy_j + energy_j(device) - joules
+            measured.alloc_retries += alloc_retries(device) - retries
             measured.saw(**peak_bytes(device))
             channel.send(measured)
     except (Unsupported, ConfigError) as reason:
@@ -274,6 +278,7 @@ def summarise(measured: Measured, peak_flops_s: float | None, flops: int) -> dic
         "peak_bytes": measured.peak_bytes,
         "reserved_bytes": measured.reserved_bytes,
         "step_bytes": measured.step_bytes,
+        "alloc_retries": measured.alloc_retries,
         "micro_batch_size": measured.config.optimizer.micro_batch_size,
         "losses": measured.losses + [loss for _, loss in measured.steps],
     }

@@ -195,6 +195,13 @@ def test_what_a_card_did_is_named(results):
     assert "10.90 to 8.25 in 3 steps" in tables.memory(results, "")
 
 
+def test_retried_allocations_are_told_where_there_were_any(results):
+    assert "retried" not in tables.throughput(results, "") + tables.memory(results, "")
+    results["throughput-13m-h100-24gb"]["results"]["pilesmith"]["alloc_retries"] = 2
+    assert "(900 ms to 1.2 s), 2 allocations retried |" in tables.throughput(results, "")
+    assert "| 3,000, 2 allocations retried |" in tables.memory(results, "")
+
+
 def test_stale_pages_and_charts_are_mended(results, tmp_path, monkeypatch):
     monkeypatch.setattr(render, "ROOT", tmp_path)
     monkeypatch.setattr(render, "PAGE", tmp_path / "RESULTS.md")

@@ -149,6 +149,7 @@ def test_a_comparison_from_the_command_line(tmp_path, capsys, validate):
     payload = json.loads(file.read_text())
     validate(payload, "throughput")
     assert payload["results"]["transformers-liger"].startswith("not run: ")  # not installed, or here on a CPU
+    assert payload["results"]["pilesmith"]["alloc_retries"] == 0
     assert payload["kernels"]["attention"] == "torch" and payload["card"] is None
     assert payload["results"]["pilesmith"]["steps"] == payload["results"]["classic"]["steps"] == 3
     losses = payload["results"]["pilesmith"]["losses"]
@@ -212,6 +213,17 @@ def test_a_pretended_card_has_its_own_fused_attention(card, fused, monkeypatch):
         for (_, switch), on in zip(switches, before):
             switch(on)
     assert isinstance(sent[-1], Measured) and set(seen) == {fused} and len(seen) == 3
+
+
+def test_retried_allocations_are_those_of_the_timed_steps(monkeypatch):
+    count, asked, sent = iter([5, 7, 7, 10]), iter([1, 1, 1, 0]), []
+    monkeypatch.setattr(throughput, "alloc_retries", lambda device: next(count))
+    monkeypatch.setattr(throughput.os, "environ", dict(throughput.os.environ))
+    job = Job("pilesmith", from_dict(merge(preset("gpt2"), TINY)), threads=torch.get_num_threads())
+    throughput.measure(job, 0, 0, SimpleNamespace(recv=lambda: next(asked), send=sent.append))
+    assert summarise(sent[-1], None, 1)["alloc_retries"] == 2 + 3
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": 4})
+    assert meters.alloc_retries(torch.device("cuda")) == 4 and meters.alloc_retries(CPU) == 0
 
 
 def test_smaller_micro_batches_are_tried_for_others_where_one_does_not_fit(monkeypatch):
