@@ -34,6 +34,11 @@ from kernels.launch_configs import LaunchConfig
 from tools import tune_attention, tune_rows
 from tools.tune_cases import Tunable
 
+try:
+    from triton.errors import TritonError
+except ImportError:  # there is nothing to tune then
+    TritonError = RuntimeError
+
 TUNABLE: dict[str, Tunable] = {t.kernel: t for t in (*tune_attention.TUNABLE, *tune_rows.TUNABLE)}
 FATES = ("too large", "faulty", "wrong", "left")  # to compile; once compiled; its results
 WORTH = 0.99  # a winner must need at most this share of the old one's time
@@ -94,11 +99,16 @@ def compile_trials(
 def measure(
     trials: list[Trial], verify: Callable[[LaunchConfig], str], time: Callable[[LaunchConfig], tuple[float, ...]]
 ) -> list[Trial]:
-    """Verify, then time, what is not refused; a wrong configuration is refused and never timed."""
+    """Verify, then time, what is not refused; one that is wrong is refused and never timed, as is one that does not run."""
     measured = []
     for trial in trials:
-        refused = trial.refused or verify(trial.config)
-        measured.append(Trial(trial.config, refused, trial.row, () if refused else time(trial.config)))
+        refused, seconds = trial.refused, ()
+        try:
+            refused = refused or verify(trial.config)
+            seconds = () if refused else time(trial.config)
+        except (RuntimeError, TritonError) as error:  # CUDA's; the compiler's, and of a launch that asks for too much
+            refused = f"does not run: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        measured.append(Trial(trial.config, refused, trial.row, seconds))
     return measured
 
 
@@ -272,10 +282,7 @@ def tune(
 
     def verify(config: LaunchConfig) -> str:
         with launch_configs.use_launch_config(tunable.kernel, case, config):
-            try:
-                return tunable.wrong(case, device, dtype)
-            except RuntimeError as error:  # Triton's OutOfResources is one: the launch itself is refused
-                return f"does not run: {str(error).splitlines()[0]}"
+            return tunable.wrong(case, device, dtype)
 
     def time(config: LaunchConfig) -> tuple[float, ...]:
         with launch_configs.use_launch_config(tunable.kernel, case, config):

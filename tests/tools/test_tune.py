@@ -127,6 +127,31 @@ def test_the_wrong_are_never_timed_and_the_fastest_wins():
     assert choose([Trial({"ROWS": 1}, "spills")], {"ROWS": 1}) == (None, None)
 
 
+def test_what_does_not_run_is_refused_and_ends_nothing(triton_here):
+    """Refused as it is launched, at the sizes it is verified at or, with larger strides, at those it is timed at."""
+    from triton.runtime.errors import OutOfResources
+
+    def fails(wanted, error, config):
+        if config["ROWS"] == wanted:
+            raise error
+
+    def verify(config):
+        fails(1, OutOfResources(240000, 232448, "shared memory"), config)
+        return ""
+
+    def time(config):
+        fails(2, RuntimeError("an illegal memory access\nmore of it"), config)
+        fails(3, OutOfResources(70000, 65536, "registers"), config)
+        fails(4, RuntimeError(), config)
+        return (1.0,)
+
+    refused = [t.refused for t in measure([Trial({"ROWS": n}) for n in range(1, 6)], verify, time)]
+    assert refused[0].startswith("does not run: out of resource: shared memory, Required: 240000")
+    assert refused[1] == "does not run: an illegal memory access"
+    assert refused[2].startswith("does not run: out of resource: registers")
+    assert refused[3:] == ["does not run: RuntimeError", ""]
+
+
 def spoil(monkeypatch, name, change):
     """What our kernels give as `name` is changed."""
     exact = Problem.by_ours
