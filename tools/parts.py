@@ -25,7 +25,7 @@ import numpy as np
 from engine.whole_file import sync
 from tools.chunks import CHUNK_BYTES, Problem
 from tools.disk import append_file, checksum, is_at, lock, try_lock, write_all, write_json, write_whole
-from tools.token_file import FORMAT, Description, PrepareError, Source, description_path, read_description
+from tools.token_file import FORMAT, Description, PrepareError, Source, description_path, folder_of, read_description
 
 SEGMENT_CHUNKS = 8
 MERGED_AT_ONCE = 16  # segments to one state on disk
@@ -328,6 +328,7 @@ class Workspace:
             documents=sum(source.documents for source in sources),
             bytes=sum(source.bytes for source in sources),
             max_data=self.settings.max_data,
+            folder=folder_of(self.inputs, self.file),
             sources=sources,
         )
         if description.tokens == 0:

@@ -10,6 +10,7 @@ counted and listed at the end, and the rest prepared; --strict stops at the firs
 """
 import argparse
 import errno
+import os
 import shutil
 import sys
 import time
@@ -25,7 +26,7 @@ from tools.parts import Settings, Workspace
 from tools.pipeline import Pipeline, refuse_losses
 from tools.progress import Progress
 from tools.text_encoders import TextEncoder, load_text_encoder
-from tools.token_file import PrepareError, Source
+from tools.token_file import PrepareError, Source, claimed, description_path
 from tools.workers import Helpers, available_cores, shares
 
 PATIENCE_S = 5
@@ -54,16 +55,18 @@ def prepare(
     *,
     shard: tuple[int, int] | None = None,
     merge: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> list[Source]:
     """Write the documents of `inputs`, in order, to `out_file` and `out_file`.json; return what each input gave.
 
     max_data: JSON objects taken of each input, None for all. workers: threads that parse and encode, None for as many
     as cores may be used. shard (i, n): only prepare the i-th, from 1, of n shares of the inputs; the file is then made
-    by a call with `merge`, which prepares nothing. PrepareError says what went wrong, where, and what to do; what is
-    done by then is kept for the next call.
+    by a call with `merge`, which prepares nothing. overwrite: replace what was prepared from other inputs. PrepareError
+    says what went wrong, where, and what to do; what is done by then is kept for the next call.
     """
     _check_names(inputs)
+    check_output(out_file, inputs, overwrite)
     try:
         encoder = load_text_encoder(tokenizer_name)
     except ValueError as error:
@@ -152,6 +155,32 @@ def _check_names(inputs: Sequence[Path]) -> None:
             raise PrepareError(f"{path} does not exist")
 
 
+def check_output(out_file: Path, inputs: Sequence[Path], overwrite: bool = False) -> None:
+    """PrepareError where writing `out_file` would cost a file that this program did not make, or not from these inputs."""
+    if not out_file.exists():
+        return
+    if any(out_file.samefile(path) for path in inputs):
+        raise PrepareError(f"{out_file} is one of the shards: name another file for the tokens")
+    made = claimed(out_file)
+    if made is None:
+        missing = description_path(out_file).name
+        raise PrepareError(
+            f"{out_file} is there already, and without a {missing} of this program's it may be anything: "
+            "move it away, or name another file"
+        )
+    if not (overwrite or made.is_of(inputs, out_file)):
+        theirs, ours = _listed([source.file for source in made.sources]), _listed([path.name for path in inputs])
+        folder = "" if made.folder is None else f" in {os.path.normpath(out_file.parent / made.folder)}"
+        raise PrepareError(
+            f"{out_file} was prepared from {theirs}{folder}, and now is to be from {ours} in {inputs[0].parent}: "
+            "name another file, or replace it with --overwrite"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _check_complete(workspace: Workspace) -> None:
     """PrepareError naming the inputs that are not done."""
     if missing := workspace.missing(workspace.inputs):
@@ -227,14 +256,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shard", type=parse_shard, metavar="I/N", help="only the I-th of N shares of the shards")
     parser.add_argument("--merge", action="store_true", help="make the files from all shares, preparing nothing")
     parser.add_argument("--strict", action="store_true", help="stop at the first line that would be lost or changed")
+    parser.add_argument("--overwrite", action="store_true", help="replace what was prepared from other shards")
     options = parser.parse_args(arguments)
     if options.shard and options.merge:
         parser.error("--shard prepares a share, --merge puts all of them together: choose one")
+    if options.out_train_file.resolve() == options.out_val_file.resolve():
+        parser.error(f"--out_train_file and --out_val_file are both {options.out_train_file}: name two files")
     try:
         jobs = [
             (options.train_dir, find_inputs(options.train_dir), options.out_train_file),
             (options.val_dir, find_inputs(options.val_dir), options.out_val_file),
         ]
+        for _, inputs, out_file in jobs:  # before the first takes hours
+            check_output(out_file, inputs, options.overwrite)
         for folder, inputs, out_file in jobs:
             sources = prepare(
                 inputs,
@@ -245,6 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
                 options.strict,
                 shard=options.shard,
                 merge=options.merge,
+                overwrite=options.overwrite,
             )
             for line in summarize(folder, sources):
                 print(line)

@@ -1,5 +1,7 @@
 """What a token file says of itself: the JSON beside the flat ids."""
 import functools
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -86,7 +88,14 @@ class Description(msgspec.Struct, kw_only=True):
     documents: int
     bytes: int
     max_data: int | None = None
+    folder: str | None = None  # of the inputs, as seen from the token file: both may move together
     sources: list[Source]
+
+    def is_of(self, inputs: Sequence[Path], file: Path) -> bool:
+        """Whether `file`, of which this tells, holds these inputs: others of their folder, or nothing but some of them."""
+        names = {(path.name, path.stat().st_size) for path in inputs}
+        ours = all((source.file, source.file_bytes) in names for source in self.sources)
+        return ours or self.folder == folder_of(inputs, file)
 
 
 @functools.cache
@@ -98,11 +107,21 @@ def description_path(file: Path) -> Path:
     return file.with_name(file.name + ".json")
 
 
-def read_description(file: Path) -> Description | None:
-    """Return what the JSON beside a token file says, None where the two are not there or do not belong together."""
+def folder_of(inputs: Sequence[Path], file: Path) -> str:
+    """Return the folder that has all inputs, as seen from a token file."""
+    return os.path.relpath(os.path.commonpath([path.parent.resolve() for path in inputs]), file.parent.resolve())
+
+
+def claimed(file: Path) -> Description | None:
+    """Return what the JSON beside a token file says, of whatever file; None where there is none, or of another kind."""
     try:
-        description = msgspec.json.decode(description_path(file).read_bytes(), type=Description)
-        size = file.stat().st_size
+        return msgspec.json.decode(description_path(file).read_bytes(), type=Description)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
-    return description if size == description.tokens * np.dtype(description.dtype).itemsize else None
+
+
+def read_description(file: Path) -> Description | None:
+    """Return what the JSON beside a token file says, None where the two are not there or do not belong together."""
+    description = claimed(file)
+    whole = description and description.tokens * np.dtype(description.dtype).itemsize
+    return description if file.exists() and file.stat().st_size == whole else None

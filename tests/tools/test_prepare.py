@@ -40,6 +40,7 @@ def test_documents_become_tiktokens_ids_in_order(tmp_path: Path) -> None:
         "documents": len(documents),
         "bytes": sum(len(text.encode()) for text in documents),
         "max_data": None,
+        "folder": ".",
         "sources": None,
     }
     assert [(source["file"], source["documents"]) for source in description["sources"]] == [
@@ -181,6 +182,48 @@ def test_another_tokenizer_takes_nothing_over(inputs, expected, tmp_path: Path) 
     prepare.prepare(inputs[:1], out, shard=(1, 1), max_data=2)
     prepare.prepare(inputs, out)
     assert (read_description(out).tokenizer, tokens(out)) == ("r50k_base", expected)
+
+
+def test_what_was_prepared_from_other_inputs_is_not_replaced(tmp_path: Path) -> None:
+    own, other = (write_shard(tmp_path / folder / "a.jsonl.zst", texts(5, seed)) for seed, folder in enumerate("xy"))
+    out = tmp_path / "out.bin"
+    prepare.prepare([own], out)
+    with pytest.raises(PrepareError, match=rf"out.bin was prepared from a.jsonl.zst in {tmp_path}/x, .* {tmp_path}/y: "):
+        prepare.prepare([other], out)
+    assert tokens(out) == ids(texts(5, 0))
+    prepare.prepare([other], out, overwrite=True)
+    assert tokens(out) == ids(texts(5, 1))
+    moved = other.parent.rename(tmp_path / "moved") / other.name
+    added = write_shard(tmp_path / "moved" / "b.jsonl.zst", texts(5, 2))
+    prepare.prepare([moved, added], out)  # elsewhere now, but the same
+    moved.unlink()
+    prepare.prepare([added], out)  # no longer all, but of the same folder
+    assert tokens(out) == ids(texts(5, 2))
+
+
+def test_a_file_that_was_not_prepared_is_not_replaced(inputs: list[Path], tmp_path: Path) -> None:
+    content = inputs[0].read_bytes()
+    with pytest.raises(PrepareError, match="00.jsonl.zst is one of the shards"):
+        prepare.prepare(inputs, inputs[0], overwrite=True)
+    for note in (None, '{"source": "the note of a shard"}'):
+        if note:
+            description_path(inputs[0]).write_text(note)
+        with pytest.raises(PrepareError, match="00.jsonl.zst is there already, .*: move it away"):
+            prepare.prepare(inputs[1:], inputs[0], overwrite=True)
+    assert inputs[0].read_bytes() == content
+
+
+def test_outputs_are_looked_at_before_anything_is_prepared(tmp_path: Path, capsys) -> None:
+    for folder in ("train", "val"):
+        write_shard(tmp_path / folder / "a.jsonl.zst", TEXTS)
+    flags = [str(flag) for flag in run_flags(tmp_path)]
+    with pytest.raises(SystemExit, match="2"):
+        main([*flags, f"--out_val_file={tmp_path}/val/../train.bin"])
+    assert "train.bin: name two files" in capsys.readouterr().err
+    (tmp_path / "val.bin").write_bytes(b"precious")
+    assert main(flags) == 1
+    assert "val.bin is there already" in capsys.readouterr().err
+    assert not (tmp_path / "train.bin").exists() and (tmp_path / "val.bin").read_bytes() == b"precious"
 
 
 def test_inputs_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -56,14 +56,15 @@ def run_and_die(run: Callable[[], object], point: int, counted: Path | None = No
 
 @pytest.mark.parametrize("step", [12, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_point_it_goes_on_from_there(inputs, expected, small_segments, tmp_path: Path, step: int) -> None:
-    reference = tmp_path / "reference.bin"
+    reference = tmp_path / "reference" / "out.bin"
+    reference.parent.mkdir()
     run_and_die(lambda: prepare.prepare(inputs, reference, workers=2), -1, tmp_path / "count")
     points = int((tmp_path / "count").read_text())
     folder = tmp_path / "out"
     out = folder / "out.bin"
 
     def run() -> None:
-        prepare.prepare(inputs, out, workers=2)
+        prepare.prepare(inputs, out, workers=2, overwrite=bool(point % 2))
 
     for point in [*range(0, points - 12, step), *range(points - 12, points)]:  # at the end the names are given
         folder.mkdir()
