@@ -3,6 +3,7 @@
 Settings go, weakest first: defaults, `--preset`, `--config FILE` (or the run that is resumed), flags.
 """
 import argparse
+import sys
 import types
 import typing
 from pathlib import Path
@@ -23,7 +24,35 @@ def positives(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
 
 
-class _Parser(argparse.ArgumentParser):
+class CommandLine(argparse.ArgumentParser):
+    """A program's flags, described by its docstring. Dashes and underscores are the same, and nothing is abbreviated.
+
+    A mistake ends the program with 2 and one line, which for an unknown flag has the nearest name.
+    """
+
+    def __init__(self, documentation: str, **options: Any) -> None:
+        description, _, epilog = documentation.partition("\n\n")
+        options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options
+        super().__init__(description=description, epilog=epilog, **options)
+
+    def parse_args(self, arguments: list[str] | None = None, namespace: None = None) -> argparse.Namespace:
+        arguments = sys.argv[1:] if arguments is None else arguments
+        given, unknown = self.parse_known_args([_underscored(argument) for argument in arguments], namespace)
+        if unknown:
+            known = [name.lstrip("-") for name in self._option_string_actions]
+            self.error(f"unknown flag {unknown[0]!r}{did_you_mean(unknown[0].lstrip('-').partition('=')[0], known)}")
+        return given
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def _underscored(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
+
+
+class _Parser(CommandLine):
     def error(self, message: str) -> typing.NoReturn:
         raise ConfigError(message)
 
@@ -35,9 +64,7 @@ def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
     ConfigError: an unknown flag (with the nearest name), a value of the wrong type, settings that exclude each other.
     """
     flags = settings()
-    parser = _Parser(
-        prog="engine/train.py", description="Train a GPT.", allow_abbrev=False, formatter_class=argparse.HelpFormatter
-    )
+    parser = _Parser("Train a GPT.", prog="engine/train.py", formatter_class=argparse.HelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="a JSON configuration, such as a run's config.json")
     parser.add_argument("--resume", nargs="?", const="latest", metavar="CHECKPOINT", help="go on with run_dir's newest checkpoint, or this one")
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher's
@@ -47,11 +74,7 @@ def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
         options = {"nargs": "?", "const": "true"} if flag.kind is bool or True in flag.also else {}
         metavar = {int: "N", float: "X", bool: "true|false"}.get(flag.kind, "NAME" if choices else "TEXT")
         parser.add_argument(f"--{flag.name}", help=f"{flag.help}{shown} [{'auto' if flag.default is None else flag.default}]".replace("%", "%%"), metavar=metavar, **options)
-    dashed = [f"--{a[2:].partition('=')[0].replace('-', '_')}{a[a.index('='):] if '=' in a else ''}" if a.startswith("--") else a for a in arguments]
-    given, unknown = parser.parse_known_args(dashed)
-    if unknown:
-        name = unknown[0].lstrip("-").partition("=")[0]
-        raise ConfigError(f"unknown flag {unknown[0]!r}{did_you_mean(name, flags)}")
+    given = parser.parse_args(arguments)
     chosen: dict[str, Any] = {}
     for name, flag in flags.items():
         value = getattr(given, name)  # a string; None where the flag was not given

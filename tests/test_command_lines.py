@@ -3,7 +3,7 @@ import pytest
 
 from benchmarks import miniature
 from engine import train
-from tools import compile_kernels, export_weights, import_weights, track_memory, tune
+from tools import compile_kernels, convert_hdf5, download, export_weights, import_weights, prepare, track_memory, tune
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,12 @@ from tools import compile_kernels, export_weights, import_weights, track_memory,
         (track_memory, "--preset=13m --recompute=99", "--recompute must be 0 to 1"),
         (miniature, "--cards=nonsense", "unknown GPU 'nonsense'"),
         (miniature, "--steps=0", "--steps: must be"),
+        (prepare, "--max-dat=5", "error: unknown flag '--max_dat=5'; did you mean 'max_data'?\n"),
+        (prepare, "--max-data=0", "error: argument --max_data: must be"),
+        (download, "--train-max 1 --sise=small", "error: unknown flag '--sise=small'; did you mean 'size'?\n"),
+        (download, "--train 1", "error: unknown flag '--train'; did you mean 'train_"),
+        (convert_hdf5, "a.h5 b.bin --tokeniser-name=gpt2", "did you mean 'tokenizer_name'?\n"),
+        (convert_hdf5, "a.h5", "error: the following arguments are required: target\n"),
     ],
 )
 def test_arguments_that_cannot_be(program, flags, said, capsys) -> None:

@@ -7,7 +7,6 @@
 
 Interrupted, the same command goes on where it was; finished, it fetches nothing.
 """
-import argparse
 import hashlib
 import shutil
 import sys
@@ -23,6 +22,7 @@ import zstandard
 from huggingface_hub.utils import WeakFileLock
 from tqdm import tqdm
 
+from engine.command_line import CommandLine
 from tools.embedded_corpus import SOURCE as EMBEDDED
 from tools.embedded_corpus import Corpus, write_embedded_corpus
 from tools.hub import RemoteFile, explained, find_files, read_through
@@ -267,14 +267,11 @@ def readable(size: int) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, 1 with a message for a ShardError, 130 when interrupted."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\n")[0],
-        epilog=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--train_max", type=int, default=1, help=f"training shards, 1 to {TRAIN_SHARDS} (default 1)")
-    parser.add_argument("--train_dir", type=Path, default=Path("data/train"), help="default %(default)s")
-    parser.add_argument("--val_dir", type=Path, default=Path("data/val"), help="default %(default)s")
+    parser = CommandLine(__doc__)
+    about = f"training shards, 1 to {TRAIN_SHARDS} (default 1)"
+    parser.add_argument("--train_max", type=int, default=1, metavar="N", help=about)
+    for name, path in (("--train_dir", "data/train"), ("--val_dir", "data/val")):
+        parser.add_argument(name, type=Path, default=Path(path), metavar="FOLDER", help="default %(default)s")
     parser.add_argument("--size", choices=SIZES, help="about 1, 5 or 10 GB of text, instead of whole shards")
     parser.add_argument("--source", choices=("pile", EMBEDDED), default="pile", help="default %(default)s")
     options = parser.parse_args(arguments)
@@ -290,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"download.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command goes on", file=sys.stderr)
         return 130
     return 0
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.command_line import positive
+from engine.command_line import CommandLine, positive
 from engine.tokenizer import DEFAULT_TOKENIZER
 from tools.chunks import INPUT_PATTERNS, KINDS, Problem
 from tools.parts import Settings, Workspace
@@ -238,19 +238,16 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\n")[0],
-        epilog=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for name, path in (
-        ("--train_dir", "data/train"),
-        ("--val_dir", "data/val"),
-        ("--out_train_file", "data/train/pile_train.bin"),
-        ("--out_val_file", "data/val/pile_dev.bin"),
+    parser = CommandLine(__doc__)
+    for name, path, metavar in (
+        ("--train_dir", "data/train", "FOLDER"),
+        ("--val_dir", "data/val", "FOLDER"),
+        ("--out_train_file", "data/train/pile_train.bin", "FILE"),
+        ("--out_val_file", "data/val/pile_dev.bin", "FILE"),
     ):
-        parser.add_argument(name, type=Path, default=Path(path), help="default %(default)s")
-    parser.add_argument("--tokenizer_name", default=DEFAULT_TOKENIZER, help="any of tiktoken's, default %(default)s")
+        parser.add_argument(name, type=Path, default=Path(path), metavar=metavar, help="default %(default)s")
+    about = "any of tiktoken's, default %(default)s"
+    parser.add_argument("--tokenizer_name", default=DEFAULT_TOKENIZER, metavar="NAME", help=about)
     parser.add_argument("--max_data", type=positive, metavar="N", help="JSON objects of each shard (default all)")
     parser.add_argument("--workers", type=positive, metavar="N", help="threads (default: the cores that may be used)")
     parser.add_argument("--shard", type=parse_shard, metavar="I/N", help="only the I-th of N shares of the shards")
@@ -287,7 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"prepare.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command goes on", file=sys.stderr)
         return 130
     return 0
 

@@ -3,6 +3,7 @@ import errno
 import hashlib
 import os
 import re
+import signal
 import shutil
 import subprocess
 import sys
@@ -230,6 +231,18 @@ def test_the_embedded_corpus_is_taken_whole(part: list[str], capsys: pytest.Capt
     with pytest.raises(SystemExit, match="2"):
         main(["--source", "stdlib", *part])
     assert "--size and --train_max are for the Pile" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_one_line(hub: Hub, folders: tuple[Path, Path]) -> None:
+    hub.bytes_per_second = 1e6
+    command = [sys.executable, "-m", "tools.download", "--train_dir", folders[0], "--val_dir", folders[1]]
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while not any(part.stat().st_size > 200_000 for part in part_files(folders[0])):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert (process.wait(30), process.stderr.read()) == (130, "interrupted; the same command goes on\n")
 
 
 def test_interrupt(hub: Hub, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

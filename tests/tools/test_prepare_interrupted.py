@@ -128,6 +128,18 @@ def test_a_killed_run_with_helpers_leaves_nothing_in_the_way(tmp_path: Path) -> 
     assert not any(Path(f"/proc/{pid}").exists() for pid in helpers)
 
 
+def test_ctrl_c_says_one_line(tmp_path: Path) -> None:
+    for folder, count in (("train", 3000), ("val", 3)):
+        write_shard(tmp_path / folder / "00.jsonl.zst", texts(count))
+    run = command(*run_flags(tmp_path), "--workers", 2)
+    with subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.glob("train.bin.parts/*.tokens")):
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        assert (process.wait(30), process.stderr.read()) == (130, "interrupted; the same command goes on\n")
+
+
 @pytest.mark.parametrize("megabytes", [0.02, 0.15, 0.35])
 def test_a_full_disk_keeps_what_is_done(inputs, expected, small_segments, tmp_path: Path, megabytes: float) -> None:
     out = tmp_path / "out.bin"
