@@ -30,7 +30,10 @@ def canonical(name: str) -> str:
 
 @functools.cache
 def load_encoding(name: str = DEFAULT_TOKENIZER) -> tiktoken.Encoding:
-    """Return the encoding called `name`; ValueError lists the known ones. Names but r50k_base and gpt2 may download."""
+    """Return the encoding called `name`; ValueError where it is not known, or cannot be had.
+
+    All but r50k_base and gpt2 are downloaded once.
+    """
     if canonical(name) == DEFAULT_TOKENIZER:
         return tiktoken.Encoding(
             DEFAULT_TOKENIZER,
@@ -40,4 +43,9 @@ def load_encoding(name: str = DEFAULT_TOKENIZER) -> tiktoken.Encoding:
         )
     if name not in tiktoken.list_encoding_names():
         raise ValueError(f"unknown tokenizer {name!r}; known: {', '.join(sorted(tiktoken.list_encoding_names()))}")
-    return tiktoken.get_encoding(name)
+    try:
+        return tiktoken.get_encoding(name)
+    except OSError as error:  # one of requests', which names its request and has a page to say, or of the cache's disk
+        request = getattr(error, "request", None)
+        failure = f"of {request.url} failed ({type(error).__name__})" if request else f"failed ({error})"
+        raise ValueError(f"the download that {name} needs {failure}: check network and proxy; {DEFAULT_TOKENIZER} needs none") from None

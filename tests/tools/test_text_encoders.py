@@ -1,11 +1,13 @@
 """Tokenizers other than r50k_base: ids as wide as they need, and a separator."""
+import re
 from pathlib import Path
 
 import pytest
+import requests
 import tiktoken
 
 from engine.data import TokenFile
-from tests.tools.conftest import TEXTS, write_shard
+from tests.tools.conftest import TEXTS, run_flags, write_shard
 from tools import prepare, text_encoders
 from tools.token_file import read_description
 
@@ -31,3 +33,19 @@ def test_a_tokenizer_without_a_separator_is_refused(tmp_path: Path, monkeypatch)
     monkeypatch.setattr(text_encoders, "load_encoding", lambda name: encoding)
     with pytest.raises(ValueError, match="'bare' has no <|endoftext|>"):
         text_encoders.TextEncoder("bare")
+
+
+def test_a_vocabulary_that_cannot_be_had(tmp_path: Path, monkeypatch, capsys) -> None:
+    def refuse(url: str) -> None:
+        raise requests.ConnectionError("a page of reasons", request=requests.Request("GET", url).prepare())
+
+    monkeypatch.setattr(requests, "get", refuse)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    for folder in ("train", "val"):
+        write_shard(tmp_path / folder / "a.jsonl.zst", ["text"])
+    assert prepare.main([*map(str, run_flags(tmp_path)), "--tokenizer_name=cl100k_base"]) == 1
+    assert re.fullmatch(
+        r"prepare.py: the download that cl100k_base needs of https://\S+cl100k_base.tiktoken failed \(ConnectionError\): "
+        r"check network and proxy; r50k_base needs none\n",
+        capsys.readouterr().err,
+    )
