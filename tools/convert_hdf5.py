@@ -5,7 +5,6 @@
 
 The output appears whole or not at all. A token file without its JSON is taken for uint16 ids of GPT-2.
 """
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from types import ModuleType
 import numpy as np
 from tqdm import tqdm
 
+from engine.command_line import CommandLine
 from engine.tokenizer import DEFAULT_TOKENIZER, load_encoding
 from engine.whole_file import whole_file
 from tools.disk import write_json
@@ -104,7 +104,7 @@ def _hdf5() -> ModuleType:
     try:
         import h5py
     except ImportError:
-        raise PrepareError("HDF5 needs h5py: pip install 'pilesmith[hdf5]'") from None
+        raise PrepareError("HDF5 needs h5py: pip install h5py") from None
     return h5py
 
 
@@ -161,15 +161,11 @@ def _token_lengths(encoding) -> np.ndarray:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\n")[0],
-        epilog=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandLine(__doc__)
     parser.add_argument("source", type=Path, help="what is converted: .h5, .hdf5, or a token file")
     parser.add_argument("target", type=Path, help="what it becomes: the other of the two")
     about = "what made the ids of HDF5, default %(default)s"
-    parser.add_argument("--tokenizer_name", default=DEFAULT_TOKENIZER, help=about)
+    parser.add_argument("--tokenizer_name", default=DEFAULT_TOKENIZER, metavar="NAME", help=about)
     options = parser.parse_args(arguments)
     try:
         count = convert(options.source, options.target, options.tokenizer_name)
