@@ -1,4 +1,4 @@
-"""Shards in chunks: `.jsonl.zst`, `.jsonl.gz` and `.jsonl`, one JSON object with a `text` a line.
+"""Shards in chunks: `.jsonl.zst`, `.jsonl.gz` and `.jsonl`, one JSON object with a text a line.
 
 A shard is cut into chunks of whole lines, and a chunk is parsed on its own (tools/json_lines.py), so that several can
 be at once. What a shard should not contain becomes a `Problem` with its line. Lines of white space are passed over:
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import msgspec
 
 from tools.shard_stream import ShardStream
-from tools.shards import SHARD_PATTERNS
 
-INPUT_PATTERNS = (*SHARD_PATTERNS, "*.jsonl.gz")
+SHARD_ENDINGS = (".jsonl.zst", ".jsonl.gz", ".jsonl")
+TEXT_KEY = "text"  # of a line's object, unless another is named
 CHUNK_BYTES = 4 << 20
 # Memory decides these: 200 MB of emoji are a line of 600 MB where each is written \ud83d\ude00.
 MAX_LINE_BYTES = 640 << 20
@@ -25,9 +25,9 @@ LOSSES = {
     "line_too_long": "the line is too long",
     "not_utf8": "not UTF-8",
     "not_json": "not JSON",
-    "no_text": "no object with a `text`",
-    "text_not_string": "the `text` is no string",
-    "empty_text": "the `text` is empty",
+    "no_text": "no object with a text",
+    "text_not_string": "the text is no string",
+    "empty_text": "the text is empty",
 }
 # What is kept, but not as it was.
 CHANGES = {"lone_surrogate": "half a surrogate pair in the text, replaced by U+FFFD"}

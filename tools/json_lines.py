@@ -1,8 +1,9 @@
-"""The texts of a chunk, whose lines are each a JSON object with a `text`.
+"""The texts of a chunk, whose lines are each a JSON object with a text under a key, `text` unless another is named.
 
 Most lines begin with their text. Compiled code takes it out of them, and msgspec reads what follows it, as it reads
 lines of any other form. What msgspec refuses, Python's own parser may know how to keep.
 """
+import functools
 import json
 import re
 from dataclasses import dataclass
@@ -10,16 +11,17 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from tools.chunks import MAX_TEXT_BYTES, OF_A_FILE, SEPARATOR, Chunk, Problem
+from tools.chunks import MAX_TEXT_BYTES, OF_A_FILE, SEPARATOR, TEXT_KEY, Chunk, Problem
 from tools.json_strings import COLUMNS, NOT_JSON, NOT_UTF8, QUOTE, read_lines, undo
 
 LINES = 1024  # that compiled code reads at once
 LONG_LINE_BYTES = 16 << 20  # of a longer one no str is made
 SHORT_REST_BYTES = 256
+MAX_DETAIL = 100  # characters
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _REFUSALS = (msgspec.MsgspecError, ValueError, RecursionError)  # what a parser raises where a line is wrong
-_UNDONE = {NOT_JSON: ("not_json", "the `text` is no JSON string"), NOT_UTF8: ("not_utf8", "in the `text`")}
+_UNDONE = {NOT_JSON: ("not_json", "the text is no JSON string"), NOT_UTF8: ("not_utf8", "in the text")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,23 +41,28 @@ class _Object(msgspec.Struct):
     pass
 
 
-class _Record(msgspec.Struct):
-    text: str
+class _Key:
+    """The key of the texts: as a line has it, what a line with its text first begins with, and readers of lines."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.literal = json.dumps(name, ensure_ascii=False).encode()
+        self.head = np.frombuffer(b"{" + self.literal + b":", np.uint8)
+        self.decoder, self.raw_decoder = (
+            msgspec.json.Decoder(msgspec.defstruct("Record", [("text", kind)], rename={"text": name}))
+            for kind in (str, msgspec.Raw)
+        )
 
 
-class _RawRecord(msgspec.Struct):
-    text: msgspec.Raw
-
-
+_key = functools.cache(_Key)
 _object_decoder = msgspec.json.Decoder(_Object)
-_decoder = msgspec.json.Decoder(_Record)
-_raw_decoder = msgspec.json.Decoder(_RawRecord)
 
 Telling = tuple[str, str]  # kind and detail of a problem
 
 
-def parse(chunk: Chunk) -> Documents:
+def parse(chunk: Chunk, text_key: str = TEXT_KEY) -> Documents:
     """Return the texts of a chunk, and its problems."""
+    key = _key(text_key)
     data = np.frombuffer(chunk.data, np.uint8)
     room, rows = np.empty_like(data), np.empty((LINES, len(COLUMNS)), np.int64)
     line_view, text_view = memoryview(data), memoryview(room)
@@ -63,14 +70,14 @@ def parse(chunk: Chunk) -> Documents:
     end = first = filled = 0  # room[first:filled] follows the pieces
     complete = set()
     while end < chunk.size:
-        for row in rows[: read_lines(data, end, chunk.size, room, filled, rows)].tolist():
+        for row in rows[: read_lines(data, end, chunk.size, room, filled, rows, key.head)].tolist():
             start, end, rest, text_start, text_end, replaced, separated = row
             lines += 1
             problem = None
-            if rest and _completes(line_view[rest:end], complete):
+            if rest and _completes(line_view[rest:end], key, complete):
                 size = text_end - text_start
                 if replaced or separated or size > MAX_TEXT_BYTES:
-                    size, problem = _judge(size, replaced, separated)
+                    size, problem = judge(size, replaced, separated)
                 if size:
                     if text_start != filled:
                         pieces.append(text_view[first:filled])
@@ -78,7 +85,7 @@ def parse(chunk: Chunk) -> Documents:
                     filled = text_end
                     sizes.append(size)
             else:
-                text, problem = _parse_line(line_view[start:end])
+                text, problem = _parse_line(line_view[start:end], key)
                 if text:
                     if first != filled:
                         pieces.append(text_view[first:filled])
@@ -96,8 +103,8 @@ def parse(chunk: Chunk) -> Documents:
     return Documents(text, np.cumsum(sizes, dtype=np.int64), lines, problems)
 
 
-def _completes(rest: memoryview, complete: set[bytes]) -> bool:
-    """Whether what follows a text on its line ends the object, and cannot have another `text`.
+def _completes(rest: memoryview, key: _Key, complete: set[bytes]) -> bool:
+    """Whether what follows a text on its line ends the object, and cannot have the key again.
 
     complete: what has been found to do so; many lines end the same.
     """
@@ -106,10 +113,10 @@ def _completes(rest: memoryview, complete: set[bytes]) -> bool:
     content = rest.tobytes()
     if content in complete:
         return True
-    if b'"text"' in content or b"\\u" in content:
+    if key.literal in content or b"\\u" in content:
         return False
     try:
-        _object_decoder.decode(b'{"text":""' + content)
+        _object_decoder.decode(b'{"":""' + content)
     except _REFUSALS:
         return False
     if len(content) <= SHORT_REST_BYTES:
@@ -117,7 +124,7 @@ def _completes(rest: memoryview, complete: set[bytes]) -> bool:
     return True
 
 
-def _judge(size: int, replaced: int, separated: bool) -> tuple[int, Telling | None]:
+def judge(size: int, replaced: int, separated: bool) -> tuple[int, Telling | None]:
     """Return how much of a text is kept, all or nothing, and what is worth telling of it."""
     if size > MAX_TEXT_BYTES:
         return 0, ("line_too_long", f"{size} bytes of text, more than {MAX_TEXT_BYTES}")
@@ -126,26 +133,26 @@ def _judge(size: int, replaced: int, separated: bool) -> tuple[int, Telling | No
     return size, ("separator_in_text", "") if separated else None
 
 
-def _parse_line(line: memoryview) -> tuple[bytes | memoryview, Telling | None]:
+def _parse_line(line: memoryview, key: _Key) -> tuple[bytes | memoryview, Telling | None]:
     """Return the text of a line of any form, empty for none, and what is worth telling of it."""
     if len(line) > LONG_LINE_BYTES:
-        return _parse_long_line(line)
+        return _parse_long_line(line, key)
     try:
-        text = _decoder.decode(line).text.encode()
+        text = key.decoder.decode(line).text.encode()
     except _REFUSALS:
         text = b""
     if not text:
         content = line.tobytes()
-        return (b"", None) if content.isspace() else _parse_leniently(content)
-    size, telling = _judge(len(text), 0, SEPARATOR in text)
+        return (b"", None) if content.isspace() else _parse_leniently(content, key.name)
+    size, telling = judge(len(text), 0, SEPARATOR in text)
     return text[:size], telling
 
 
-def _parse_long_line(line: memoryview) -> tuple[memoryview, Telling | None]:
+def _parse_long_line(line: memoryview, key: _Key) -> tuple[memoryview, Telling | None]:
     """The same without a str, of which one emoji makes four bytes a character."""
     nothing = line[:0]
     try:
-        literal = np.frombuffer(_raw_decoder.decode(line).text, np.uint8)
+        literal = np.frombuffer(key.raw_decoder.decode(line).text, np.uint8)
     except _REFUSALS as error:
         return nothing, None if line.tobytes().isspace() else _refusal(error)
     if literal[0] != QUOTE:
@@ -155,11 +162,11 @@ def _parse_long_line(line: memoryview) -> tuple[memoryview, Telling | None]:
     _, _, rest, _, size, replaced, separated = row.tolist()
     if rest < 0:
         return nothing, _UNDONE[rest]
-    size, telling = _judge(size, replaced, separated) if size else (0, ("empty_text", ""))
+    size, telling = judge(size, replaced, separated) if size else (0, ("empty_text", ""))
     return memoryview(room)[:size], telling
 
 
-def _parse_leniently(line: bytes) -> tuple[bytes, Telling | None]:
+def _parse_leniently(line: bytes, key: str) -> tuple[bytes, Telling | None]:
     """Return the text of a line that msgspec refuses.
 
     Python's parser accepts what harms no text: NaN in another field, a byte order mark, a surrogate in UTF-8.
@@ -168,16 +175,18 @@ def _parse_leniently(line: bytes) -> tuple[bytes, Telling | None]:
         value = json.loads(line.decode("utf-8-sig", "surrogatepass"))
     except (ValueError, RecursionError) as error:
         return b"", _refusal(error)
-    if not isinstance(value, dict) or "text" not in value:
-        return b"", ("no_text", "" if isinstance(value, dict) else f"the line is a {type(value).__name__}")
-    text = value["text"]
+    if not isinstance(value, dict):
+        return b"", ("no_text", f"the line is a {type(value).__name__}")
+    if key not in value:
+        return b"", ("no_text", f"its keys are {', '.join(map(repr, value))}"[:MAX_DETAIL] if value else "it is empty")
+    text = value[key]
     if not isinstance(text, str):
         return b"", ("text_not_string", f"it is {json.dumps(text)[:40]}")
     if not text:
         return b"", ("empty_text", "")
     text, replaced = _SURROGATE.subn("\ufffd", text)
     content = text.encode()
-    size, telling = _judge(len(content), replaced, SEPARATOR in content)
+    size, telling = judge(len(content), replaced, SEPARATOR in content)
     return content[:size], telling
 
 

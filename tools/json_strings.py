@@ -1,4 +1,4 @@
-"""Texts out of JSON lines as most shards have them, `{"text": "..."`, by compiled code, 64 bytes at a time.
+"""Texts out of JSON lines as most shards have them, `{"text": "..."`, or another key, by compiled code, 64 bytes at a time.
 
 What such a line says after its text, and lines of any other form, are for a library to read. Compiling takes a few
 seconds, once: Numba keeps the result on disk.
@@ -25,7 +25,6 @@ COLUMNS = START, END, REST, TEXT_START, TEXT_END, REPLACED, SEPARATED = range(7)
 
 BLOCK = 64
 BLOCK_TYPE = ir.VectorType(BYTE, BLOCK)
-TEXT_KEY = np.frombuffer(b'{"text":', np.uint64)[0]
 QUOTE, BACKSLASH, BLANK, LINE_FEED, BAR, LETTER_U = (np.uint8(ord(c)) for c in '"\\ \n|u')
 SEPARATOR_BYTES = len(chunks.SEPARATOR)
 SEPARATOR_HEAD, SEPARATOR_TAIL = np.frombuffer(chunks.SEPARATOR[:8] + chunks.SEPARATOR[-8:], np.uint64)
@@ -232,6 +231,15 @@ def read_string(source, i, end, room, out, at, row):
     row[SEPARATED] = has_separator(out, at, row[TEXT_END], room)
 
 
+@njit
+def begins(source, i, what):
+    """Say whether source[i:] begins with `what`, uint8 (n,)."""
+    for k in range(what.size):
+        if source[i + k] != what[k]:
+            return False
+    return True
+
+
 def compiled(sources: str):
     """Return `read_lines` and `undo` for Python to call, the GIL released.
 
@@ -239,11 +247,11 @@ def compiled(sources: str):
     """
 
     @njit(nogil=True, cache=True)
-    def read_lines(data, start, end, texts, at, rows):
+    def read_lines(data, start, end, texts, at, rows, head):
         """Read lines from data[start] on, as many as `rows` has room for; return their number.
 
         data: uint8, whole lines up to `end`; texts: uint8, as long as data, filled from texts[at] on; rows: int64
-        (lines, columns), see COLUMNS.
+        (lines, columns), see COLUMNS; head: uint8, what a line has before its text, as `{"text":`.
         """
         sources
         source, out, room = pointer(data), pointer(texts), data.size
@@ -251,8 +259,9 @@ def compiled(sources: str):
         while start < end and count < rows.shape[0]:
             row = rows[count]
             row[:] = 0
-            if start + 12 <= end and load64(source, start) == TEXT_KEY:
-                i = start + 8 + (source[start + 8] == BLANK)
+            i = start + head.size
+            if i + 4 <= end and begins(source, start, head):
+                i += source[i] == BLANK
                 if source[i] == QUOTE:
                     read_string(source, i + 1, end, room, out, at, row)
             if row[REST] > 0 and row[TEXT_END] > at:

@@ -23,9 +23,9 @@ import msgspec
 import numpy as np
 
 from engine.whole_file import sync
-from tools.chunks import CHUNK_BYTES, Problem
+from tools.chunks import CHUNK_BYTES, TEXT_KEY, Problem
 from tools.disk import append_file, checksum, is_at, lock, try_lock, write_all, write_json, write_whole
-from tools.token_file import FORMAT, Description, PrepareError, Source, description_path, folder_of, read_description
+from tools.token_file import FORMAT, Description, NoText, PrepareError, Source, description_path, folder_of, read_description
 
 SEGMENT_CHUNKS = 8
 MERGED_AT_ONCE = 16  # segments to one state on disk
@@ -38,13 +38,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     format: int = FORMAT
     tokenizer: str
     max_data: int | None = None
+    text_key: str = TEXT_KEY
     chunk_bytes: int = CHUNK_BYTES
     segment_chunks: int = SEGMENT_CHUNKS
 
     def made(self, description: Description) -> bool:
         """Whether a token file was made with these settings; how its inputs were cut changes nothing."""
-        theirs = description.format, description.tokenizer, description.max_data
-        return theirs == (self.format, self.tokenizer, self.max_data)
+        theirs = description.format, description.tokenizer, description.max_data, description.text_key
+        return theirs == (self.format, self.tokenizer, self.max_data, self.text_key)
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -216,16 +217,17 @@ class Workspace:
         file.truncate(0)
         return segment
 
-    def reach(self, source: Path) -> Place:
+    def reach(self, source: Path, merged: Merged | None = None) -> Place:
         """Return the first place in an input after which something is to be done; `ended` where nothing is."""
-        place = self._merged_place(source)
+        place = (merged or self._read_merged()).place(source)
         while not place.ended and (record := self.record(source, place.segment)):
             place = record.end
         return place
 
     def missing(self, inputs: Sequence[Path]) -> list[Path]:
-        """Return those inputs that are not done."""
-        return [source for source in inputs if not self.reach(source).ended]
+        """Return those inputs that are not done, or whose end is being merged just now."""
+        merged = self._read_merged()  # once: that looks at all inputs, which may be thousands
+        return [source for source in inputs if not self.reach(source, merged).ended]
 
     def made(self, source: Path, before: int | None = None) -> Source:
         """Return what an input has given up to segment `before`, or as far as it is done without a gap."""
@@ -328,11 +330,12 @@ class Workspace:
             documents=sum(source.documents for source in sources),
             bytes=sum(source.bytes for source in sources),
             max_data=self.settings.max_data,
+            text_key=self.settings.text_key,
             folder=folder_of(self.inputs, self.file),
             sources=sources,
         )
         if description.tokens == 0:
-            raise PrepareError(f"no text in {', '.join(source.file for source in sources)}: there is nothing to write")
+            raise NoText(sources)
         # A token file without its JSON would pass for GPT-2's, one with another's for damaged; a JSON alone is nothing.
         self.file.unlink(missing_ok=True)
         write_json(self.folder / "description", description)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import local
 
@@ -18,10 +19,11 @@ import msgspec
 import numpy as np
 
 from tools.chunks import CHANGES, KINDS, LOSSES, Chunk, ChunkReader, Problem
-from tools.json_lines import parse
+from tools.json_lines import Documents, parse
 from tools.parts import Place, Segment, Workspace
 from tools.shard_stream import ShardStream
 from tools.text_encoders import TextEncoder
+from tools.text_files import TextReader, is_text_file, parse_file
 from tools.token_file import PrepareError
 
 # A thread back from decompressing or encoding waits this long for one that parses; it has little to do with the GIL.
@@ -75,6 +77,7 @@ class Pipeline:
     ) -> None:
         self._workspace, self._encoder, self._report, self._strict = workspace, encoder, report, strict
         self._depth = 2 * threads  # chunks in the pool: one at work and one waiting for each thread
+        self._parse_lines = partial(parse, text_key=workspace.settings.text_key)
         self._of_thread = local()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
         self._merger = ThreadPoolExecutor(1, thread_name_prefix="merge") if merging else None
@@ -102,7 +105,7 @@ class Pipeline:
         PrepareError says what is wrong with an input. OSError where the disk is full or failing.
         """
         for owned in (True, False):
-            for source in inputs:
+            for source in inputs if owned else self._workspace.missing(inputs):
                 with ExitStack() as stack:
                     if not owned or stack.enter_context(self._workspace.owning(source)):
                         self._work_on(source)
@@ -117,7 +120,10 @@ class Pipeline:
         if place.ended:
             return
         with ShardStream(source) as stream:
-            reader = ChunkReader(stream, settings.chunk_bytes, settings.max_data)
+            if is_text_file(source):
+                reader = TextReader(stream)
+            else:
+                reader = ChunkReader(stream, settings.chunk_bytes, settings.max_data)
             while not place.ended:
                 if done := workspace.place_after(source, place.segment):
                     place = done
@@ -127,7 +133,9 @@ class Pipeline:
                     self._taken.add(segment)
                 place = self._read_segment(reader, stream, place, segment)
 
-    def _read_segment(self, reader: ChunkReader, stream: ShardStream, place: Place, segment: Segment | None) -> Place:
+    def _read_segment(
+        self, reader: ChunkReader | TextReader, stream: ShardStream, place: Place, segment: Segment | None
+    ) -> Place:
         """Read the segment that begins at `place`, and have it encoded if it is taken; return where it ends."""
         for _ in range(self._workspace.settings.segment_chunks):
             consumed = stream.consumed
@@ -151,7 +159,8 @@ class Pipeline:
 
     def _submit(self, chunk: Chunk, segment: Segment, consumed: int, spare: list[bytearray]) -> None:
         size = len(chunk.data)
-        self._pending.append(Pending(segment, size, consumed, self._pool.submit(self._encode, chunk, spare)))
+        read = parse_file if is_text_file(segment.input) else self._parse_lines
+        self._pending.append(Pending(segment, size, consumed, self._pool.submit(self._encode, chunk, read, spare)))
         self._in_flight += size
         self._write_down_to(self._depth)
 
@@ -182,15 +191,17 @@ class Pipeline:
         self._taken.discard(pending.segment)
         if pending.end.ended:
             self._report(Work(pending.segment.source.file_bytes - pending.end.consumed))
+        if is_text_file(pending.segment.input):
+            return  # of thousands each merging would look at all: they are merged at the end
         if self._merger and (self._merging is None or self._merging.done()):
             if self._merging:
                 self._merging.result()
             self._merging = self._merger.submit(self._workspace.merge)
 
-    def _encode(self, chunk: Chunk, spare: list[bytearray]) -> Encoded:
+    def _encode(self, chunk: Chunk, read: Callable[[Chunk], Documents], spare: list[bytearray]) -> Encoded:
         if not hasattr(self._of_thread, "encode"):
             self._of_thread.encode = self._encoder.encoder()
-        documents = parse(chunk)
+        documents = read(chunk)
         if len(chunk.data) == self._workspace.settings.chunk_bytes:
             spare.append(chunk.data)
         else:

@@ -2,8 +2,11 @@
 
     python tools/prepare.py                              data/train and data/val, on all cores
     python tools/prepare.py --max_data 1000              the first 1000 JSON objects of each shard
+    python tools/prepare.py --text_key content           of lines like {"content": "..."}
     python tools/prepare.py --shard 2/4                  the second of four machines' share of the work ...
     python tools/prepare.py --merge                      ... and, when all four are done, one file of all shares
+
+A folder without shards is taken for documents in plain text, one a file (.txt, .txt.zst, .txt.gz).
 
 Interrupted, the same command goes on where it was; finished, it does nothing. What a shard should not contain is
 counted and listed at the end, and the rest prepared; --strict stops at the first line that would be lost or changed.
@@ -11,6 +14,7 @@ counted and listed at the end, and the rest prepared; --strict stops at the firs
 import argparse
 import errno
 import os
+import re
 import shutil
 import sys
 import time
@@ -21,12 +25,13 @@ from pathlib import Path
 
 from engine.command_line import CommandLine, positive
 from engine.tokenizer import DEFAULT_TOKENIZER
-from tools.chunks import INPUT_PATTERNS, KINDS, Problem
+from tools.chunks import KINDS, SHARD_ENDINGS, TEXT_KEY, Problem
 from tools.parts import Settings, Workspace
 from tools.pipeline import Pipeline, refuse_losses
 from tools.progress import Progress
 from tools.text_encoders import TextEncoder, load_text_encoder
-from tools.token_file import PrepareError, Source, claimed, description_path
+from tools.text_files import TEXT_ENDINGS, is_text_file
+from tools.token_file import NoText, PrepareError, Source, claimed, description_path
 from tools.workers import Helpers, available_cores, shares
 
 PATIENCE_S = 5
@@ -34,15 +39,22 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def find_inputs(folder: Path) -> list[Path]:
-    """Return the shards in a folder, sorted by name; PrepareError where there are none."""
-    found = sorted({file for pattern in INPUT_PATTERNS for file in folder.glob(pattern)})
-    if not found:
+    """Return the shards in a folder, or its text files where it has none, by name; PrepareError where it has neither."""
+    if folder.is_file():
+        raise PrepareError(f"{folder} is a file: name its folder")
+    files = sorted(folder.glob("*"))
+    shards = [file for file in files if file.name.lower().endswith(SHARD_ENDINGS)]
+    texts = [file for file in files if is_text_file(file)]
+    if shards and texts:  # such as a README or a licence
+        print(f"{folder}: {_listed([file.name for file in texts])} left out, since there are shards")
+    if not (shards or texts):
+        what = f"holds no shards ({', '.join(SHARD_ENDINGS)}) and no texts ({', '.join(TEXT_ENDINGS)})"
         raise PrepareError(
-            f"{folder} {'holds no shards' if folder.is_dir() else 'does not exist'} ({', '.join(INPUT_PATTERNS)}). "
+            f"{folder} {what if folder.is_dir() else 'does not exist'}. "
             "To fetch some of the Pile: python tools/download.py --size small; without a network: "
             "python tools/download.py --source stdlib"
         )
-    return found
+    return shards or texts
 
 
 def prepare(
@@ -55,6 +67,7 @@ def prepare(
     *,
     shard: tuple[int, int] | None = None,
     merge: bool = False,
+    text_key: str = TEXT_KEY,
     overwrite: bool = False,
     progress: bool = True,
 ) -> list[Source]:
@@ -62,8 +75,9 @@ def prepare(
 
     max_data: JSON objects taken of each input, None for all. workers: threads that parse and encode, None for as many
     as cores may be used. shard (i, n): only prepare the i-th, from 1, of n shares of the inputs; the file is then made
-    by a call with `merge`, which prepares nothing. overwrite: replace what was prepared from other inputs. PrepareError
-    says what went wrong, where, and what to do; what is done by then is kept for the next call.
+    by a call with `merge`, which prepares nothing. text_key: of the text in a shard's objects. overwrite: replace what
+    was prepared from other inputs. PrepareError says what went wrong, where, and what to do; what is done by then is
+    kept for the next call.
     """
     _check_names(inputs)
     check_output(out_file, inputs, overwrite)
@@ -71,7 +85,8 @@ def prepare(
         encoder = load_text_encoder(tokenizer_name)
     except ValueError as error:
         raise PrepareError(str(error)) from None
-    workspace = Workspace(out_file, inputs, Settings(tokenizer=tokenizer_name, max_data=max_data), encoder.dtype)
+    settings = Settings(tokenizer=tokenizer_name, max_data=max_data, text_key=text_key)
+    workspace = Workspace(out_file, inputs, settings, encoder.dtype)
     with _explained(workspace), workspace.locked(shared=shard is not None):
         if description := workspace.finished():
             if shard is None:
@@ -229,12 +244,24 @@ def summarize(folder: Path, sources: Sequence[Source]) -> list[str]:
     return lines
 
 
+def _print_summary(folder: Path, sources: Sequence[Source]) -> None:
+    for line in summarize(folder, sources):
+        print(line, flush=True)
+
+
 def parse_shard(text: str) -> tuple[int, int]:
     """Return (i, n) of "i/n"."""
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form i/n with i from 1 to n, as in 2/4")
     return int(number), int(count)
+
+
+def parse_key(text: str) -> str:
+    """Return a key that JSON has no second way to write, \\u aside."""
+    if re.search(r'["\\/\x00-\x1f]', text):
+        raise argparse.ArgumentTypeError(f"must have no quotes, slashes or control characters, got {text!r}")
+    return text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -249,6 +276,8 @@ def main(arguments: list[str] | None = None) -> int:
     about = "any of tiktoken's, default %(default)s"
     parser.add_argument("--tokenizer_name", default=DEFAULT_TOKENIZER, metavar="NAME", help=about)
     parser.add_argument("--max_data", type=positive, metavar="N", help="JSON objects of each shard (default all)")
+    about = "of the text in each object, default %(default)s"
+    parser.add_argument("--text_key", type=parse_key, default=TEXT_KEY, metavar="KEY", help=about)
     parser.add_argument("--workers", type=positive, metavar="N", help="threads (default: the cores that may be used)")
     parser.add_argument("--shard", type=parse_shard, metavar="I/N", help="only the I-th of N shares of the shards")
     parser.add_argument("--merge", action="store_true", help="make the files from all shares, preparing nothing")
@@ -267,19 +296,23 @@ def main(arguments: list[str] | None = None) -> int:
         for _, inputs, out_file in jobs:  # before the first takes hours
             check_output(out_file, inputs, options.overwrite)
         for folder, inputs, out_file in jobs:
-            sources = prepare(
-                inputs,
-                out_file,
-                options.tokenizer_name,
-                options.max_data,
-                options.workers,
-                options.strict,
-                shard=options.shard,
-                merge=options.merge,
-                overwrite=options.overwrite,
-            )
-            for line in summarize(folder, sources):
-                print(line)
+            try:
+                sources = prepare(
+                    inputs,
+                    out_file,
+                    options.tokenizer_name,
+                    options.max_data,
+                    options.workers,
+                    options.strict,
+                    shard=options.shard,
+                    merge=options.merge,
+                    text_key=options.text_key,
+                    overwrite=options.overwrite,
+                )
+            except NoText as error:
+                _print_summary(folder, error.sources)
+                raise
+            _print_summary(folder, sources)
     except PrepareError as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         return 1

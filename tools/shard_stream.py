@@ -23,6 +23,7 @@ class ShardStream:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._suffix = path.suffix.lower()
         self.fault: tuple[str, str] | None = None
         self.sha256: str | None = None
         self._open()
@@ -31,10 +32,10 @@ class ShardStream:
         self._source = _Source(open(self.path, "rb"))
         self._position = 0
         self._careful = False
-        if self.path.suffix == ".zst":
+        if self._suffix == ".zst":
             decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
             self._reader = decompressor.stream_reader(self._source, read_size=READ_BYTES, read_across_frames=True)
-        elif self.path.suffix == ".gz":
+        elif self._suffix == ".gz":
             self._reader = gzip.GzipFile(fileobj=self._source)
         else:
             self._reader = self._source
@@ -64,7 +65,7 @@ class ShardStream:
             return self.readinto(view)
         self._position += count
         if count == 0 and len(view):
-            if self.path.suffix == ".zst" and not self._source.complete:
+            if self._suffix == ".zst" and not self._source.complete:
                 self.fault = "truncated_file", "the last zstd frame is not complete"
             else:
                 self.sha256 = self._source.hash.hexdigest()

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from tools.chunks import LOSSES, Problem
+from tools.chunks import LOSSES, TEXT_KEY, Problem
 from tools.shards import hash_file
 
 FORMAT = 1
@@ -16,6 +16,16 @@ MAX_EXAMPLES = 5  # lines named of each kind of problem and input
 
 class PrepareError(RuntimeError):
     """Data that cannot be prepared; the message says what, where, and what to do."""
+
+
+class NoText(PrepareError):
+    """There is no text in any input; `sources` tell what is."""
+
+    def __init__(self, sources: "list[Source]") -> None:
+        names = ", ".join(source.file for source in sources[:3]) + (", ..." if len(sources) > 3 else "")
+        hint = " (--text_key names another key of the texts)" if any("no_text" in s.skipped for s in sources) else ""
+        super().__init__(f"no text in {names}: there is nothing to write{hint}")
+        self.sources = sources
 
 
 class Source(msgspec.Struct, kw_only=True):
@@ -88,6 +98,7 @@ class Description(msgspec.Struct, kw_only=True):
     documents: int
     bytes: int
     max_data: int | None = None
+    text_key: str = TEXT_KEY
     folder: str | None = None  # of the inputs, as seen from the token file: both may move together
     sources: list[Source]
 

@@ -55,9 +55,9 @@ def texts_of(found: Documents) -> list[bytes]:
     return [text.tobytes() for text in np.split(found.text, found.ends)[:-1]]
 
 
-def parsed(content: bytes) -> tuple[list[bytes], list[tuple[str, int]], int]:
+def parsed(content: bytes, key: str = "text") -> tuple[list[bytes], list[tuple[str, int]], int]:
     """Return texts, problems and lines."""
-    found = parse(Chunk(bytearray(content), len(content)))
+    found = parse(Chunk(bytearray(content), len(content)), key)
     return texts_of(found), [(problem.kind, problem.line) for problem in found.problems], found.lines
 
 
@@ -109,6 +109,15 @@ def test_texts_of_any_form_come_back(lines: list[tuple[str, str, bool]], at_once
         found = parsed(content.encode())
     problems = [(kind, number) for number, kind in enumerate(kinds, 1) if kind]
     assert found == ([text.encode() for text, *_ in lines if text], problems, len(lines))
+
+
+@pytest.mark.parametrize("key", ["", "t", "content", "正文", "a longer key than a word"])
+@pytest.mark.parametrize("name", [*BAD_LINES, *KEPT_LINES])
+def test_another_key_is_read_the_same(name: str, key: str) -> None:
+    line = (BAD_LINES | KEPT_LINES)[name][0]
+    other = line.replace(b'"text"', f'"{key}"'.encode()).replace(rb"te\u0078t", "".join(f"\\u{ord(c):04x}" for c in key).encode())
+    for padding in (b"", b"\n" + b" " * 100):
+        assert parsed(other + padding, key)[:2] == parsed(line + padding)[:2]
 
 
 def as_python_reads(line: bytes) -> str | None:

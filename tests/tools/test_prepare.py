@@ -1,4 +1,5 @@
 """Preparing: tiktoken's ids in the order of the inputs, whatever is in them; and what the program says."""
+import gzip
 import json
 import os
 import pty
@@ -40,6 +41,7 @@ def test_documents_become_tiktokens_ids_in_order(tmp_path: Path) -> None:
         "documents": len(documents),
         "bytes": sum(len(text.encode()) for text in documents),
         "max_data": None,
+        "text_key": "text",
         "folder": ".",
         "sources": None,
     }
@@ -87,15 +89,68 @@ def test_what_should_not_be_there_is_listed(tmp_path: Path) -> None:
         *[f"    {tmp_path}/a.jsonl:{line}: {detail}" for line in range(1, 6)],
     ]
     assert "    and 2 more in a.jsonl" in report
-    assert f"    {tmp_path}/a.jsonl:9" in report  # no `text`
+    assert f"    {tmp_path}/a.jsonl:9: its keys are 'txt'" in report
     assert f"    {tmp_path}/a.jsonl:10: 1 in this text" in report
     assert f"    {tmp_path}/a.jsonl:11" in report
     assert report == summarize(tmp_path, prepare.prepare(find_inputs(tmp_path), out))  # a rerun says it again
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'{"content": "a", "id": 5}\n', "a.jsonl:1: its keys are 'content', 'id'"),
+        ("a.jsonl", b'[{"text": "a"}]', "a.jsonl:1: the line is a list"),
+        ("a.jsonl.zst", b'{"text": "a"}', "a.jsonl.zst:1: zstd decompress error: Unknown frame descriptor"),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}')[:-1], "a.jsonl.zst:1: the last zstd frame is not complete"),
+    ],
+)
+def test_where_there_is_no_text_the_reason_is_told(name: str, content: bytes, said: str, tmp_path: Path, capsys) -> None:
+    for path in (tmp_path / "train" / name, write_shard(tmp_path / "val" / name, TEXTS)):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    for _ in range(2):  # a rerun says it again
+        assert main([*map(str, run_flags(tmp_path))]) == 1
+        shown = capsys.readouterr()
+        assert said in shown.out and f"no text in {name}: there is nothing to write" in shown.err
+        assert ("--text_key names another" in shown.err) == ("a text:" in shown.out)
+
+
+def test_texts_under_another_key(inputs: list[Path], tmp_path: Path) -> None:
+    lines = b"".join(json.dumps({"content": text, "text": "title"}).encode() + b"\n" for text in TEXTS)
+    for folder in ("train", "val"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").write_bytes(lines)
+    flags = [*map(str, run_flags(tmp_path))]
+    for given, documents in ((["--text-key=content"], TEXTS), ([], ["title"] * len(TEXTS))):
+        assert main([*flags, *given]) == 0
+        assert tokens(tmp_path / "train.bin") == ids(documents)
+    with pytest.raises(SystemExit, match="2"):
+        main([*flags, '--text_key=a"b'])
+
+
+def test_files_of_text_are_a_document_each(tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffline\r\n\n日本".encode())
+    (tmp_path / "b.TXT.ZST").write_bytes(zstandard.compress(b"x" * 3_000_000))
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(TEXTS[3].encode()))
+    (tmp_path / "d.txt").write_bytes(b"one\ntwo \xff")
+    (tmp_path / "e.txt").touch()
+    (tmp_path / "f.txt.gz").write_bytes(gzip.compress(b"cut off")[:-3])
+    out = tmp_path / "out.bin"
+    sources = prepare.prepare(find_inputs(tmp_path), out, max_data=1)
+    assert tokens(out) == ids(["line\r\n\n日本", "x" * 3_000_000, TEXTS[3]])
+    told = [line.strip().removeprefix(f"{tmp_path}/") for line in summarize(tmp_path, sources) if line[0] == " "]
+    cut_off = "f.txt.gz:1: Compressed file ended before the end-of-stream marker was reached"
+    assert told == [cut_off, "d.txt:2: byte 5", "e.txt:1", "c.txt.gz:1"]
+    with pytest.raises(PrepareError, match=r"d.txt:2: not UTF-8"):
+        prepare.prepare(find_inputs(tmp_path), out, strict=True)
+    write_shard(tmp_path / "shard.JSONL.ZST", TEXTS)
+    assert [path.name for path in find_inputs(tmp_path)] == ["shard.JSONL.ZST"]
+    assert "a.txt, b.TXT.ZST, c.txt.gz and 3 more left out" in capsys.readouterr().out
+
+
 BAD_ENDS = {
     "not JSON": ("x", "not JSON"),
-    "no text": ("{}", "no object with a `text`"),
+    "no text": ("{}", "no object with a text"),
     "surrogate": (r'{"text": "\udfff"}', "half a surrogate pair"),
     "empty": ('{"text": ""}', "is empty"),
 }
@@ -166,9 +221,9 @@ def test_one_more_shard_takes_the_time_of_one_shard(inputs, expected, tmp_path: 
 def test_an_input_that_changes_meanwhile_is_refused(inputs, tmp_path: Path, monkeypatch) -> None:
     original = pipeline.parse
 
-    def parse(chunk):
+    def parse(chunk, text_key):
         os.utime(inputs[1], (1, 1))
-        return original(chunk)
+        return original(chunk, text_key)
 
     monkeypatch.setattr(pipeline, "parse", parse)
     with pytest.raises(PrepareError, match="01.jsonl.zst changed while it was read"):
@@ -245,9 +300,11 @@ def test_the_program(tmp_path: Path) -> None:
 
 
 ERRORS = {
-    "no folder": ([], r"train does not exist .*python tools/download.py"),
+    "no folder": ([], r"train does not exist\. .*python tools/download.py"),
     "empty folder": (["train"], r"train holds no shards .*python tools/download.py"),
     "no val": (["train/a.jsonl"], r"val does not exist"),
+    "a file": (["train/a.jsonl", f"--train_dir={__file__}"], r"test_prepare.py is a file: name its folder"),
+    "another ending": (["train/a.json"], r"train holds no shards .*\.jsonl.* and no texts \(\.txt, "),
     "unknown tokenizer": (
         ["train/a.jsonl", "val/a.jsonl", "--tokenizer_name=r60k"],
         r"unknown tokenizer 'r60k'; known: .*r50k_base",
