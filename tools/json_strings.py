@@ -1,4 +1,4 @@
-"""Texts out of JSON lines as most shards have them, `{"text": "..."`, or another key, by compiled code, 64 bytes at a time.
+"""Texts out of JSON lines that begin with theirs, `{"text": "..."`, by compiled code, 64 bytes at a time.
 
 What such a line says after its text, and lines of any other form, are for a library to read. Compiling takes a few
 seconds, once: Numba keeps the result on disk.

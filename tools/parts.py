@@ -25,7 +25,9 @@ import numpy as np
 from engine.whole_file import sync
 from tools.chunks import CHUNK_BYTES, TEXT_KEY, Problem
 from tools.disk import append_file, checksum, is_at, lock, try_lock, write_all, write_json, write_whole
-from tools.token_file import FORMAT, Description, NoText, PrepareError, Source, description_path, folder_of, read_description
+from tools.token_file import (
+    FORMAT, Description, NoText, PrepareError, Source, description_path, folder_of, read_description
+)  # fmt: skip
 
 SEGMENT_CHUNKS = 8
 MERGED_AT_ONCE = 16  # segments to one state on disk

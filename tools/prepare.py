@@ -39,7 +39,7 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def find_inputs(folder: Path) -> list[Path]:
-    """Return the shards in a folder, or its text files where it has none, by name; PrepareError where it has neither."""
+    """Return a folder's shards, or where it has none its text files, by name; PrepareError where it has neither."""
     if folder.is_file():
         raise PrepareError(f"{folder} is a file: name its folder")
     files = sorted(folder.glob("*"))
@@ -171,7 +171,7 @@ def _check_names(inputs: Sequence[Path]) -> None:
 
 
 def check_output(out_file: Path, inputs: Sequence[Path], overwrite: bool = False) -> None:
-    """PrepareError where writing `out_file` would cost a file that this program did not make, or not from these inputs."""
+    """PrepareError where `out_file` would replace what this program did not make, or not from these inputs."""
     if not out_file.exists():
         return
     if any(out_file.samefile(path) for path in inputs):
