@@ -93,6 +93,28 @@ def recorded_tokenizer(path: str | Path) -> str | None:
         raise WeightsError(f"{path}: {error}") from None
 
 
+def check_target(out: str | Path, source: Path, *, is_folder: bool, overwrite: bool) -> None:
+    """Raise WeightsError where writing weights to `out`, a file or a folder, would cost what is there.
+
+    A file that exists is replaced where `overwrite` says so, but never what is read, `source`, nor what a run or a
+    checkpoint holds: the next one to resume would train on from it.
+    """
+    out, source = Path(out), source.resolve()
+    own_names = (WEIGHTS_FILE, "config.json")  # which mean something to whoever reads the folder, there yet or not
+    for file in [out / name for name in own_names] if is_folder else [out]:
+        folder = file.parent.resolve()
+        if not file.exists() and file.name not in own_names:
+            continue
+        if source in (file.resolve(), folder):
+            raise WeightsError(f"{file} belongs to the weights that are read: write them elsewhere")
+        if (folder / "state.json").exists():
+            raise WeightsError(f"{folder} is a checkpoint, which --resume goes on from: write the weights elsewhere")
+        if (folder / "resolved.json").exists() or checkpoint.checkpoints(folder):
+            raise WeightsError(f"{folder} is a run, whose checkpoints hold its weights: write these elsewhere")
+        if file.exists() and not overwrite:
+            raise WeightsError(f"{file} exists: --overwrite replaces it")
+
+
 def write_weights(path: str | Path, config: ModelConfig, state: State, tokenizer: str | None = None) -> Path:
     """Write the weights, as they are, to a .safetensors file, or to a folder as model.safetensors and config.json.
 

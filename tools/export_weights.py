@@ -12,7 +12,16 @@ from engine.command_line import positive
 from engine.config import ConfigError
 from engine.device import DTYPES
 from engine.formats import R50K_PADDED, R50K_TOKENS, WeightsError, resize_vocab
-from engine.weights import find_weights, read_weights, recorded_tokenizer, write_classic, write_gpt2, write_weights
+from engine.tokenizer import DEFAULT_TOKENIZER, load_encoding
+from engine.weights import (
+    check_target,
+    find_weights,
+    read_weights,
+    recorded_tokenizer,
+    write_classic,
+    write_gpt2,
+    write_weights,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,10 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
         "--vocab_size", type=positive, metavar="N",
         help=f"rows of the embedding to keep; without it all, and for gpt2 {R50K_TOKENS} of {R50K_PADDED}",
     )  # fmt: skip
+    add("--overwrite", action="store_true", help="replace weights that are there; never those read, nor a run's")
     options = parser.parse_args(arguments)
     try:
         path = find_weights(options.model_path)
+        is_folder = options.format == "gpt2" or options.format == "safetensors" and not options.out.endswith(".safetensors")
+        check_target(options.out, path, is_folder=is_folder, overwrite=options.overwrite)
         config, state = read_weights(path)
+        if options.vocab_size:
+            _keep_words(options.vocab_size, config.vocab_size, recorded_tokenizer(path) or DEFAULT_TOKENIZER)
         if options.dtype:
             state = {name: tensor.to(DTYPES[options.dtype]) for name, tensor in state.items()}
         if options.format == "gpt2":
@@ -48,6 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(f"{path} -> {out}")
     return 0
+
+
+def _keep_words(rows: int, there: int, tokenizer: str) -> None:
+    """WeightsError where `rows` of the `there` are too few for the tokenizer's words; a model of fewer has its own."""
+    if rows < there and rows < (words := load_encoding(tokenizer).n_vocab) <= there:
+        raise WeightsError(f"--vocab_size {rows} would cut off words of {tokenizer}, which has {words}: keep those")
 
 
 if __name__ == "__main__":

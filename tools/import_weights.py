@@ -10,7 +10,7 @@ from engine.checkpoint import CheckpointError
 from engine.command_line import positive
 from engine.config import ConfigError
 from engine.formats import WeightsError, resize_vocab
-from engine.weights import find_weights, read_weights, recorded_tokenizer, write_weights
+from engine.weights import check_target, find_weights, read_weights, recorded_tokenizer, write_weights
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,9 +24,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--vocab_multiple", type=positive, default=64, metavar="N",
         help="add rows to the embedding up to a multiple of N, which GPUs multiply faster; 1: none [%(default)s]",
     )  # fmt: skip
+    add("--overwrite", action="store_true", help="replace weights that are there; never those read, nor a run's")
     options = parser.parse_args(arguments)
     try:
         path = find_weights(options.model_path)
+        is_folder = not options.out.endswith(".safetensors")
+        check_target(options.out, path, is_folder=is_folder, overwrite=options.overwrite)
         config, state = read_weights(path)
         padded = -(-config.vocab_size // options.vocab_multiple) * options.vocab_multiple
         if padded != config.vocab_size:

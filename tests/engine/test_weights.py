@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from engine.config import ModelConfig, from_dict
 from engine.formats import WeightsError, drop_tied, resize_vocab
 from engine.model import GPT
-from engine.weights import load_model, recorded_tokenizer, write_weights
+from engine.weights import find_weights, load_model, recorded_tokenizer, write_weights
 from tests.engine.conftest import CLASSIC, draw_weights, gpt, randomise, save_model, tokens
 from tools import export_weights, import_weights
 
@@ -135,3 +135,43 @@ def test_tools_keep_the_tokenizer_that_is_recorded(tmp_path, tool):
     assert recorded_tokenizer(tmp_path / "b") == "p50k_base"
     save_model(tmp_path / "c", ours)
     assert recorded_tokenizer(tmp_path / "c") is None
+
+
+@pytest.mark.parametrize("tool", [import_weights, export_weights])
+def test_tools_replace_nothing_unasked_and_never_what_is_read_nor_a_runs(tmp_path, tool, capsys):
+    source, run = save_model(tmp_path / "a", gpt()).parent, tmp_path / "run"
+    write_run(run, {4: 1.0})
+    linked, free = tmp_path / "link", tmp_path / "b.safetensors"
+    linked.symlink_to(source)
+    form = ["--format=safetensors"] if tool is export_weights else []
+
+    def written(out: Path, *more: str, source: Path = source) -> str:
+        before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        status = tool.main([f"--model_path={source}", f"--out={out}", *form, *more])
+        same = before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        assert same == (status == 2)
+        return capsys.readouterr().err
+
+    step = find_weights(run)
+    assert written(free) == ""
+    assert "exists: --overwrite replaces it" in written(free)
+    free.write_bytes(b"other")
+    assert written(free, "--overwrite") == ""
+    for out in (source, linked, source / "model.safetensors"):
+        assert "belongs to the weights that are read" in written(out, "--overwrite")
+    assert "belongs to the weights that are read" in written(free, "--overwrite", source=free)
+    assert "belongs to the weights that are read" in written(step, "--overwrite", source=run)
+    for out in (step, step / "model.safetensors"):
+        assert f"{step} is a checkpoint" in written(out, "--overwrite")
+    for out in (run, run / "model.safetensors"):  # which would hide the checkpoints from whoever loads the run
+        assert f"{run} is a run" in written(out, "--overwrite")
+    assert written(run / "beside.safetensors") == ""
+
+
+def test_an_export_keeps_the_tokenizers_words(tmp_path, capsys):
+    ours = gpt(n_layer=1, n_embd=6, vocab_size=50304)
+    source = save_model(tmp_path / "a.safetensors", ours)
+    flags = [f"--model_path={source}", "--format=safetensors", f"--out={tmp_path}/b"]
+    assert export_weights.main([*flags, "--vocab_size=50256"]) == 2
+    assert "--vocab_size 50256 would cut off words of r50k_base, which has 50257" in capsys.readouterr().err
+    assert export_weights.main([*flags, "--vocab_size=50257"]) == 0
