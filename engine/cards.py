@@ -62,7 +62,12 @@ def _card(
     )  # fmt: skip
 
 
+# Cores and boost clock are on the product page; two FLOPs a core and cycle in FP32.
+_PASCAL_GEFORCE = "NVIDIA product page; FP16 is multiplied with FP32 arithmetic"
+_TURING_GTX = "NVIDIA product page; no tensor cores, and no FP16 rate with FP32 accumulation is published: FP32's"
+_TURING_GEFORCE = "NVIDIA Turing whitepaper, reference clocks, FP16 tensor with FP32 accumulate"
 _AMPERE_GEFORCE = "NVIDIA Ampere GA102 whitepaper, FP16 tensor with FP32 accumulate"
+_AMPERE_PAGE = "NVIDIA product page; FP16 tensor with FP32 accumulate is twice FP32, as in the GA102 whitepaper"
 _ADA_GEFORCE = "NVIDIA Ada whitepaper, FP16 tensor with FP32 accumulate"
 _BLACKWELL_GEFORCE = "NVIDIA RTX Blackwell whitepaper, FP16 tensor with FP32 accumulate"
 
@@ -88,12 +93,31 @@ CLASSIC: tuple[Card, ...] = (
 )  # fmt: skip
 
 CARDS: tuple[Card, ...] = CLASSIC + (
+    _card("GTX 1060 6GB", "cuda:61", 6, 5.93, 192, (0, 4.4, 4.4), PCIE3_X16, _PASCAL_GEFORCE, "GTX 1060"),
+    _card("GTX 1070", "cuda:61", 8, 7.93, 256, (0, 6.5, 6.5), PCIE3_X16, _PASCAL_GEFORCE),
+    _card("GTX 1080", "cuda:61", 8, 7.93, 320, (0, 8.9, 8.9), PCIE3_X16, _PASCAL_GEFORCE),
     _card("V100 PCIe", "cuda:70", 16, 15.77, 900, (0, 112, 14.0), PCIE3_X16, "NVIDIA V100 datasheet, PCIe",
           "V100-PCIE-16GB"),
     _card("V100 32GB", "cuda:70", 32, 31.74, 900, (0, 125, 15.7), PCIE3_X16, "NVIDIA V100 datasheet, SXM2",
           "V100-SXM2-32GB", link_gb=150),
     _card("P100 SXM2", "cuda:60", 16, 15.89, 732, (0, 10.6, 10.6), PCIE3_X16,
           "NVIDIA P100 datasheet, SXM2; FP16 is multiplied with FP32 arithmetic", "P100-SXM2-16GB", link_gb=80),
+    _card("GTX 1650", "cuda:75", 4, 3.82, 128, (0, 3.0, 3.0), PCIE3_X16, _TURING_GTX),
+    _card("GTX 1660", "cuda:75", 6, 5.80, 192, (0, 5.0, 5.0), PCIE3_X16, _TURING_GTX),
+    _card("GTX 1660 Super", "cuda:75", 6, 5.80, 336, (0, 5.0, 5.0), PCIE3_X16, _TURING_GTX),
+    _card("GTX 1660 Ti", "cuda:75", 6, 5.80, 288, (0, 5.4, 5.4), PCIE3_X16, _TURING_GTX),
+    _card("RTX 2060", "cuda:75", 6, 5.79, 336, (0, 25.8, 6.5), PCIE3_X16,
+          "NVIDIA product page; FP16 tensor rate halved, as GeForce cards accumulate in FP32"),
+    _card("RTX 2070", "cuda:75", 8, 7.79, 448, (0, 29.9, 7.5), PCIE3_X16, _TURING_GEFORCE),
+    _card("RTX 2080", "cuda:75", 8, 7.79, 448, (0, 40.3, 10.1), PCIE3_X16, _TURING_GEFORCE),
+    _card("RTX 2080 Ti", "cuda:75", 11, 10.76, 616, (0, 53.8, 13.4), PCIE3_X16, _TURING_GEFORCE),
+    _card("Titan RTX", "cuda:75", 24, 23.65, 672, (0, 130.5, 16.3), PCIE3_X16,
+          "NVIDIA Turing whitepaper; Titan RTX accumulates in FP32 at the full rate"),
+    _card("RTX 3050", "cuda:86", 8, 7.79, 224, (18.2, 18.2, 9.1), PCIE4_X8, _AMPERE_PAGE),
+    _card("RTX 3060", "cuda:86", 12, 11.76, 360, (25.5, 25.5, 12.7), PCIE4_X16, _AMPERE_PAGE),
+    _card("RTX 3060 Ti", "cuda:86", 8, 7.79, 448, (32.4, 32.4, 16.2), PCIE4_X16, _AMPERE_PAGE),
+    _card("RTX 3070", "cuda:86", 8, 7.79, 448, (40.6, 40.6, 20.3), PCIE4_X16, _AMPERE_GEFORCE),
+    _card("RTX 3070 Ti", "cuda:86", 8, 7.79, 608, (43.5, 43.5, 21.7), PCIE4_X16, _AMPERE_PAGE),
     _card("RTX 3080 Ti", "cuda:86", 12, 11.76, 912, (68.2, 68.2, 34.1), PCIE4_X16, _AMPERE_GEFORCE),
     _card("RTX 3090 Ti", "cuda:86", 24, 23.56, 1008, (80.0, 80.0, 40.0), PCIE4_X16, _AMPERE_GEFORCE),
     _card("RTX A6000", "cuda:86", 48, 47.43, 768, (154.8, 154.8, 38.7), PCIE4_X16,
@@ -112,6 +136,8 @@ CARDS: tuple[Card, ...] = CLASSIC + (
     _card("RTX 4090", "cuda:89", 24, 23.51, 1008, (165.2, 165.2, 82.6), PCIE4_X16, _ADA_GEFORCE),
     _card("L4", "cuda:89", 24, 22.03, 300, (121, 121, 30.3), PCIE4_X16, "NVIDIA L4 datasheet, sparse figure halved"),
     _card("L40S", "cuda:89", 48, 44.39, 864, (362.05, 362.05, 91.6), PCIE4_X16, "NVIDIA L40S datasheet"),
+    _card("RTX 5060", "cuda:120", 8, 7.53, 448, (38.4, 38.4, 19.2), PCIE5_X8,
+          "NVIDIA product page; FP16 tensor with FP32 accumulate is twice FP32, as in the RTX Blackwell whitepaper"),
     _card("RTX 5060 Ti", "cuda:120", 16, 15.47, 448, (47.4, 47.4, 23.7), PCIE5_X8, _BLACKWELL_GEFORCE),
     _card("RTX 5070", "cuda:120", 12, 11.50, 672, (61.7, 61.7, 30.9), PCIE5_X16, _BLACKWELL_GEFORCE),
     _card("RTX 5070 Ti", "cuda:120", 16, 15.47, 896, (87.9, 87.9, 43.9), PCIE5_X16, _BLACKWELL_GEFORCE),
@@ -136,8 +162,14 @@ _FAMILY = re.compile(r"\b(nvidia|amd|geforce|tesla|quadro|radeon|instinct|rtx|gt
 
 def _canonical(name: str) -> str:
     """What makes names equal: NVIDIA GeForce RTX 3090, rtx3090 and 3090 are "3090"; Ti and Laptop GPU stay."""
-    lowered = name.lower().replace("radeon vii", "radeonvii")
+    lowered = name.lower().replace("radeon vii", "radeonvii").replace("titan rtx", "titanrtx")
     return re.sub(r"[^a-z0-9]", "", _FAMILY.sub(" ", lowered))
+
+
+def _series(canonical: str) -> str:
+    """What cards of one generation share: their letters, and the number without its last two digits."""
+    letters, number = re.match(r"([a-z]*)(\d*)", canonical).groups()
+    return letters + number[:-2]
 
 
 def find(device_name: str) -> Card | None:
@@ -150,13 +182,18 @@ def find(device_name: str) -> Card | None:
 
 
 def get(name: str) -> Card:
-    """Return the card that a person calls `name`: rtx3090, RTX 3090 or 3090. ValueError with the nearest names."""
+    """Return the card that a person calls `name`: rtx3090, RTX 3090 or 3090. ValueError with the nearest names.
+
+    These are of its own series: a card of another is spelled alike, and is not alike.
+    """
     card = find(name)
     if card is None:
         names = {_canonical(card.name): card.name for card in CARDS}
         wanted = _canonical(name)
-        near = [key for key in names if wanted and (key.startswith(wanted) or wanted.startswith(key))]
-        near = near or difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
+        series = [key for key in names if _series(key) == _series(wanted)]
+        near = [key for key in names if wanted and key.startswith(wanted)]
+        near = near or [key for key in series if wanted.startswith(key)]
+        near = near or difflib.get_close_matches(wanted, series, n=3, cutoff=0.5)
         meant = "did you mean " + " or ".join(names[key] for key in near) + "?"
         raise ValueError(f"unknown GPU {name!r}; {meant if near else 'known: ' + ', '.join(names.values())}")
     return card

@@ -153,7 +153,8 @@ def plan(
     )
     require(
         sequences % gpus == 0,
-        f"{sequences} sequences of {model.block_size} a step cannot be shared by {gpus} cards evenly",
+        f"{sequences} sequences of {model.block_size} a step cannot be shared by {gpus} cards evenly: "
+        f"--batch_tokens {max(1, sequences // gpus) * gpus * model.block_size} would do",
     )
     mine = sequences // gpus
     require(micro_batch_size is None or micro_batch_size > 0, f"micro_batch_size must be positive, got {micro_batch_size}")
@@ -246,7 +247,14 @@ def choose(plans: list[Plan]) -> Plan | None:
 
 def reason(chosen: Plan, plans: list[Plan]) -> str:
     """Say why `chosen` rather than what would be preferred to it, and what it costs."""
-    passed_over, ordered = [], best_first(plans)
+    others = passed_over(chosen, plans)
+    first = "Not chosen: " + "; ".join(others) if others else "Nothing more exact is left to choose"
+    return ". ".join([first, *cost(chosen, plans)]) + "."
+
+
+def passed_over(chosen: Plan, plans: list[Plan]) -> list[str]:
+    """Return the methods that are preferred to the chosen one, each with what speaks against it."""
+    others, ordered = [], best_first(plans)
     preferred = ordered[: ordered.index(chosen)]
     for method in METHODS:
         if method.rank >= chosen.method.rank or (method.stage and method.offload == "none" and chosen.gpus == 1):
@@ -255,13 +263,18 @@ def reason(chosen: Plan, plans: list[Plan]) -> str:
         if best is None:
             continue
         if not best.fits_card:
-            passed_over.append(f"{method.title}: would take {_gib(best.footprint.card_bytes)} GiB")
+            others.append(f"{method.title}: would take {_gib(best.footprint.card_bytes)} GiB")
         elif not best.fits_host:
-            passed_over.append(f"{method.title}: would take {_gib(best.host_bytes)} GiB of host memory")
+            others.append(f"{method.title}: would take {_gib(best.host_bytes)} GiB of host memory")
         elif best.keeps_batch:
             slower = f"{1 - best.tokens_per_s / chosen.tokens_per_s:.0%} slower"
-            passed_over.append(f"{method.title}: {'excluded by what is set' if best in preferred else slower}")
-    said = ["Not chosen: " + "; ".join(passed_over) if passed_over else "Nothing more exact is left to choose"]
+            others.append(f"{method.title}: {'excluded by what is set' if best in preferred else slower}")
+    return others
+
+
+def cost(chosen: Plan, plans: list[Plan]) -> list[str]:
+    """Return what the chosen plan gives up, a sentence each."""
+    said = []
     whole = next((p for p in plans if p.method == chosen.method and p.recompute.kind == "none"), None)
     if chosen.recompute.kind != "none" and whole and not whole.fits:
         share = chosen.time.recompute / chosen.time.total
@@ -271,7 +284,7 @@ def reason(chosen: Plan, plans: list[Plan]) -> str:
         said.append("Updated inside the backward pass, gradients are not clipped")
     if not chosen.keeps_batch:
         said.append(f"It cannot accumulate: a step is {chosen.batch_tokens:,} tokens")
-    return ". ".join(said) + "."
+    return said
 
 
 def _gib(size: float) -> str:

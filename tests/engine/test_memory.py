@@ -144,8 +144,11 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_the_reason():
     card = get("H100")
     with pytest.raises(ConfigError, match="multiple of block_size"):
         plan(TWO_B, card, HOST, batch_tokens=1000)
-    with pytest.raises(ConfigError, match="shared by 3 cards"):
+    with pytest.raises(ConfigError, match="shared by 3 cards evenly: --batch_tokens 522240 would do"):
         plan(TWO_B, card, HOST, gpus=3)
+    assert choose(plan(TWO_B, card, HOST, gpus=3, batch_tokens=522240))
+    with pytest.raises(ConfigError, match=f"--batch_tokens {300 * 2048} would do"):
+        plan(TWO_B, card, HOST, gpus=300)
     with pytest.raises(ConfigError, match="must divide the 256 sequences"):
         plan(TWO_B, card, HOST, micro_batch_size=3)
 
@@ -154,7 +157,7 @@ def test_where_nothing_fits_the_nearest_change_is_named():
     card = replace(get("RTX 3080"), memory_bytes=3 * GiB)
     assert choose(plan(TWO_B, card, HOST)) is None
     words, found = nearest(TWO_B, card, HOST)
-    assert found.fits and words == "on the RTX 4060"
+    assert found.fits and words == "on the GTX 1060 6GB"
     card = replace(card, memory_bytes=6 * GiB)
     words, found = nearest(TWO_B, card, 8 * GiB)
     assert found.fits and words == "with 64 GiB of host memory"
