@@ -4,7 +4,10 @@
     python tools/plan.py --preset 2b --gpu rtx3090 --gpus 8 --host_memory 256GB
     python tools/plan.py --preset 2b --gpu all --picture plan.png        # the choice for every card
     python tools/plan.py --preset 2b --gpu t4 --json                     # for programs
-    python tools/plan.py --preset 2b --n_layer 30 --gpu rtx4090          # another model: engine/train.py's flags of one
+    python tools/plan.py --preset 2b --n_layer 30                        # another model: engine/train.py's flags of one
+    python tools/plan.py --preset 2b --gpu rtx3080 --gpu_memory 12GB     # one that is not listed, as one that is
+
+Without --gpu it plans for the GPU that is here, or without one for every card.
 
 Bytes are formulas checked against torch's memory tracker; times are estimates from published peaks and the shares of
 them named in engine/step_time.py.
@@ -18,13 +21,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
 from engine.cards import CARDS, CLASSIC, Card, get, parse_memory
 from engine.command_line import parse
 from engine.config import PRESETS, ConfigError, ModelConfig, require, settings
 from engine.footprint import PARTS, Elements, GiB
-from engine.memory import GPUS_PER_MACHINE, Plan, choose, nearest, plan, reason
+from engine.memory import GPUS_PER_MACHINE, Plan, card_of, choose, cost, nearest, passed_over, plan, reason
 
 SHORT = {
     "weights": "weights", "gradients": "grads", "master_weights": "master", "optimizer_states": "states",
@@ -34,6 +38,16 @@ SHORT = {
 SCALES = (1, 2, 8, 64)
 COLOURS = ("#1f4e79", "#2e86ab", "#5fa8d3", "#a9cfe8", "#e07a5f", "#f2a65a", "#f2cc8f", "#81b29a", "#bdbdbd")
 
+
+LEGEND = """\
+saved: activations for the backward pass; layer: one layer's work at a time; loss: the head's; buckets: what cards
+exchange; context: the driver's, and fragmentation. card: all of these together; host: memory of one machine; micro:
+sequences of a micro-batch; days/1e9: days for a billion tokens.
+too large: for the card; host too small: for what lies there; changes the batch: it updates inside the backward pass and
+cannot accumulate, so a step is one micro-batch."""
+LEGEND_OF_CARDS = """\
+GiB: what the card has for programs; card GiB, host GiB: what the choice takes of it, and of one machine's memory;
+micro: sequences of a micro-batch; days/1e9: days for a billion tokens. --gpu NAME says why, and shows the other methods."""
 
 Nearest = tuple[str, Plan] | None
 
@@ -133,15 +147,19 @@ def show_card(card: Card, plans: list[Plan], chosen: Plan | None, near: Nearest)
         took = [gib(p.footprint.card_bytes), gib(p.host_bytes), str(p.micro_batch_size), speed(p)]
         rows.append([p.name, *parts, *took, days(p.days_per_billion_tokens), state(p, chosen)])
     header = ["method, GiB by part", *SHORT.values(), "card", "host", "micro", "tokens/s", "days/1e9", ""]
-    lines += [table(header, rows), ""]
+    lines += [table(header, rows), "", LEGEND, ""]
     if chosen:
         billions, day = 20 * Elements.of(chosen.model).total / 1e9, chosen.days_per_billion_tokens
+        others = passed_over(chosen, plans)
         lines += [
             f"Choice: {chosen.title}.",
-            reason(chosen, plans),
+            "Not chosen:" if others else "Nothing more exact is left to choose.",
+            *(f"  {other}" for other in others),
+            *(f"{sentence}." for sentence in cost(chosen, plans)),
             f"Micro-batch {chosen.micro_batch_size} x {chosen.grad_accum} on each card, {chosen.batch_tokens:,} tokens "
-            f"a step in {chosen.time.total:,.1f} s, MFU {chosen.mfu:.0%}. A billion tokens take {days(day)} days; "
-            f"20 tokens a parameter, {billions:.1f} billion, {days(billions * day)} days.",
+            f"a step in {chosen.time.total:,.1f} s, MFU {chosen.mfu:.0%}. A billion tokens take {days(day)} days.",
+            f"20 tokens a parameter, which is about the best use of as much arithmetic (Hoffmann et al., 2022), are "
+            f"{billions:.1f} billion, and take {days(billions * day)} days.",
         ]
     else:
         lines += ["Nothing fits.", *([show_nearest(near)] if near else [])]
@@ -179,7 +197,7 @@ def show_cards(made: dict[Card, tuple[Plan | None, list[Plan], Nearest]]) -> str
         took = [str(chosen.micro_batch_size), gib(chosen.footprint.card_bytes), gib(chosen.host_bytes)]
         rows.append([*row, chosen.name, *took, speed(chosen), days(chosen.days_per_billion_tokens)])
     header = ["card", "GiB", "choice", "micro", "card GiB", "host GiB", "tokens/s", "days/1e9"]
-    return table(header, rows)
+    return f"{table(header, rows)}\n\n{LEGEND_OF_CARDS}"
 
 
 def draw(bars: Sequence[tuple[str, dict[str, int], float, str]], title: str) -> Figure:
@@ -213,14 +231,16 @@ def bar(label: str, made: Plan, card: Card) -> tuple[str, dict[str, int], float,
 def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Return what is asked, and the flags that are left, which are the model's."""
     parser = argparse.ArgumentParser(
-        prog="tools/plan.py", description="Show what training a model takes on a card.", allow_abbrev=False
-    )
+        prog="tools/plan.py", description="Show what training a model takes on a card.", allow_abbrev=False,
+        epilog="engine/train.py's flags of a model change the preset's: "
+        + ", ".join(f"--{field.name}" for field in dataclasses.fields(ModelConfig)),
+    )  # fmt: skip
     add = parser.add_argument
     add("--preset", required=True, choices=list(PRESETS))
-    add("--gpu", required=True, metavar="NAME", help="such as rtx3090; all: the classic ten and the common ones since")
+    add("--gpu", metavar="NAME", help="such as rtx3090; all: the classic ten, then the others [the one here, or all]")
     add("--gpus", type=int, default=1, metavar="N", help="how many of them [1]")
     add("--host_memory", default="64GB", metavar="SIZE", help="of one machine [64GB]")
-    add("--gpu_memory", metavar="SIZE", help="less or more than the card has")
+    add("--gpu_memory", metavar="SIZE", help="other than the card's: so a listed card stands for one that is not")
     add("--block_size", type=int, metavar="N", help="tokens of a sequence; without it the preset's")
     add("--batch_tokens", type=int, metavar="N", help="tokens a step; without it the preset's")
     add("--micro_batch_size", type=int, metavar="N", help="sequences; without it the best that fits")
@@ -253,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(asked: argparse.Namespace, flags: list[str]) -> int:
-    cards = CARDS if asked.gpu == "all" else (get(asked.gpu),)
+    cards = cards_of(asked.gpu)
     if asked.gpu_memory:
         cards = tuple(replace(card, memory_bytes=parse_memory(asked.gpu_memory)) for card in cards)
     preset = PRESETS[asked.preset]
@@ -301,6 +321,19 @@ def run(asked: argparse.Namespace, flags: list[str]) -> int:
         draw(bars, title).savefig(asked.picture, dpi=150)
     print(json.dumps(entries, indent=1) if asked.json else f"{title}\n{text}")
     return 0
+
+
+def cards_of(name: str | None) -> tuple[Card, ...]:
+    """Return the cards to plan for: the one that is called `name`, or all; without a name the GPU that is here."""
+    if name is None and torch.cuda.is_available():
+        return (card_of(torch.device("cuda", 0)),)
+    if name in (None, "all"):
+        return CARDS
+    try:
+        return (get(name),)
+    except ValueError as error:
+        example = "one that is not listed is planned for as one that is, such as --gpu rtx3080 --gpu_memory 12GB"
+        raise ValueError(f"{error}; {example}") from None
 
 
 def scales(model: ModelConfig, card: Card, host_memory: int, options: dict[str, Any]) -> dict[int, Plan | None]:

@@ -4,11 +4,14 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
-from engine.cards import CARDS, CLASSIC, GiB, parse_memory
+from engine.cards import CARDS, CLASSIC, GiB, get, parse_memory
 from engine.config import PRESETS, ModelConfig
 from engine.footprint import PARTS, Elements
-from tools.plan import main, table
+from engine.memory import plan
+from tools import plan as program
+from tools.plan import LEGEND, main, state, table
 
 NUMBER = {"type": "number"}
 SCHEMA = {
@@ -47,7 +50,9 @@ def test_every_card_is_shown_the_ten_of_the_classic_table_first(capsys, tmp_path
     lines = output(capsys, "--preset", "2b", "--gpu", "all", "--picture", str(picture)).splitlines()
     assert lines[0].startswith("2b: 2,017 M parameters")
     assert [line.split("  ")[0] for line in lines[2:12]] == [card.name for card in CLASSIC]
-    assert len(lines) == 2 + len(CARDS)
+    table, legend = lines[: 2 + len(CARDS)], lines[2 + len(CARDS) :]
+    assert [line.split("  ")[0] for line in table[2:]] == [card.name for card in CARDS] and legend[0] == ""
+    assert all(f"{column}:" in " ".join(legend) for column in ("GiB", "micro", "days/1e9"))
     assert not any("nothing fits" in line for line in lines[2:12])
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -58,6 +63,29 @@ def test_a_card_is_shown_with_every_method_the_choice_and_more_cards(capsys, tmp
     for word in ("chosen", "Choice:", "Not chosen:", "too large", "days", "MFU", "zero-3-offload-params", "\n   64  "):
         assert word in text
     assert picture.read_text().count("tokens/s") > 3
+    header = next(line for line in text.splitlines() if line.startswith("method,"))
+    legend = " ".join(LEGEND.splitlines())
+    assert LEGEND in text
+    for column in header.split("  ")[1:]:
+        plain = column.strip() in ("", "weights", "grads", "master", "states", "tokens/s")
+        assert plain or f"{column.strip()}:" in legend, column
+    for word in {state(p, None) for p in plan(ModelConfig(**PRESETS["2b"]["model"]), get("t4"), 8 * GiB)} - {"fits"}:
+        assert f"{word}:" in legend
+    assert "\n  fp32 weights and moments on the card: would take" in text, "what was passed over has lines of its own"
+
+
+def test_without_a_name_it_plans_for_the_gpu_that_is_here_or_for_all(capsys, monkeypatch):
+    command = ("--preset", "gpt2", "--n_layer", "6", "--json")
+    assert [entry["gpu"] for entry in entries(capsys, *command)] == [card.name for card in CARDS]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(program, "card_of", lambda device: replace(get("t4"), name="here"))
+    assert {entry["gpu"] for entry in entries(capsys, *command)} == {"here"}
+
+
+def test_help_names_the_models_flags(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "engine/train.py's flags of a model" in capsys.readouterr().out
 
 
 def test_json_holds_what_programs_need(capsys):
@@ -100,8 +128,9 @@ def test_what_does_not_fit_says_what_would(capsys):
     ("arguments", "message"),
     [
         (("--gpu", "rtx3091"), "did you mean RTX 3090"),
+        (("--gpu", "rtx2050"), "not listed is planned for as one that is, such as --gpu rtx3080 --gpu_memory 12GB"),
         (("--gpu", "t4", "--host_memory", "much"), "no size of memory"),
-        (("--gpu", "t4", "--gpus", "3"), "shared by 3 cards"),
+        (("--gpu", "t4", "--gpus", "3"), "shared by 3 cards evenly: --batch_tokens 522240 would do"),
         (("--gpu", "t4", "--gpus", "0"), "at least one card"),
         (("--gpu", "t4", "--picture", "no/such/folder/x.png"), "No such file"),
         (("--gpu", "t4", "--micro_batch_size", "7"), "must divide"),
