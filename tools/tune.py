@@ -176,8 +176,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="what a winner is measured at: sequence lengths, rows or parameters [each kernel's own]",
     )  # fmt: skip
     parser.add_argument(
-        "--limit", type=positive, help="try no more candidates than this for a kernel and case, taken evenly"
-    )
+        "--limit", type=positive, metavar="N",
+        help="try no more than N candidates beside the table's own for a kernel and case, taken evenly",
+    )  # fmt: skip
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes that compile [one a core]")
     parser.add_argument(
         "--dry_run", action="store_true", help="compile and prune only; needs no GPU and changes no table"
@@ -228,7 +229,7 @@ def _fault(options: argparse.Namespace) -> str:
     if not set(options.kernels.split(",")) <= set(TUNABLE):
         return f"--kernels knows {', '.join(TUNABLE)}; got {options.kernels}"
     if options.chip and options.chip not in CHIPS:
-        return f"--chip {options.chip}: no such chip; known: {', '.join(CHIPS)}"
+        return f"--chip {options.chip}: {_no_row(options.chip)}"
     if options.chip and not options.dry_run:
         return "--chip goes with --dry_run: times are measured on the GPU that is here"
     if not options.dry_run and not torch.cuda.is_available():
@@ -243,6 +244,17 @@ def _fault(options: argparse.Namespace) -> str:
         known = {case for kernel in options.kernels.split(",") for case in TUNABLE[kernel].cases(chip)}
         return f"nothing to tune on {chip.target}; cases of these kernels there: {', '.join(sorted(known)) or 'none'}"
     return ""
+
+
+def _no_row(target: str) -> str:
+    """Say that kernels/dispatch.py has no row for a chip, and which one serves it there: the nearest older."""
+    family, _, number = target.partition(":")
+    known = {int(t.removeprefix("cuda:")): t for t in CHIPS if t.startswith("cuda:")}
+    older = [n for n in known if n <= int(number)] if family == "cuda" and number.isdecimal() else []
+    if not older:
+        return f"no such chip; known: {', '.join(t for t in CHIPS if t != 'cpu')}"
+    nearest = known[max(older)]
+    return f"has no row in kernels/dispatch.py, where {nearest} serves it: --chip {nearest}, of its own shared memory"
 
 
 def _target_here() -> str:

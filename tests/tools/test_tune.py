@@ -240,6 +240,18 @@ def test_candidates_are_thinned_evenly():
     assert len(spread([{"ROWS": n} for n in range(10)], None)) == 10
 
 
+def test_the_limit_counts_what_is_beside_the_tables_own(monkeypatch, capsys):
+    """As --help has it."""
+    with pytest.raises(SystemExit):
+        tune.main(["--help"])
+    assert "N candidates beside the table's own" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(tune, "compile_trials", lambda tunable, trials, *rest: trials)
+    options = SimpleNamespace(limit=1, dry_run=True)
+    found = tune.tune(FORWARD, "128", CHIPS["cuda:86"], CPU, options, None)
+    own, other = (trial["config"] for trial in found["trials"])
+    assert own == found["current"] != other
+
+
 def test_a_dry_run_compiles_for_a_chip_that_is_not_here(start, triton_here):
     flags = [
         "--dry_run",
@@ -267,7 +279,10 @@ def test_a_dry_run_compiles_for_a_chip_that_is_not_here(start, triton_here):
         ([], "no GPU here; --dry_run --chip cuda:86"),
         (["--kernels", "gelu"], "--kernels knows attention_forward"),
         (["--dry_run"], "needs --chip"),
-        (["--dry_run", "--chip", "cuda:12"], "no such chip"),
+        (["--dry_run", "--chip", "cuda:12"], "no such chip; known: cuda:90"),
+        (["--dry_run", "--chip", "cuda:120"], "where cuda:90 serves it: --chip cuda:90"),
+        (["--dry_run", "--chip", "cuda:87"], "where cuda:86 serves it: --chip cuda:86"),
+        (["--dry_run", "--chip", "hip:gfx1100"], "no such chip; known: cuda:90"),
         (["--chip", "cuda:86"], "goes with --dry_run"),
         (["--dry_run", "--chip", "cuda:86", "--cases", "48"], "nothing to tune on cuda:86"),
         (["--dry_run", "--chip", "cuda:75", "--kernels", "attention_forward"], "there: none"),
