@@ -47,8 +47,8 @@ from benchmarks.meters import (
 )
 from engine import cards
 from engine.cards import Card
-from engine.command_line import parse
-from engine.config import Config, ConfigError, require
+from engine.command_line import parse, positive
+from engine.config import Config, ConfigError, did_you_mean, require, settings
 from engine.data import Batch
 from engine.device import choose_device, choose_dtype, find_device
 from engine.distributed import Processes
@@ -286,13 +286,15 @@ def summarise(measured: Measured, peak_flops_s: float | None, flops: int) -> dic
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20, help="measured steps of each contender [20]")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them, not measured [3]")
+    parser.add_argument("--steps", type=positive, default=20, help="measured steps of each contender [20]")
+    parser.add_argument("--warmup", type=positive, default=3, help="steps before them, not measured [3]")
     parser.add_argument(
         "--gpu_memory", help="use no more of the GPU than this, such as 24GB, or than this card has, such as rtx3090"
     )
     parser.add_argument("--card", help="do as this one would, such as v100: its memory, number format, kernels and plan")
-    parser.add_argument("--processes", type=int, default=1, help="processes that share our batch, one for each GPU [1]")
+    parser.add_argument(
+        "--processes", type=positive, default=1, help="processes that share our batch, one for each GPU [1]"
+    )
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     parser.add_argument(
         "--compare",
@@ -303,11 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options, rest = parser.parse_known_args(arguments)
     try:
-        config, _ = parse(rest)
-        require(
-            min(options.steps, options.warmup, options.processes) > 0,
-            "--steps, --warmup and --processes must be positive",
-        )
+        config = config_of(rest, options)
         wanted = {None: ["pilesmith"], "all": list(CONTENDERS)}.get(options.compare) or [
             "pilesmith",
             *options.compare.split(","),
@@ -333,6 +331,9 @@ def main(arguments: list[str] | None = None) -> int:
         f"{config.preset}: {n_parameters:,} parameters; {device} ({reason}), {str(dtype).removeprefix('torch.')}",
         flush=True,
     )
+    if gpu_memory and device.type != "cuda":
+        asked = f"--gpu_memory {options.gpu_memory}" if options.gpu_memory else f"the memory of --card {options.card}"
+        print(f"{asked} is not imposed: no GPU here", file=sys.stderr)
     jobs = {name: Job(name, config, gpu_memory, card, options.processes) for name in dict.fromkeys(wanted)}
     payload = {
         "benchmark": "throughput",
@@ -362,6 +363,19 @@ def main(arguments: list[str] | None = None) -> int:
             write_result(options.out, payload)
     show(payload)
     return 1 if isinstance(payload["results"]["pilesmith"], str) else 0
+
+
+def config_of(flags: list[str], options: argparse.Namespace) -> Config:
+    """Return the configuration of a training run by the flags that a program with `options` of its own leaves.
+
+    ConfigError as `parse`; a mistyped flag may be meant for either.
+    """
+    known = settings()
+    for flag in flags:
+        name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
+        unknown = flag.startswith("--") and name not in {*known, "config", "resume"}
+        require(not unknown, f"unknown flag {flag!r}{did_you_mean(name, [*vars(options), *known])}")
+    return parse(flags)[0]
 
 
 def show(payload: dict[str, Any]) -> None:

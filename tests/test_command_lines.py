@@ -1,7 +1,7 @@
 """Mistakes on command lines: each program says in a line what is wrong, and ends with 2."""
 import pytest
 
-from benchmarks import miniature
+from benchmarks import miniature, throughput
 from engine import train
 from tools import compile_kernels, convert_hdf5, download, export_weights, import_weights, prepare, track_memory, tune
 
@@ -23,6 +23,8 @@ from tools import compile_kernels, convert_hdf5, download, export_weights, impor
         (download, "--train 1", "error: unknown flag '--train'; did you mean 'train_"),
         (convert_hdf5, "a.h5 b.bin --tokeniser-name=gpt2", "did you mean 'tokenizer_name'?\n"),
         (convert_hdf5, "a.h5", "error: the following arguments are required: target\n"),
+        (throughput, "--steps=0", "--steps: must be a whole number from 1 on, got '0'"),
+        (throughput, "--processes=-1", "--processes: must be"),
     ],
 )
 def test_arguments_that_cannot_be(program, flags, said, capsys) -> None:

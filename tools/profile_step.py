@@ -25,9 +25,8 @@ from benchmarks.charts import draw_timelines, timelines_data
 from benchmarks.contenders import some_weights
 from benchmarks.environment import environment, write_result
 from benchmarks.meters import kernels_in_use, within_minutes
-from benchmarks.throughput import random_batches
+from benchmarks.throughput import config_of, random_batches
 from engine import cards
-from engine.command_line import parse
 from engine.config import Config, ConfigError, require
 from engine.device import choose_device, choose_dtype
 from engine.distributed import Processes
@@ -51,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the tables here as well, for benchmarks/results/")
     options, rest = parser.parse_known_args(arguments)
     try:
-        config, _ = parse(rest)
+        config = config_of(rest, options)
         require(options.warmup > 0, f"--warmup must be positive, got {options.warmup}")
         require(not config.strategy.compile, "--compile fuses the parts that are to be told apart: profile without it")
         device, _ = choose_device(config.strategy.device)
@@ -59,18 +58,19 @@ def main(arguments: list[str] | None = None) -> int:
         dtype, _ = choose_dtype(config.strategy.dtype, device)
         kernels_in_use(device)
         config, grad_accum, _ = settle(within_minutes(config, device), device, dtype, 1)
-    except ConfigError as error:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages say nothing to a person
+        folder = options.out or Path(f"runs/profile-{config.preset}")
+        require(folder.is_dir() or not folder.exists(), f"--out {folder} is a file: name a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        payload = measure(config, device, dtype, grad_accum, options.warmup, folder / "trace.json.gz")
+        draw_timelines(timelines_data({"": payload})).savefig(folder / "memory.png", dpi=110)
+        show(payload)
+        for path in (folder / "profile.json", options.json):
+            if path:
+                write_result(path, payload)
+    except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages say nothing to a person
-    folder = options.out or Path(f"runs/profile-{config.preset}")
-    folder.mkdir(parents=True, exist_ok=True)
-    payload = measure(config, device, dtype, grad_accum, options.warmup, folder / "trace.json.gz")
-    draw_timelines(timelines_data({"": payload})).savefig(folder / "memory.png", dpi=110)
-    show(payload)
-    for path in (folder / "profile.json", options.json):
-        if path:
-            write_result(path, payload)
     print(f"written to {folder}: trace.json.gz (ui.perfetto.dev), memory.png, profile.json")
     return 0
 

@@ -155,7 +155,8 @@ def test_a_comparison_from_the_command_line(tmp_path, capsys, validate):
     losses = payload["results"]["pilesmith"]["losses"]
     assert len(losses) == 1 + 1 + 3 and losses == sorted(losses, reverse=True)
     assert payload["config"]["optimizer"]["micro_batch_size"] == 4 and payload["gpu_memory_bytes"] > 20 * 2**30
-    assert "ours is" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "ours is" in said.out and "--gpu_memory rtx3090 is not imposed: no GPU here" in said.err
 
 
 def test_a_contender_that_is_not_installed_takes_no_process(monkeypatch):
@@ -174,12 +175,13 @@ def test_a_contender_that_cannot_compile_is_named_and_why(tmp_path, monkeypatch)
     assert outcome.startswith("failed: InductorError: InvalidCxxCompiler: No working C++ compiler")
 
 
-def test_a_larger_device_does_as_a_card_would(tmp_path, validate):
+def test_a_larger_device_does_as_a_card_would(tmp_path, validate, capsys):
     file = tmp_path / "out.json"
     assert throughput.main([*FLAGS, "--card", "t4", "--steps", "2", "--warmup", "1", "--out", str(file)]) == 0
     payload = json.loads(file.read_text())
     validate(payload, "throughput")
     assert (payload["card"], payload["dtype"], payload["gpu_memory_bytes"]) == ("T4", "float16", get("t4").memory_bytes)
+    assert "the memory of --card t4 is not imposed: no GPU here" in capsys.readouterr().err
     assert payload["host_memory_bytes"] > 2**30 and meters.dispatch.chip(CPU).target == "cpu"
 
 
@@ -294,7 +296,7 @@ def test_two_processes_share_a_batch():
     [
         (["--compare", "megatron"], "--compare knows pilesmith"),
         (["--gpu_memory", "lots"], "no size of memory"),
-        (["--steps", "0"], "must be positive"),
+        (["--stepz", "3"], "unknown flag '--stepz'; did you mean 'steps'"),
         (["--n_heads", "3"], "did you mean 'n_head'"),
         (["--processes", "2", "--compare"], "one process"),
     ],

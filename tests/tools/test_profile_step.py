@@ -80,6 +80,17 @@ def test_compile_is_refused(capsys):
     assert "profile without it" in capsys.readouterr().err
 
 
+def test_what_cannot_be_written_is_said_in_a_line(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    assert profile_step.main([*FLAGS, "--out", str(tmp_path / "file")]) == 2
+    assert f"error: --out {tmp_path / 'file'} is a file: name a folder\n" in capsys.readouterr().err
+    (tmp_path / "trace.json.gz").symlink_to("/dev/full")
+    assert profile_step.main([*FLAGS, "--warmup", "1", "--out", str(tmp_path)]) == 2
+    assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert profile_step.main([*FLAGS, "--warmups", "1"]) == 2
+    assert "did you mean 'warmup'?" in capsys.readouterr().err
+
+
 def test_recomputation_belongs_to_the_backward_pass(tmp_path):
     assert (
         profile_step.main([*FLAGS, "--activation_checkpointing", "true", "--warmup", "1", "--out", str(tmp_path)]) == 0
