@@ -45,7 +45,12 @@ SECTIONS: list[tuple[str, str, str]] = [
         "attention in full, over the chip's dense peak. Peak memory is that of tensors on a GPU, of the whole process "
         'on a CPU; "of a step" is what a step adds to what is held between steps.',
     ),
-    ("Where a step's time goes", "profile", "`python tools/profile_step.py --preset 13m`."),
+    (
+        "Where a step's time goes",
+        "profile",
+        "`python tools/profile_step.py --preset 13m`. The parts are those of a step under the profiler; what a step takes "
+        "without it stands beside. Where that is not what Training says, threads or commit are others.",
+    ),
     ("Memory: predicted and measured", "memory", "`python benchmarks/suite.py` on a GPU."),
     (
         "Every card of the classic table, in miniature",

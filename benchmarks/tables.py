@@ -236,7 +236,12 @@ def profile(results: Results, base: str) -> str:
             ]
             for r in result["parts"]
         ]
-        title = f"`{result['config']['preset']}`, {result['dtype']}, a step of {seconds(result['step_s'])}"
+        shape = f"{result['config']['optimizer']['batch_tokens']:,} tokens a step"
+        if not result["environment"]["gpu"]:
+            shape += f" on {result['threads']} thread" + "s" * (result["threads"] > 1)
+        times = [seconds(result[key]) for key in ("step_s", "profiled_step_s")]
+        title = f"`{result['config']['preset']}`, {result['dtype']}, {shape}: {times[0]} without the profiler; under it"
+        title += f" {times[1]}, of which"
         parts.append(
             source(name, result, base)
             + f"\n\n{title}:\n\n"

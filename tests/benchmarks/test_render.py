@@ -72,6 +72,15 @@ def test_a_table_holds_the_files_figures(results):
     )
 
 
+def test_a_profiled_step_is_told_from_one_without_the_profiler():
+    part = {"part": "matmul", "share": 1.0, "forward_s": 1.0, "backward_s": 0.9, "seconds": 1.9}
+    config = {"preset": "13m", "optimizer": {"batch_tokens": 2048}}
+    times = {"step_s": 0.6, "profiled_step_s": 1.9, "threads": 2}
+    result = {"benchmark": "profile", "environment": ENVIRONMENT, "config": config, "dtype": "float32", "parts": [part]}
+    text = tables.profile({"profile-13m-cpu": result | times}, "")
+    assert "2,048 tokens a step on 2 threads: 600 ms without the profiler; under it 1.9 s, of which:" in text
+
+
 def test_prediction_stands_beside_measurement(results):
     assert "| residual | 8,192 MiB | 8,602 MiB |" in tables.memory(results, "")
     assert "measured is +5.0% of that" in tables.throughput(results, "")
