@@ -7,7 +7,9 @@ setup(
     description="Train GPTs from scratch on the Pile, on the card you have.",
     license="MIT",
     python_requires=">=3.11",
-    packages=["engine", "engine.strategy", "kernels", "tools", "tools.bpe", "benchmarks"],
+    packages=[
+        "engine", "engine.strategy", "kernels", "tools", "tools.bpe", "tools.profiling", "tools.tuning", "benchmarks",
+    ],  # fmt: skip
     package_data={"engine": ["vocabulary/*.tiktoken"], "kernels": ["configs/*.json"], "tools.bpe": ["code_point_classes.txt"]},
     install_requires=[
         "torch>=2.11,<2.14",

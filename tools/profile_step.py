@@ -35,8 +35,8 @@ from engine.placement import settle
 from engine.report import human
 from engine.strategy import Strategy, build
 from kernels import dispatch
-from tools.profile_memory import timeline
-from tools.profile_parts import PARTS, Attributed, Operation, attribute, busy_seconds, scope, scoped
+from tools.profiling.memory import timeline
+from tools.profiling.parts import PARTS, Attributed, Operation, attribute, busy_seconds, scope, scoped
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -31,15 +31,14 @@ from kernels import dispatch, launch_configs
 from kernels.aot import Row, compile_case
 from kernels.dispatch import CHIPS, Chip
 from kernels.launch_configs import LaunchConfig
-from tools import tune_attention, tune_rows
-from tools.tune_cases import Tunable
+from tools.tuning import TUNABLE
+from tools.tuning.cases import Tunable
 
 try:
     from triton.errors import TritonError
 except ImportError:  # there is nothing to tune then
     TritonError = RuntimeError
 
-TUNABLE: dict[str, Tunable] = {t.kernel: t for t in (*tune_attention.TUNABLE, *tune_rows.TUNABLE)}
 FATES = ("too large", "faulty", "wrong", "left")  # to compile; once compiled; its results
 WORTH = 0.99  # a winner must need at most this share of the old one's time
 

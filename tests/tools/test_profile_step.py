@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tools import profile_parts, profile_step
-from tools.profile_memory import HELD, MOST_POINTS, Timeline, timeline
-from tools.profile_parts import attribute, busy_seconds, scope, scoped, work_of
+from tools import profile_step
+from tools.profiling.memory import HELD, MOST_POINTS, Timeline, timeline
+from tools.profiling.parts import SCOPE, attribute, busy_seconds, scope, scoped, work_of
 
 FLAGS = [
     "--preset", "gpt2", "--n_layer", "2", "--n_embd", "64", "--n_head", "2", "--block_size", "64",
@@ -157,7 +157,7 @@ def test_kernel_time_counts_on_a_gpu():
         return made
 
     mm = event("aten::mm", kernels=[30.0, 10.0], sequence=7)
-    forward = event(profile_parts.SCOPE + "activation", children=[event("aten::linear", children=[mm])])
+    forward = event(SCOPE + "activation", children=[event("aten::linear", children=[mm])])
     backward = event(
         "autograd::engine::evaluate_function: MmBackward0", children=[event("aten::mm", kernels=[60.0])], sequence=7
     )

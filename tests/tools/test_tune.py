@@ -12,8 +12,8 @@ from kernels.aot import Row
 from kernels.dispatch import CHIPS
 from tools import tune
 from tools.tune import TUNABLE, Trial, choose, keep, measure, prune, spread
-from tools.tune_cases import Problem
-from tools.tune_rows import State
+from tools.tuning.cases import Problem
+from tools.tuning.rows import State
 
 CPU = torch.device("cpu")
 FORWARD = TUNABLE["attention_forward"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._C._profiler import _EventType
 
-from tools.profile_parts import SCOPE
+from tools.profiling.parts import SCOPE
 
 HELD = "weights and moments"
 MOST_POINTS = 200  # of a timeline that is kept: what a picture can show

@@ -18,7 +18,7 @@ from kernels.launch_configs import LaunchConfig
 from kernels.number_formats import BLOCK, join, split
 from kernels.rotary import rotary_reference
 from kernels.rows import GPT_WIDTHS, tile_case
-from tools.tune_cases import (
+from tools.tuning.cases import (
     SHORT, Function, Problem, Timed, Tunable, random, timed_backward, timed_forward, wrong,
 )  # fmt: skip
 

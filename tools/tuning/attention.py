@@ -15,7 +15,7 @@ from kernels.attention_forward import KERNELS
 from kernels.attention_tiles import element_case
 from kernels.dispatch import CHIPS, Chip
 from kernels.launch_configs import LaunchConfig
-from tools.tune_cases import SHORT, Problem, Timed, Tunable, random, timed_backward, timed_forward, wrong
+from tools.tuning.cases import SHORT, Problem, Timed, Tunable, random, timed_backward, timed_forward, wrong
 
 WIDTHS = (16, 32, 64, 128, 256)
 LENGTHS = (97, 333, 1024)  # that results are judged at: odd ones, and whole tiles

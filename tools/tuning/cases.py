@@ -1,4 +1,4 @@
-"""What a kernel that can be tuned says of itself, and how results are judged; tools/tune_*.py have the kernels."""
+"""What a kernel that can be tuned says of itself, and how results are judged; the kernels lie beside it."""
 
 import itertools
 from abc import ABC, abstractmethod

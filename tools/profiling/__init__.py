@@ -1,0 +1,1 @@
+"""What tools/profile_step.py makes of a profile: time and memory by part of the model."""
