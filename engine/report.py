@@ -1,7 +1,10 @@
 """What a run shows and writes: console lines, metrics.jsonl, TensorBoard events, loss.png."""
 import json
 import math
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,10 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 class Report:
-    """Keeps the record of a run, on the main process only. `first_step` steps are done already: later ones are forgotten."""
+    """Keeps the record of a run, on the main process only. `first_step` steps are done already: later ones are forgotten.
+
+    The record never ends the run: what the disk refuses is warned of once, and then done without.
+    """
 
     def __init__(self, config: Config, first_step: int, flops_per_token: int, peak_flops: float | None) -> None:
         self.config, self.run_dir = config, Path(config.run_dir)
@@ -55,6 +61,8 @@ class Report:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import: only where it is wanted
 
             self.board = SummaryWriter(self.run_dir / "tensorboard", purge_step=first_step + 1)
+            threading.excepthook = _without_disk_errors  # its thread's come back at the next call
+        self.dropped: set[str] = set()
         self.interval_start, self.interval_tokens = time.perf_counter(), 0
         self.speed: float | None = None  # tokens a second, over the last interval
 
@@ -95,8 +103,8 @@ class Report:
         if sample is not None:
             self.say(f"  {sample!r}")
             if self.board:
-                self.board.add_text("sample", sample, step)
-        self.draw()
+                self._attempt("tensorboard", lambda: self.board.add_text("sample", sample, step))
+        self._attempt("loss.png", self.draw)
 
     def resume_clock(self) -> None:
         """Leave the time since the last step (validation, checkpoint) out of the speed."""
@@ -132,23 +140,44 @@ class Report:
             figure.savefig(partial, format="png")
 
     def close(self) -> None:
-        self.draw()
-        self.file.close()
+        self._attempt("loss.png", self.draw)
+        self._attempt("metrics.jsonl", self.file.close)
         if self.board:
-            self.board.close()
+            self._attempt("tensorboard", self.board.close)
 
     def _write(self, record: dict[str, Any]) -> None:
         # JSON has no NaN: what is not finite is null in the file.
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.records.append(record)
-        self.file.write(json.dumps(record) + "\n")
+        self._attempt("metrics.jsonl", lambda: self.file.write(json.dumps(record) + "\n"))
         if self.board:
-            for key, value in record.items():
-                if key != "step" and isinstance(value, float):
-                    self.board.add_scalar(key, value, record["step"])
+            self._attempt("tensorboard", lambda: self._write_scalars(record))
+
+    def _write_scalars(self, record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            if key != "step" and isinstance(value, float):
+                self.board.add_scalar(key, value, record["step"])
+
+    def _attempt(self, name: str, write: Callable[[], Any]) -> None:
+        """Write to the file or folder `name` of the run, unless the disk refused it before."""
+        if name in self.dropped:
+            return
+        try:
+            write()
+        except OSError as error:
+            self.dropped.add(name)
+            self.say(f"warning: could not write {self.run_dir / name}: {error}; training goes on without it")
+            if name == "metrics.jsonl":
+                with suppress(OSError):  # what it could not write is still in its buffer
+                    self.file.close()
 
     def _mfu(self, tokens_per_s: float) -> float | None:
         return None if self.peak_flops is None else tokens_per_s * self.flops_per_token / self.peak_flops
+
+
+def _without_disk_errors(arguments: threading.ExceptHookArgs) -> None:
+    if not issubclass(arguments.exc_type, OSError):
+        threading.__excepthook__(arguments)
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:

@@ -1,7 +1,10 @@
 """The record of a run: numbers people read, a file that survives a kill, and what a resumed run keeps of it."""
 import math
+import os
+import threading
 
 import pytest
+from matplotlib.figure import Figure
 
 from engine.command_line import parse
 from engine.report import Report, duration, human, read_metrics
@@ -63,3 +66,24 @@ def test_the_picture_is_drawn_through_losses_that_are_not_finite(config):
     assert (report.run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "NaN" not in (report.run_dir / "metrics.jsonl").read_text()  # which JSON does not have
     assert read_metrics(config.run_dir)[6]["loss"] is None
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
+def test_a_full_disk_costs_the_record_and_not_the_run(config, monkeypatch, capsys):
+    """Each part of the record meets it, TensorBoard's in its own thread; each says so once."""
+    config.report.tensorboard = True
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    report = Report(config, 0, 1, None)
+    report.file.close()
+    report.file = open("/dev/full", "a", buffering=1)
+    report.board.file_writer.event_writer._general_file_writer.filename = "/dev/full"
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+    for step in range(1, 5):
+        record(report, step)
+        report.validation(step, 4.5, "text")
+        report.board.file_writer.event_writer._async_writer._worker.join(0.2)
+    report.close()
+    said = capsys.readouterr()
+    for name in ("metrics.jsonl", "loss.png", "tensorboard"):
+        assert said.out.count(f"could not write {report.run_dir / name}: [Errno 28] No space left on device") == 1
+    assert not said.err
