@@ -92,7 +92,7 @@ def command(options: argparse.Namespace, model: str, form: str, seed: int) -> li
         "tensorboard": "false",
     }
     flags = [f"--{name}={value}" for name, value in settings.items()]
-    return [sys.executable, str(ROOT / "engine/train.py"), *MODELS[model], *flags, *FLAGS.get(form, []), "--resume"]
+    return [sys.executable, str(ROOT / "engine/train.py"), *MODELS[model], *flags, *FLAGS.get(form, []), "--resume=auto"]
 
 
 def train(options: argparse.Namespace, *run: Any) -> None:

@@ -13,23 +13,27 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.config import Config, differences, load_file
+from engine.config import Config, ConfigError, differences, load_file, require
 from engine.distributed import Processes
+from engine.model import GPT
 from engine.strategy import Strategy
 from engine.whole_file import sync
 
 FORMAT = 1
 SHARD_BYTES = 2 << 30
+BYTES_A_PARAMETER = 12  # the weight and two moments, fp32
 _NAME = re.compile(r"step_(\d{8})")
 
 
@@ -48,18 +52,99 @@ def newest(run_dir: str | Path) -> Path | None:
 
 
 def best(run_dir: str | Path) -> Path | None:
-    """Return the checkpoint with the lowest validation loss, or None where none has one."""
-    losses = ((read_state(p)["val_loss"], p) for p in checkpoints(run_dir))
-    scored = [(loss, p) for loss, p in losses if loss is not None and math.isfinite(loss)]
+    """Return the checkpoint with the lowest validation loss, or None where none that can be read has one."""
+    scored = []
+    for path in checkpoints(run_dir):
+        with suppress(CheckpointError):
+            if (loss := read_state(path)["val_loss"]) is not None and math.isfinite(loss):
+                scored.append((loss, path))
     return min(scored)[1] if scored else None
 
 
+def to_start_from(run_dir: str, resume: str | None) -> Path | None:
+    """Return the checkpoint to start from; ConfigError where a run would be overwritten, or there is none to go on with.
+
+    resume: None; "latest", run_dir's newest; "auto", that or a new run; or the path of a checkpoint, or of a run.
+    """
+    last = newest(run_dir)
+    if resume is None:
+        require(last is None, f"{run_dir} already holds a run: --resume goes on with it, --run_dir NAME starts another")
+    elif resume not in ("latest", "auto"):
+        return newest(resume) or Path(resume)
+    elif resume == "latest" and last is None:
+        beside = Path(run_dir).parent
+        runs = [str(path) for path in sorted(beside.iterdir()) if newest(path)] if beside.is_dir() else []
+        known = f" ({', '.join(runs)} can be gone on with: --resume --run_dir NAME)" if runs else ""
+        raise ConfigError(f"--resume: {run_dir} has no checkpoint{known}; --resume auto begins a run where there is none")
+    return last
+
+
+@contextmanager
+def claimed(config: Config) -> Iterator[None]:
+    """Hold a run's folder, made where it is missing: two runs in one would remove each other's checkpoints.
+
+    The system lets go of it when the process ends, however that does. ConfigError where another process has it, where
+    it cannot be written, or where the checkpoints to come do not fit its disk.
+    """
+    folder = Path(config.run_dir)
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(NotImplementedError):  # some network disks have no locks
+            lock.acquire()
+    except filelock.Timeout:
+        raise ConfigError(f"another run is writing to {folder}: wait for it, stop it, or give another --run_dir") from None
+    except OSError as error:
+        raise ConfigError(f"--run_dir {folder} is no folder to write to ({error.strerror}): give another") from None
+    try:
+        _require_space(config)
+        yield
+    finally:
+        lock.release()
+
+
+def _require_space(config: Config) -> None:
+    """ConfigError where what is kept at once does not fit the disk: known at the start, not when the last one is lost."""
+    options, size = config.report, BYTES_A_PARAMETER * GPT.outline(config.model).num_parameters()
+    written = 1 + (config.optimizer.max_steps // options.save_interval if options.save_interval else 0)
+    # Beside the newest: the best, and the one being written. Where all are kept, a person sees to the later ones.
+    kept = min(options.keep_checkpoints + 2 if options.keep_checkpoints else 2, written)
+    there = sum(file.stat().st_size for path in checkpoints(config.run_dir) for file in path.iterdir())
+    free, less = shutil.disk_usage(config.run_dir).free, "a smaller --keep_checkpoints, or " if kept > 3 else ""
+    require(
+        free >= max(size, kept * size - there),
+        f"the disk of {config.run_dir} has {free / 2**30:.3g} GiB free, and {kept} checkpoints of {size / 2**30:.3g} GiB "
+        f"would lie on it at once: {less}a --run_dir on another disk",
+    )
+
+
+def check(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's state.json; CheckpointError, with the checkpoint before, where a file is missing or cut off."""
+    try:
+        state = read_state(path)
+        load_file(path / "config.json")
+        for name in sorted({"model.safetensors", *state["shards"].values()}):
+            try:
+                with safe_open(path / name, framework="pt"):
+                    pass
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path} is damaged: {name} cannot be read whole: {error}") from None
+    except (CheckpointError, ConfigError) as error:
+        before = [other for other in checkpoints(path.parent.parent) if other.name < path.name]
+        raise CheckpointError(f"{error}; the one before: --resume {before[-1]}" if before else str(error)) from None
+    return state
+
+
 def read_state(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's state.json; CheckpointError where it is missing or from a newer version."""
+    """Return a checkpoint's state.json; CheckpointError where it is missing, damaged or from a newer version."""
     try:
         state = json.loads((path / "state.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is no checkpoint of this engine: {error}") from None
+    known = ("format", "step", "tokens", "val_loss", "counters", "shards")
+    if not isinstance(state, dict) or (missing := [name for name in known if name not in state]):
+        said = f"lacks {', '.join(missing)}" if isinstance(state, dict) else "holds no names"
+        raise CheckpointError(f"{path} is damaged: its state.json {said}")
     if state["format"] > FORMAT:
         raise CheckpointError(f"{path} has format {state['format']}, this version reads up to {FORMAT}: update pilesmith")
     return state
@@ -89,7 +174,9 @@ def save(config: Config, strategy: Strategy, processes: Processes, progress: dic
         dist.broadcast_object_list(shared, src=0)
         error = shared[0]
     if error is not None:
-        raise CheckpointError(f"could not write {final}: {error}; the checkpoints before it are untouched")
+        last = newest(config.run_dir)
+        kept = f"{last} is untouched" if last else "there is no other checkpoint of this run"
+        raise CheckpointError(f"could not write {final}: {error}; {kept}")
     return final
 
 

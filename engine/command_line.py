@@ -60,13 +60,13 @@ class _Parser(CommandLine):
 def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
     """Return the configuration that the command line asks for, and what is no part of it: `resume`, `local_rank`.
 
-    `resume` is None, "latest", or the path of a checkpoint. Dashes and underscores in flags are the same.
+    `resume` is None, "latest", "auto", or the path of a checkpoint or run. Dashes and underscores in flags are the same.
     ConfigError: an unknown flag (with the nearest name), a value of the wrong type, settings that exclude each other.
     """
     flags = settings()
     parser = _Parser("Train a GPT.", prog="engine/train.py", formatter_class=argparse.HelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="a JSON configuration, such as a run's config.json")
-    parser.add_argument("--resume", nargs="?", const="latest", metavar="CHECKPOINT", help="go on with run_dir's newest checkpoint, or this one")
+    parser.add_argument("--resume", nargs="?", const="latest", metavar="CHECKPOINT", help="go on with run_dir's newest checkpoint, or this one; auto: begin where there is none")
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher's
     for flag in flags.values():
         choices = typing.get_args(flag.kind) if typing.get_origin(flag.kind) is Literal else PRESETS if flag.name == "preset" else ()
@@ -91,7 +91,7 @@ def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
 
 def _resumed(checkpoint: str, chosen: dict[str, Any]) -> dict[str, Any]:
     """The saved configuration of the run that `--resume` names, where there is one yet."""
-    if checkpoint == "latest":
+    if checkpoint in ("latest", "auto"):
         run_dir = Path(chosen.get("run_dir") or f"runs/{chosen.get('preset', '13m')}")
         saved = run_dir / "config.json"
         return load_file(saved) if saved.exists() else {}

@@ -22,3 +22,11 @@ def learning_rate(step: int, config: OptimizerConfig) -> float:
     decay = config.decay_steps or max(config.max_steps // 5, 1)
     progress = (step - (last - decay)) / decay
     return config.lr + (config.min_lr - config.lr) * min(max(progress, 0.0), 1.0)
+
+
+def new_length(before: int, config: OptimizerConfig) -> list[str]:
+    """Return the line that says what another max_steps than `before` does to a schedule under way, if it does anything."""
+    if config.schedule == "step" or config.max_steps == before:
+        return []
+    return [f"schedule: of {before} steps when the checkpoint was saved, of {config.max_steps} from here on: the {config.schedule} "
+            "schedule's learning rates are those of the new length"]  # fmt: skip

@@ -4,6 +4,7 @@
     python engine/train.py --preset gpt2 --train_file data/train/pile_train.bin --val_file data/val/pile_dev.bin
     deepspeed engine/train.py --preset 2b                        # the same program under DeepSpeed's launcher
     python engine/train.py --preset 13m --resume                 # go on where the run stopped
+    python engine/train.py --preset 13m --resume auto            # the same, or begin: for scripts that restart
 
 Every field of engine/config.py is a flag; `--help` lists them.
 """
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +27,7 @@ from torch import Tensor
 from engine import checkpoint
 from engine.cards import peak_flops
 from engine.command_line import parse
-from engine.config import Config, ConfigError, DataConfig, ModelConfig, differences, require
+from engine.config import Config, ConfigError, DataConfig, ModelConfig, differences, load_file, require
 from engine.data import Batch, DataError, TokenFile, TrainingBatches, prefetch, validation_batches
 from engine.device import choose_device, choose_dtype, peak_memory
 from engine.distributed import Processes
@@ -36,7 +38,7 @@ from engine.model import GPT, flops_per_token
 from engine.placement import explain, settle
 from engine.report import Report, human
 from engine.sampling import sample_text
-from engine.schedule import learning_rate
+from engine.schedule import learning_rate, new_length
 from engine.strategy import Strategy, build
 from engine.tokenizer import load_encoding
 from engine.weights import read_weights, recorded_tokenizer
@@ -51,7 +53,10 @@ each takes; --resume goes on from the newest checkpoint."""
 
 
 class Interrupt:
-    """Within it SIGINT and SIGTERM ask for a stop after the step under way; a second one stops at once."""
+    """Within it SIGINT and SIGTERM ask for a stop after the step under way, which `says` says; a second one stops at once."""
+
+    def __init__(self, says: bool = True) -> None:
+        self._says = says
 
     def __enter__(self) -> "Interrupt":
         self.asked = False
@@ -65,6 +70,9 @@ class Interrupt:
     def _ask(self, number: int, frame: Any) -> None:
         self.asked = True
         signal.signal(number, signal.SIG_DFL)
+        if self._says:
+            with suppress(OSError):  # print() may be what was interrupted
+                os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
 
 
 @dataclass
@@ -98,19 +106,19 @@ def prepare_default_data(config: Config, processes: Processes) -> None:
         folders = ["--train_dir", str(EMBEDDED_DATA / "train"), "--val_dir", str(EMBEDDED_DATA / "val")]
         outputs = ["--out_train_file", config.data.train_file, "--out_val_file", config.data.val_file]
         for command in (["tools.download", "--source", "stdlib", *folders], ["tools.prepare", *folders, *outputs]):
-            if subprocess.run([sys.executable, "-m", *command]).returncode:
-                raise DataError(f"python -m {' '.join(command)} failed; its message is above")
+            if code := subprocess.run([sys.executable, "-m", *command]).returncode:
+                why = "was interrupted" if code in (-signal.SIGINT, 128 + signal.SIGINT) else "failed; its message is above"
+                raise DataError(f"python -m {' '.join(command)} {why}")
     processes.barrier()
 
 
-def set_up(config: Config, resume: str | None, processes: Processes) -> Run:
-    """Build everything that `config` describes; `resume` is None, "latest" or a checkpoint's path."""
+def set_up(config: Config, start_from: Path | None, processes: Processes) -> Run:
+    """Build everything that `config` describes, with the states of the checkpoint to start from where there is one."""
     device, device_reason = choose_device(config.strategy.device, processes.local_rank)
     if processes.world_size > 1:
         processes.connect(device)
     dispatch.set_backend(config.strategy.kernels)
     dtype, dtype_reason = choose_dtype(config.strategy.dtype, device)
-    start_from = find_checkpoint(config, resume)
     prepare_default_data(config, processes)
     train_file, val_file = TokenFile(config.data.train_file), TokenFile(config.data.val_file)
     for file in (train_file, val_file):
@@ -162,8 +170,8 @@ def set_up(config: Config, resume: str | None, processes: Processes) -> Run:
         report.say(f"data: {config.optimizer.max_steps} steps are {data.epoch(config.optimizer.max_steps):.2g} epochs of it")
         if start_from:
             report.say(f"resumed from {start_from} at step {progress['step']}")
-        elif resume:
-            report.say(f"nothing to resume in {config.run_dir}: the run begins")
+            for line in new_length(load_file(start_from / "config.json")["optimizer"]["max_steps"], config.optimizer):
+                report.say(line)
     encoding = load_encoding(train_file.tokenizer)
     return Run(config, asked, processes, device, strategy, data, validation, encoding, progress, report, chosen)
 
@@ -281,15 +289,6 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def find_checkpoint(config: Config, resume: str | None) -> Path | None:
-    """Return the checkpoint to start from; a folder that holds a run is not overwritten without --resume."""
-    newest = checkpoint.newest(config.run_dir)
-    if resume is None:
-        require(newest is None, f"{config.run_dir} already holds a run: --resume goes on with it, --run_dir NAME starts another")
-        return None
-    return newest if resume == "latest" else Path(resume)
-
-
 def diverged(config: Config, report: Report | None) -> int:
     if report:
         good = checkpoint.newest(config.run_dir)
@@ -306,8 +305,14 @@ def main(arguments: list[str] | None = None) -> int:
     processes = Processes.from_environment()
     try:
         config, options = parse(sys.argv[1:] if arguments is None else arguments)
-        with Interrupt() as interrupt:
-            code = loop(set_up(config, options.resume, processes), interrupt)
+        start_from = checkpoint.to_start_from(config.run_dir, options.resume)
+        if start_from and (step := checkpoint.check(start_from)["step"]) >= config.optimizer.max_steps:
+            if processes.main:
+                print(f"step {step} of {config.optimizer.max_steps} is done: raise --max_steps to go on", flush=True)
+            return 0
+        claim = checkpoint.claimed(config) if processes.main else nullcontext()
+        with Interrupt(says=processes.main) as interrupt, claim:
+            code = loop(set_up(config, start_from, processes), interrupt)
         processes.barrier()
         return code
     except (ConfigError, DataError, WeightsError, checkpoint.CheckpointError) as error:

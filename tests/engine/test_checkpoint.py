@@ -1,7 +1,11 @@
 """Checkpoints are complete or absent, the right ones are kept, and a wrong one is refused by name."""
 import errno
 import json
+import os
+import time
+from types import SimpleNamespace
 
+import pytest
 from safetensors.torch import load_file
 
 from engine import checkpoint, train
@@ -64,7 +68,81 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tiny_flags, tmp_pa
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
     assert train.main(tiny_flags) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "No space left on device; there is no other checkpoint of this run" in said and "untouched" not in said
+
+
+@pytest.mark.parametrize(
+    "flags, room, said",
+    [
+        ([], 1.5, "2 checkpoints of"),
+        (["--keep_checkpoints=2"], 3.5, "a smaller --keep_checkpoints, or a --run_dir"),
+        (["--keep_checkpoints=2"], 4, None),
+        (["--keep_checkpoints=1"], 2.5, "at once: a --run_dir on another disk"),
+        (["--save_interval=0"], 1, None),
+    ],
+)
+def test_checkpoints_that_would_not_fit_the_disk_are_refused_at_the_start(tiny_flags, tmp_path, monkeypatch, capsys, flags, room, said):
+    size = 12 * 20_000  # about what this model's take, in bytes
+    monkeypatch.setattr(checkpoint.GPT, "outline", lambda _: SimpleNamespace(num_parameters=lambda: size // 12))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=int(room * size)))
+    monkeypatch.setattr(train, "set_up", lambda *_: 1 / 0)
+    if said is None:
+        with pytest.raises(ZeroDivisionError):
+            train.main([*tiny_flags, *flags])
+    else:
+        assert train.main([*tiny_flags, *flags]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_the_checkpoints_that_are_there_take_no_further_room(tiny_flags, tmp_path, monkeypatch):
+    flags = [*tiny_flags, "--keep_checkpoints=1"]
+    assert train.main(flags) == 0
+    size = sum(file.stat().st_size for path in checkpoint.checkpoints(tmp_path / "run") for file in path.iterdir())
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * size))
+    assert train.main([*flags, "--resume", "--max_steps=14"]) == 0
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_ends(tiny_flags, tmp_path, capsys, start):
+    first = start("engine/train.py", *tiny_flags, "--max_steps=100000", "--save_interval=1", "--keep_checkpoints=2")
+    while first.poll() is None and not checkpoint.newest(tmp_path / "run"):
+        time.sleep(0.01)
+    again = [*tiny_flags, "--resume=auto", "--max_steps=100000"]
+    assert train.main(again) == 2
+    assert f"another run is writing to {tmp_path}/run: wait for it, stop it, or give" in capsys.readouterr().err
+    first.kill()
+    first.wait()
+    step = checkpoint.read_state(checkpoint.newest(tmp_path / "run"))["step"] + 1
+    assert train.main([*again, f"--max_steps={step}"]) == 0
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/self/run"])
+def test_a_run_dir_that_cannot_be_written_is_refused_before_any_work(tiny_flags, tmp_path, monkeypatch, capsys, place):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(train, "set_up", lambda *_: 1 / 0)
+    assert train.main([*tiny_flags, f"--run_dir={tmp_path / place}"]) == 2
+    assert f"--run_dir {tmp_path / place} is no folder to write to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, change, said",
+    [
+        ("state.json", lambda file: file.write_text("{}"), "its state.json lacks format, step, tokens"),
+        ("state.json", lambda file: file.write_text("[]"), "its state.json holds no names"),
+        ("optimizer-00000.safetensors", lambda file: file.unlink(), "optimizer-00000.safetensors cannot be read whole"),
+        ("optimizer-00000.safetensors", lambda file: os.truncate(file, 5000), "optimizer-00000.safetensors cannot be read"),
+        ("model.safetensors", lambda file: os.truncate(file, 5), "model.safetensors cannot be read whole"),
+        ("config.json", lambda file: file.write_text("{"), "is no JSON"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_with_the_one_before(tiny_flags, tmp_path, monkeypatch, capsys, name, change, said):
+    assert train.main(tiny_flags) == 0
+    change(checkpoint.newest(tmp_path / "run") / name)
+    assert train.main(["--resume", f"--run_dir={tmp_path}/run", "--max_steps=14"]) == 2
+    message = capsys.readouterr().err
+    before = f"{tmp_path}/run/checkpoints/step_00000008"
+    assert said in message and message.endswith(f"; the one before: --resume {before}\n")
+    assert train.main([f"--resume={before}", f"--run_dir={tmp_path}/run", "--max_steps=9", "--keep_checkpoints=2"]) == 0
 
 
 def test_half_a_checkpoint_is_not_seen_and_is_cleared_away(tiny_flags, tmp_path):
@@ -79,9 +157,9 @@ def test_half_a_checkpoint_is_not_seen_and_is_cleared_away(tiny_flags, tmp_path)
 def test_another_models_checkpoint_is_refused(tiny_flags, tmp_path, capsys):
     assert train.main(tiny_flags) == 0
     step = str(checkpoint.newest(tmp_path / "run"))
-    assert train.main([*tiny_flags, f"--run_dir={tmp_path}/other", "--n_layer=2", "--resume", step]) == 2
+    assert train.main([*tiny_flags, f"--run_dir={tmp_path}/other", "--max_steps=14", "--n_layer=2", "--resume", step]) == 2
     assert "n_layer is 1 there and 2 here" in capsys.readouterr().err
-    assert train.main([*tiny_flags, f"--run_dir={tmp_path}/wider", "--n_embd=32", "--resume", step]) == 2
+    assert train.main([*tiny_flags, f"--run_dir={tmp_path}/wider", "--max_steps=14", "--n_embd=32", "--resume", step]) == 2
     assert "n_embd is 16 there and 32 here" in capsys.readouterr().err
 
 

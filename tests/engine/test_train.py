@@ -71,7 +71,7 @@ def test_resume_after_sigkill_equals_the_uninterrupted_run(tiny_flags, tmp_path,
     reference = start("engine/train.py", *flags, f"--run_dir={whole}")
     moments = random.Random(0)
     for kill_at in (moments.randrange(4, 15), moments.randrange(20, 35)):  # at a random moment of a random step, twice
-        victim = start("engine/train.py", *flags, f"--run_dir={broken}", "--resume")
+        victim = start("engine/train.py", *flags, f"--run_dir={broken}", "--resume=auto")
         while victim.poll() is None and len(losses(broken)) < kill_at:
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.02))
@@ -96,6 +96,7 @@ def test_a_signal_finishes_the_step_saves_and_exits(tiny_flags, tmp_path, start,
     steps = list(losses(run))
     assert checkpoint.read_state(checkpoint.newest(run))["step"] == steps[-1]
     assert f"stopped by signal after step {steps[-1]}" in output
+    assert output.index("stopping after this step; Ctrl-C again stops at once") < output.index("stopped by signal")
 
 
 class Poison:
@@ -189,8 +190,9 @@ def test_a_run_without_prepared_data_makes_its_own_and_touches_no_other(tmp_path
     assert len(commands) == 2  # it is there
     Path("data/embedded/val.bin").unlink()
     code = 1
-    with pytest.raises(DataError, match="python -m tools.download .* failed"):
-        train.prepare_default_data(parse(["--preset=13m"])[0], Processes())
+    for code, said in ((1, "failed; its message is above"), (130, "was interrupted"), (-signal.SIGINT, "was interrupted")):
+        with pytest.raises(DataError, match=f"python -m tools.download .* {said}"):
+            train.prepare_default_data(parse(["--preset=13m"])[0], Processes())
     code = 0
     prepared = parse(["--preset=13m"])[0]
     Path(prepared.data.train_file).parent.mkdir(parents=True)
@@ -205,6 +207,36 @@ def test_resume_from_a_named_checkpoint(tiny_flags, tmp_path):
     original, branch = losses(tmp_path / "run"), losses(tmp_path / "branch")
     assert list(branch) == list(range(5, 13))
     assert all(branch[step] == original[step] for step in branch)
+
+
+def test_resume_from_a_runs_folder_takes_its_newest_checkpoint(tiny_flags, tmp_path, capsys):
+    assert train.main(tiny_flags) == 0
+    assert train.main([f"--resume={tmp_path}/run", "--max_steps=13"]) == 0
+    assert f"resumed from {tmp_path}/run/checkpoints/step_00000012 at step 12" in capsys.readouterr().out
+
+
+def test_resume_of_a_run_that_is_not_there_is_refused_or_begins_it(tiny_flags, tmp_path, capsys):
+    assert train.main(tiny_flags) == 0
+    assert train.main([*tiny_flags, f"--run_dir={tmp_path}/rum", "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/rum has no checkpoint ({tmp_path}/run can be gone on with" in said and "--resume auto" in said
+    assert not (tmp_path / "rum").exists()
+    assert train.main([*tiny_flags, f"--run_dir={tmp_path}/rum", "--resume=auto", "--max_steps=4"]) == 0
+    assert train.main([f"--run_dir={tmp_path}/rum", "--resume=auto", "--max_steps=5"]) == 0
+    assert list(losses(tmp_path / "rum")) == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_is_done_says_so_and_one_that_is_lengthened_too(tiny_flags, tmp_path, capsys):
+    assert train.main(tiny_flags) == 0
+    before = checkpoint.newest(tmp_path / "run").stat().st_mtime_ns
+    for flags, done in (([], "step 12 of 12 is done"), (["--max_steps=5"], "step 12 of 5 is done")):
+        assert train.main(["--resume", f"--run_dir={tmp_path}/run", *flags]) == 0
+        assert f"{done}: raise --max_steps to go on" in capsys.readouterr().out
+    assert checkpoint.newest(tmp_path / "run").stat().st_mtime_ns == before
+    assert train.main(["--resume", f"--run_dir={tmp_path}/run", "--max_steps=13"]) == 0
+    assert "schedule: of 12 steps when the checkpoint was saved, of 13 from here on" in capsys.readouterr().out
+    assert train.main(["--resume", f"--run_dir={tmp_path}/run/checkpoints/..", "--max_steps=14", "--schedule=step"]) == 0
+    assert "schedule: " not in capsys.readouterr().out
 
 
 def test_training_begins_with_weights_from_elsewhere(tiny_flags, tmp_path, capsys):
@@ -229,10 +261,10 @@ def test_weights_and_tokens_are_of_one_tokenizer(tiny_flags, token_files, tmp_pa
             copies.append(f"--{flag}_file={copy}")
         return train.main([*tiny_flags, *copies, *flags])
 
-    for flags in (["--resume"], [f"--run_dir={tmp_path}/second", f"--init_from={tmp_path}/run"]):
+    for flags in (["--resume", "--max_steps=14"], [f"--run_dir={tmp_path}/second", f"--init_from={tmp_path}/run"]):
         assert train_on("p50k_base", *flags) == 2
         assert "was trained on tokens of r50k_base, and" in capsys.readouterr().err
-        assert train_on("gpt2", *flags, "--max_steps=14") == 0  # another name of r50k_base
+        assert train_on("gpt2", *flags) == 0  # another name of r50k_base
 
 
 @pytest.mark.parametrize(
