@@ -4,6 +4,7 @@ A token file is flat little-endian uint16 (uint32 where a vocabulary needs it), 
 the JSON beside it (`X.bin.json`) says the rest. Without that JSON it is read as nanoGPT writes it: uint16, GPT-2's ids.
 """
 import json
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.config import DataConfig, ModelConfig
 from engine.tokenizer import DEFAULT_TOKENIZER, END_OF_TEXT, canonical
+
+
+_TEXTS = {".csv", ".gz", ".json", ".jsonl", ".md", ".parquet", ".tsv", ".txt", ".xz", ".zip", ".zst"}
+_SAMPLED_WINDOWS, _SAMPLED_TOKENS = 64, 1024
 
 
 class DataError(ValueError):
@@ -42,11 +48,16 @@ class TokenFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if path == "" or self.path.is_dir():
+            raise DataError(f"{str(path)!r} is no file; give the .bin that python tools/prepare.py makes")
         if not self.path.exists():
             raise DataError(f"{path} is missing; make it with: python tools/prepare.py")
         description = self.path.with_name(self.path.name + ".json")
+        self.described = description.exists()
+        if not self.described and self.path.suffix in _TEXTS:
+            raise self._is_text()
         try:
-            about = json.loads(description.read_text()) if description.exists() else {}
+            about = json.loads(description.read_text()) if self.described else {}
         except ValueError as error:
             raise DataError(f"{description} is no JSON: {error}; prepare {path} again") from None
         self.tokenizer: str = canonical(about.get("tokenizer", DEFAULT_TOKENIZER))
@@ -65,6 +76,25 @@ class TokenFile:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __str__(self) -> str:
+        assumed = "" if self.described else f", read as GPT-2's ids in uint16: there is no {self.path.name}.json to say otherwise"
+        return f"{self.path}, {len(self):,} tokens{assumed}"
+
+    def check(self, vocab_size: int) -> None:
+        """Raise DataError where ids go beyond a model's vocabulary, by the file's JSON or by a sample of its windows."""
+        rows, highest = math.ceil(self.vocab_size / 64) * 64, self.vocab_size - 1
+        if self.vocab_size > vocab_size:
+            raise DataError(f"{self.path} has ids up to {highest}: set --vocab_size {rows}")
+        places = np.linspace(0, max(0, len(self) - _SAMPLED_TOKENS), _SAMPLED_WINDOWS, dtype=np.int64)
+        sample = np.stack([self.tokens[place : place + _SAMPLED_TOKENS] for place in places.tolist()])
+        if not self.described and b"\0" not in sample.tobytes():  # ids below 256 are among the commonest
+            raise self._is_text()
+        if sample.max() >= vocab_size:
+            raise DataError(f"{self.path} has id {sample.max()} and the model {vocab_size} tokens: it is damaged, or no token file; prepare it")
+
+    def _is_text(self) -> DataError:
+        return DataError(f"{self.path} is text, not tokens: prepare it first, with python tools/prepare.py")
+
     def windows(self, block_size: int) -> int:
         """Return how many windows of block_size tokens and the one that follows fit side by side."""
         count = (len(self.tokens) - 1) // block_size
@@ -78,6 +108,17 @@ class TokenFile:
         starts = torch.from_numpy(document_starts(rows[:, :-1], self.end_of_text)) if document_masking else None
         tokens = torch.from_numpy(rows)
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), starts)
+
+
+def open_files(data: DataConfig, model: ModelConfig) -> tuple[TokenFile, TokenFile]:
+    """Return the training and the validation file, whose tokens `model` has and one tokenizer made; else DataError."""
+    train_file, val_file = files = TokenFile(data.train_file), TokenFile(data.val_file)
+    for file in files:
+        file.check(model.vocab_size)
+    if val_file.tokenizer != train_file.tokenizer:
+        made = f"{val_file.path} was made with {val_file.tokenizer}, {train_file.path} with {train_file.tokenizer}"
+        raise DataError(f"{made}: prepare one of them again")
+    return files
 
 
 def document_starts(tokens: np.ndarray, end_of_text: int = END_OF_TEXT) -> np.ndarray:
@@ -155,6 +196,14 @@ class TrainingBatches:
     def epoch(self, step: int) -> float:
         """Return how often the data has been gone through before `step`."""
         return step * self.sequences / self.windows
+
+    def epochs_line(self, steps: int) -> str:
+        """Return what to say of a run of this many steps: beyond about four epochs repeated text teaches little.
+
+        So Muennighoff et al., Scaling Data-Constrained Language Models, 2023.
+        """
+        many = "; warning: after four, text teaches little more: prepare more of it, or lower --max_steps"
+        return f"{steps} steps are {self.epoch(steps):.2g} epochs of it" + (many if self.epoch(steps) > 4 else "")
 
 
 def validation_batches(

@@ -71,6 +71,32 @@ def test_files_that_cannot_be_used_say_why(tmp_path):
         write(tmp_path / "y.bin", range(10)).windows(10)
 
 
+@pytest.mark.parametrize("name", ["x.jsonl", "x.txt", "x.jsonl.zst", "x.json", "x.parquet"])
+def test_text_is_not_read_as_tokens(tmp_path, name):
+    (tmp_path / name).write_bytes(b"text")
+    with pytest.raises(DataError, match=f"{name} is text, not tokens: prepare it first"):
+        TokenFile(tmp_path / name)
+
+
+def test_what_is_no_token_file_is_found_in_a_sample(tmp_path):
+    random = np.random.default_rng(0)
+    (tmp_path / "text.bin").write_bytes(b"It was a dark and stormy night.\n" * 1000)
+    with pytest.raises(DataError, match="text.bin is text, not tokens"):
+        TokenFile(tmp_path / "text.bin").check(50304)
+    (tmp_path / "noise.bin").write_bytes(random.bytes(100_000))
+    with pytest.raises(DataError, match=r"noise.bin has id 65\d+ and the model 50304 tokens"):
+        TokenFile(tmp_path / "noise.bin").check(50304)
+    for length in (2, 1500, 300_000):
+        write(tmp_path / "tokens.bin", random.integers(0, 50257, length) // 200).check(50304)
+    write(tmp_path / "letters.bin", np.full(500, 0x6161), tokens=500).check(50304)  # what its JSON says goes
+
+
+def test_a_run_of_more_than_four_epochs_is_warned_of(tmp_path):
+    batches = TrainingBatches(write(tmp_path / "x.bin", range(101)), block_size=10, micro_batch_size=1, grad_accum=1, seed=1)
+    assert batches.epochs_line(40) == "40 steps are 4 epochs of it"
+    assert batches.epochs_line(41).startswith("41 steps are 4.1 epochs of it; warning: after four")
+
+
 def test_windows_are_side_by_side_and_the_last_has_its_target(tmp_path):
     for length, count in ((9, 2), (12, 2), (13, 3)):
         file = write(tmp_path / f"{length}.bin", range(length))
