@@ -9,7 +9,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.config import PRESETS, Config, ConfigError, did_you_mean, from_dict, load_file, merge, preset, require, settings
+from engine.config import PRESETS, Config, ConfigError, Setting, did_you_mean, from_dict, load_file, merge, preset, require, settings
 
 
 def positive(text: str) -> int:
@@ -38,6 +38,8 @@ class CommandLine(argparse.ArgumentParser):
     def parse_args(self, arguments: list[str] | None = None, namespace: None = None) -> argparse.Namespace:
         arguments = sys.argv[1:] if arguments is None else arguments
         given, unknown = self.parse_known_args([_underscored(argument) for argument in arguments], namespace)
+        if unknown and not unknown[0].startswith("-"):
+            self.error(f"{unknown[0]!r} belongs to no flag: flags begin with --, and most have one value")
         if unknown:
             known = [name.lstrip("-") for name in self._option_string_actions]
             self.error(f"unknown flag {unknown[0]!r}{did_you_mean(unknown[0].lstrip('-').partition('=')[0], known)}")
@@ -73,7 +75,7 @@ def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
         shown = f" ({', '.join(choices)})" if choices else ""
         options = {"nargs": "?", "const": "true"} if flag.kind is bool or True in flag.also else {}
         metavar = {int: "N", float: "X", bool: "true|false"}.get(flag.kind, "NAME" if choices else "TEXT")
-        parser.add_argument(f"--{flag.name}", help=f"{flag.help}{shown} [{'auto' if flag.default is None else flag.default}]".replace("%", "%%"), metavar=metavar, **options)
+        parser.add_argument(f"--{flag.name}", help=f"{flag.help}{shown} [{_shown(flag)}]".replace("%", "%%"), metavar=metavar, **options)
     given = parser.parse_args(arguments)
     chosen: dict[str, Any] = {}
     for name, flag in flags.items():
@@ -84,9 +86,24 @@ def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
     base = load_file(given.config) if given.config else {}
     if given.resume:
         base = merge(base, _resumed(given.resume, merge(base, chosen)))
+    _require_both_files(merge(base, chosen).get("data", {}), flags)
     name = chosen.get("preset", base.get("preset", "13m"))
     config = from_dict(merge(preset(name), base, chosen), given.config or "command line")
     return config, types.SimpleNamespace(resume=given.resume, local_rank=given.local_rank)
+
+
+def _shown(flag: Setting) -> str:
+    """What `--help` shows as a flag's default."""
+    values = {preset.get(flag.section, {}).get(flag.name, flag.default) for preset in PRESETS.values()}
+    return "preset's" if len(values) > 1 else "auto" if values == {None} else str(values.pop())
+
+
+def _require_both_files(data: dict[str, Any], flags: dict[str, Setting]) -> None:
+    """ConfigError for one file without the other, which would be judged by a text that has nothing to do with it."""
+    given = [name for name in ("train_file", "val_file") if name in data]
+    if len(given) == 1 and data[given[0]] != flags[given[0]].default:
+        other = "val_file" if given == ["train_file"] else "train_file"
+        raise ConfigError(f"--{given[0]} {data[given[0]]} without --{other}, which would be {flags[other].default}: give both")
 
 
 def _resumed(checkpoint: str, chosen: dict[str, Any]) -> dict[str, Any]:

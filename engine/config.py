@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 
+MAX_SEED = 2**63 - 1  # PyTorch's generators take no more
+
+
 class ConfigError(ValueError):
     """A setting that cannot work; the message says which, why, and what to use instead."""
 
@@ -101,7 +104,7 @@ class OptimizerConfig:
             require(math.isfinite(getattr(self, name)), f"{name} must be finite, got {getattr(self, name)}")
         for name in ("adam_eps", "lr_decay_step"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        require(self.min_lr <= self.lr, f"min_lr ({self.min_lr:g}) is above lr ({self.lr:g})")
+        require(self.min_lr <= self.lr, f"min_lr ({self.min_lr:g}) is above lr ({self.lr:g}); lower --min_lr as well")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -218,6 +221,7 @@ class Config:
         if not self.run_dir:
             self.run_dir = f"runs/{self.preset}"
         require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        require(self.seed <= MAX_SEED, f"seed must be at most {MAX_SEED}, got {self.seed}")
         if self.strategy.optimizer_in_backward:
             why = "each gradient is used and freed inside the backward pass, before the others are known"
             require(self.optimizer.grad_clip == 0, f"--optimizer_in_backward cannot clip to a global norm, {why}: --grad_clip 0")

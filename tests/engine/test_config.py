@@ -103,7 +103,9 @@ def test_whole_numbers(text, value):
         ("--max_step=3", "did you mean 'max_steps'?"),
         ("--learning-rate 3", "unknown flag '--learning_rate'"),
         ("--n_la 3", "unknown flag '--n_la'"),  # no abbreviations: a new flag must not change what an old command means
-        ("nonsense", "unknown flag 'nonsense'"),
+        ("extra", "'extra' belongs to no flag: flags begin with --"),
+        ("--train_file mine.bin", "--train_file mine.bin without --val_file, which would be data/val/pile_dev.bin: give both"),
+        ("--val_file mine.bin", "--val_file mine.bin without --train_file, which would be data/train/pile_train.bin: give both"),
         ("--preset gpt3", "unknown preset 'gpt3'; known: 13m, gpt2,"),
         ("--preset gpt-2", "did you mean 'gpt2'?"),
         ("--n_layer x", "n_layer must be a whole number, got 'x'"),
@@ -124,7 +126,7 @@ def test_whole_numbers(text, value):
         ("--n_head 7", "n_embd (128) must be a multiple of n_head (7); 4 heads would do"),
         ("--positions rotary --n_embd 24", "rotary positions need an even head width, got 3"),
         ("--batch_tokens 1000", "batch_tokens (1000) must be a multiple of block_size (128); 1024 would do"),
-        ("--min_lr 1", "min_lr (1) is above lr (0.002)"),
+        ("--lr 1e-5", "min_lr (0.0002) is above lr (1e-05); lower --min_lr as well"),
         ("--beta2 1", "beta2 must be in [0, 1)"),
         ("--seed -1", "seed must not be negative, got -1"),
         ("--zero_stage 4", "zero_stage must be 0, 1, 2 or 3, got 4"),
@@ -207,6 +209,20 @@ def test_help_lists_every_setting(capsys):
     for section in (Config, ModelConfig, OptimizerConfig, StrategyConfig, ReportConfig):
         for field in dataclasses.fields(section):
             assert "help" not in field.metadata or f"--{field.name} " in shown, field.name
+
+
+def test_help_shows_a_default_only_where_no_preset_decides(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, default in (("lr X", "preset's"), ("batch_tokens N", "preset's"), ("beta2 X", "0.95"), ("zero_stage N", "auto")):
+        assert shown.split(f"--{name} ")[-1].partition("[")[2].startswith(f"{default}]"), name
+
+
+def test_a_training_file_beside_the_usual_validation_file():
+    line = "--train_file mine.bin --val_file data/val/pile_dev.bin"
+    assert flags(line).data.train_file == "mine.bin"
+    assert flags("--train_file data/train/pile_train.bin") == flags("")
 
 
 def test_merge_is_deep_and_leaves_its_arguments():
