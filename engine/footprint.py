@@ -201,6 +201,14 @@ def predict(
     return Footprint(card, held, name)
 
 
+def states_bytes(model: ModelConfig, method: Method, dtype: str, gpus: int = 1) -> int:
+    """Return what weights, gradients and optimizer states take where there is no card, whatever the batch."""
+    sizes = Elements.of(model)
+    states, host, _ = _deepspeed(model, method, sizes, dtype, gpus, False) if method.stage else _ours(method, sizes, dtype)
+    gradients = 0 if method.in_backward or method.stage else itemsizes(method, dtype)[0] * sizes.total
+    return int(sum(states.values()) + sum(host.values()) + gradients)
+
+
 def _ours(method: Method, sizes: Elements, dtype: str) -> tuple[dict, dict, dict]:
     """Bytes of the states of our own strategy on the card and on the host, and its further phases."""
     n, stored = sizes.total, itemsizes(method, dtype)[0]

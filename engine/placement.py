@@ -10,8 +10,10 @@ import psutil
 import torch
 
 from engine.cards import Card, parse_memory
-from engine.config import PRESETS, Config, ConfigError, OptimizerConfig, require
+from engine.config import PRESETS, Config, ConfigError, ModelConfig, OptimizerConfig, require
+from engine.footprint import METHODS, GiB, Method, states_bytes
 from engine.memory import Plan, card_of, choose, nearest, plan, reason
+from kernels import dispatch
 
 CPU_MICRO_BATCH_TOKENS = 8192  # beyond this a CPU gains nothing and the activations leave its caches
 _OPEN = (None, "auto")
@@ -37,6 +39,7 @@ def settle(
     mine, micro = sequences // world_size, config.optimizer.micro_batch_size
     require(not micro or mine % micro == 0, f"micro_batch_size ({micro}) must divide the {mine} sequences of a process and step")
     chosen = _plan(config, device, dtype, world_size, card) if device.type == "cuda" else None
+    _shorten_warmup(config)
     if chosen:
         _fill(config, chosen.settings["strategy"])
         for key, value in chosen.settings["optimizer"].items():
@@ -55,6 +58,9 @@ def settle(
         micro = max(size for size in range(1, min(mine, fits) + 1) if mine % size == 0)
         config.optimizer.micro_batch_size = micro
     _refuse_what_is_unused(config)
+    triton = strategy.kernels != "triton" or dispatch.interpreting()
+    require(triton, "--kernels triton: Triton has no CPU; leave it out, or give --kernels torch")
+    _refuse_what_memory_cannot_hold(config, dtype, world_size)
     return config, mine // micro, None
 
 
@@ -73,6 +79,39 @@ def _refuse_what_is_unused(config: Config) -> None:
     """ConfigError for what a person has set and the choices made leave without effect."""
     used = config.strategy.strategy == "zero" or not config.strategy.deepspeed_config
     require(used, "--deepspeed_config is ZeRO's, which is not what was chosen: --strategy zero")
+
+
+def _shorten_warmup(config: Config) -> None:
+    """Shorten a preset's warm-up that would be all of a run, which a smaller max_steps makes of it; refuse a person's own."""
+    options, usual = config.optimizer, _usual(config)
+    if options.warmup_steps >= options.max_steps:
+        would = f"--warmup_steps {options.max_steps // 10} would do"
+        require(
+            options.warmup_steps == usual.warmup_steps,
+            f"--warmup_steps {options.warmup_steps} is all of the {options.max_steps} steps of --max_steps: {would}",
+        )
+        options.warmup_steps = options.max_steps // 10
+
+
+def _refuse_what_memory_cannot_hold(config: Config, dtype: torch.dtype, world_size: int) -> None:
+    """ConfigError where a CPU's memory is less than states alone take: the system would end the run without a word."""
+    strategy, limit, name = config.strategy, host_memory(config.strategy.host_memory), _DTYPE_NAMES[dtype]
+    ours = {key: getattr(strategy, key) for key in ("weights", "moments")} | {"in_backward": bool(strategy.optimizer_in_backward)}
+    method = Method(name="", title="", rank=0, stage=strategy.zero_stage or 0, offload=strategy.offload if strategy.zero_stage else "none", **ours)
+    needed = states_bytes(config.model, method, name, world_size)
+    if needed <= limit:
+        return
+    compact = [m for m in METHODS if not (m.stage or m.streamed or m.in_backward) and states_bytes(config.model, m, name) <= limit]
+    smaller = [key for key in PRESETS if states_bytes(ModelConfig(**PRESETS[key]["model"]), METHODS[0], name) <= limit]
+    would = [f"--weights {m.weights} --moments {m.moments}" for m in compact[:1]] + [f"--preset {key}" for key in smaller[-1:]]
+    raise ConfigError(
+        f"weights, gradients and moments of {config.preset} take {needed / GiB:.1f} GiB, and there are {limit / GiB:.1f} GiB of memory"
+        + (f": {', or '.join(would)}, would fit" if would else ": train a smaller model")
+    )
+
+
+def _usual(config: Config) -> OptimizerConfig:
+    return OptimizerConfig(**PRESETS[config.preset]["optimizer"])
 
 
 def _asks_for_zero(config: Config, world_size: int) -> bool:
@@ -117,7 +156,7 @@ def allowed(config: Config, plans: list[Plan]) -> list[Plan]:
 
 def _keeps_what_is_set(config: Config, candidate: Plan) -> bool:
     """Whether a plan takes the batch and the clipping that a person has set, known by being other than the preset's."""
-    usual, asked = OptimizerConfig(**PRESETS[config.preset]["optimizer"]), config.optimizer
+    usual, asked = _usual(config), config.optimizer
     keeps_batch = candidate.keeps_batch or asked.batch_tokens == usual.batch_tokens
     return keeps_batch and (not candidate.method.in_backward or asked.grad_clip in (0, usual.grad_clip))
 

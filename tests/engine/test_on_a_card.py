@@ -42,7 +42,7 @@ def losses(run_dir, *kinds: str) -> list[float]:
 @pytest.fixture
 def small(tiny_flags, tmp_path) -> list[str]:
     """Two steps, a validation, a sample, a checkpoint; few tokens, since the interpreter is slow."""
-    return [*tiny_flags, "--n_layer=3", "--max_steps=2", "--eval_interval=2", "--batch_tokens=64", "--eval_tokens=32", "--micro_batch_size=1"]
+    return [*tiny_flags, "--n_layer=3", "--max_steps=2", "--warmup_steps=1", "--eval_interval=2", "--batch_tokens=64", "--eval_tokens=32", "--micro_batch_size=1"]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_run_goes_on_elsewhere(flags, small, tmp_path, monkeypatch):
 @pytest.mark.parametrize("chip", [HOPPER, TURING, PASCAL])
 def test_text_on_a_card_is_that_on_a_cpu(chip, small, tmp_path, monkeypatch, capsys):
     """Sampled, with a key-value cache, from a run of this vocabulary."""
-    model = ["--vocab_size=50304", "--positions=rotary", "--n_layer=2", "--max_steps=1", "--sample_tokens=0"]
+    model = ["--vocab_size=50304", "--positions=rotary", "--n_layer=2", "--max_steps=1", "--warmup_steps=0", "--sample_tokens=0"]
     assert train.main([*small, *model]) == 0
     asked = [f"--model_path={tmp_path}/run", "--input_text=The", "--max_new_tokens=6", "--num_samples=2", "--dtype=fp32", "--seed=3"]
     texts = []

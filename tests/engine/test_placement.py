@@ -169,6 +169,28 @@ def test_what_fits_nowhere_is_refused_with_what_would(on_card):
         settled("--preset=3b", "--weights=fp32")
 
 
+def test_states_that_a_cpus_memory_cannot_hold_are_refused_with_what_would(on_card):
+    cpu = dict(device=CPU, dtype=torch.float32)
+    on_card("h100", 24)
+    with pytest.raises(ConfigError) as refused:
+        settled("--preset=2b", **cpu)
+    assert "take 30.1 GiB, and there are 24.0 GiB of memory" in str(refused.value)
+    assert "--weights residual --moments int8, or --preset gpt2-xl, would fit" in str(refused.value)
+    settled("--preset=2b", "--weights=residual", "--moments=int8", **cpu)
+    settled("--preset=2b", "--host_memory=32GB", **cpu)
+    on_card("h100", 1)
+    with pytest.raises(ConfigError, match="of memory: --preset 13m, would fit"):
+        settled("--preset=2b", **cpu)
+    with pytest.raises(ConfigError, match="of memory: --weights residual --moments int8, or --preset 13m, would fit"):
+        settled("--preset=gpt2", **cpu)
+
+
+def test_kernels_that_a_cpu_does_not_have_are_refused(monkeypatch):
+    monkeypatch.setattr(placement.dispatch, "interpreting", lambda: False)
+    with pytest.raises(ConfigError, match="--kernels triton: Triton has no CPU"):
+        settled("--preset=13m", "--kernels=triton", device=CPU, dtype=torch.float32)
+
+
 def test_every_plan_is_a_valid_configuration():
     for candidate in plan(parse(["--preset=gpt2"])[0].model, get("rtx3090"), 64 * GiB):
         StrategyConfig(**candidate.settings["strategy"])

@@ -61,7 +61,7 @@ def test_a_checkpoint_passes_between_formats(tiny_flags, tmp_path):
 @pytest.mark.parametrize("formats", [(), *FORMATS], ids=" ".join)
 def test_the_learning_rate_is_the_schedules(tiny_flags, tmp_path, monkeypatch, formats):
     monkeypatch.setattr(train, "learning_rate", lambda step, options: 0.0)
-    assert train.main([*tiny_flags, *formats, "--max_steps=2"]) == 0
+    assert train.main([*tiny_flags, *formats, "--max_steps=3"]) == 0
     config = load_file(tmp_path / "run/config.json")
     initial = GPT.outline(from_dict(config).model).initial_weights(torch.Generator().manual_seed(config["seed"]))
     trained = load_tensors(checkpoint.newest(tmp_path / "run") / "model.safetensors")
