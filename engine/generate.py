@@ -11,15 +11,16 @@ import argparse
 import os
 import sys
 import time
+from pathlib import Path
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint import CheckpointError, best
 from engine.command_line import positive
-from engine.config import ConfigError, require
+from engine.config import MAX_SEED, ConfigError, require
 from engine.device import DTYPES, choose_device, choose_dtype
 from engine.formats import WeightsError
 from engine.sampling import TextStream, check_sampling, generate, prompt_tokens, sample_text
 from engine.tokenizer import DEFAULT_TOKENIZER, load_encoding
-from engine.weights import find_weights, load_model, recorded_tokenizer
+from engine.weights import ACCEPTED, find_weights, load_model, recorded_tokenizer
 
 __all__ = ["generate", "main", "sample_text"]
 
@@ -29,7 +30,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="engine/generate.py", description="Write text with a trained model.", allow_abbrev=False
     )
     add = parser.add_argument
-    add("--model_path", required=True, metavar="PATH", help="run, checkpoint, .safetensors, GPT-2 folder, .pt")
+    add("--model_path", required=True, metavar="PATH", help=f"{ACCEPTED}; of a run the best checkpoint is taken")
     add("--input_text", default="", metavar="TEXT", help="what to continue; empty: the beginning of a document")
     add("--max_new_tokens", type=positive, default=100, metavar="N", help="tokens to write [%(default)s]")
     add("--temperature", type=float, default=0.8, metavar="X", help="0: the likeliest token each time [%(default)s]")
@@ -46,6 +47,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def write_text(options: argparse.Namespace) -> None:
     check_sampling(options.temperature, options.top_k, options.top_p)
+    require(abs(options.seed) <= MAX_SEED, f"--seed must be at most {MAX_SEED}, got {options.seed}")
     device, device_reason = choose_device(options.device)
     dtype, dtype_reason = choose_dtype(options.dtype, device)
     path = find_weights(options.model_path)
@@ -60,9 +62,14 @@ def write_text(options: argparse.Namespace) -> None:
         rows >= encoding.n_vocab,
         f"{path} has {rows} tokens and {encoding.name} {encoding.n_vocab}: give the --tokenizer_name of its training",
     )
-    note(f"model: {path}, {model.num_parameters():,} parameters, context {model.config.block_size}")
+    of_run = "" if path == Path(options.model_path) else f" (the run's {'best' if path == best(options.model_path) else 'newest'})"
+    note(f"model: {path}{of_run}, {model.num_parameters():,} parameters, context {model.config.block_size}")
     note(f"tokenizer: {encoding.name}")
     note(f"device: {device} ({device_reason}); dtype: {str(dtype).removeprefix('torch.')} ({dtype_reason})")
+
+    prompt = prompt_tokens(encoding, options.input_text, options.num_samples)
+    if prompt.shape[1] > model.config.block_size:
+        note(f"prompt of {prompt.shape[1]} tokens: only the last {model.config.block_size} are read")
 
     # The first sample is written as it is made; the others, made beside it, when they are finished.
     streams = [TextStream(encoding) for _ in range(options.num_samples)]
@@ -73,7 +80,7 @@ def write_text(options: argparse.Namespace) -> None:
     began, count = time.perf_counter(), 0
     for chosen in generate(
         model,
-        prompt_tokens(encoding, options.input_text, options.num_samples),
+        prompt,
         options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,

@@ -32,6 +32,7 @@ from engine.model import GPT
 from engine.whole_file import whole_file
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+ACCEPTED = "a run, a checkpoint, a .safetensors, a GPT-2 folder or a classic .pt"
 _SCALARS = "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool".split()
 
 
@@ -39,7 +40,7 @@ def find_weights(path: str | Path) -> Path:
     """Return the file or folder that `path` leads to: for a run its best checkpoint, or the newest without a best."""
     path = Path(path)
     if not path.exists():
-        raise WeightsError(f"{path} is missing; it can be a run, checkpoint, .safetensors, GPT-2 folder or classic .pt")
+        raise WeightsError(f"{path} is missing; it can be {ACCEPTED}")
     if not path.is_dir() or (path / WEIGHTS_FILE).exists() or (path / INDEX_FILE).exists():
         return path
     found = checkpoint.best(path) or checkpoint.newest(path)
@@ -202,7 +203,7 @@ def _read_pickle(path: Path) -> State:
                 "model_state_dict alone, with torch.save, where the file was made"
             ) from None
         detail = " ".join(str(reason).split()[:30])
-        raise WeightsError(f"is no whole PyTorch checkpoint ({type(reason).__name__}: {detail})") from None
+        raise WeightsError(f"is no whole PyTorch checkpoint ({type(reason).__name__}: {detail}); weights can be {ACCEPTED}") from None
     state = content.get("model_state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         found = f"keys {', '.join(map(str, state))}" if isinstance(state, dict) else f"a {type(state).__name__}"

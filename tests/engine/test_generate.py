@@ -1,4 +1,5 @@
 """Text out of a model: the cache and the sliding window, what is drawn how often, whole characters, the program."""
+import json
 import os
 import subprocess
 import sys
@@ -284,6 +285,8 @@ def test_stopping_at_the_end_of_text(tmp_path, capsys):
         (["--top_p=0"], "top_p must be above 0"),
         (["--top_k=-3"], "top_k must be 0"),
         (["--device=tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        (["--seed=99999999999999999999999"], "--seed must be at most 9223372036854775807"),
+        ([f"--model_path={__file__}"], "weights can be a run, a checkpoint, a .safetensors"),
         (["--tokenizer_name=r50"], "unknown tokenizer 'r50'"),
     ],
 )
@@ -308,6 +311,25 @@ def test_the_tokenizer_of_the_training_is_taken(tmp_path, capsys):
     file.write_bytes(file.read_bytes()[:1000])
     code, _, err = run(capsys, f"--model_path={file}")
     assert code == 2 and err.startswith(f"error: {file}: m.safetensors cannot be read whole")
+
+
+def test_a_prompt_longer_than_the_context_is_said_to_be_cut(saved, capsys):
+    flags = [f"--model_path={saved}", "--max_new_tokens=1"]
+    assert "prompt of" not in run(capsys, *flags, "--input_text=" + "a " * 8)[2]
+    assert "prompt of 24 tokens: only the last 16 are read\n" in run(capsys, *flags, "--input_text=" + " a" * 24)[2]
+
+
+def test_which_checkpoint_of_a_run_is_taken_is_said(tmp_path, capsys):
+    for step, loss in ((1, 2.0), (2, 3.0)):
+        folder = tmp_path / f"run/checkpoints/step_{step:08d}"
+        save_model(folder, model(vocab_size=50304))
+        state = dict(format=1, step=step, tokens=0, val_loss=loss, counters={}, shards={})
+        (folder / "state.json").write_text(json.dumps(state))
+    flags = [f"--model_path={tmp_path}/run", "--max_new_tokens=1"]
+    assert "step_00000001 (the run's best), " in run(capsys, *flags)[2]
+    for folder in (tmp_path / "run/checkpoints").iterdir():
+        (folder / "state.json").write_text(json.dumps(state | {"val_loss": None}))
+    assert "step_00000002 (the run's newest), " in run(capsys, *flags)[2]
 
 
 @pytest.mark.parametrize("temperature, top_k, top_p", [(float("nan"), 0, 1.0), (float("inf"), 0, 1.0), (1.0, 0, 1.1)])
