@@ -12,6 +12,9 @@ from engine.config import Config
 from engine.whole_file import whole_file
 
 
+LONG_S = 10  # a silence of this many seconds is explained beforehand
+
+
 def human(number: float, unit: str = "") -> str:
     """Return `number` with three digits and a decimal prefix: 12345 -> "12.3k"."""
     for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -95,7 +98,14 @@ class Report:
 
     def memory(self, parts: dict[str, int]) -> None:
         """Show what the first step of this run held, in bytes by part."""
-        self.say(f"memory: {human(sum(parts.values()), 'B')} at the peak of the first step: " + ", ".join(f"{part} {human(size, 'B')}" for part, size in parts.items()))
+        shown = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in parts.items())
+        self.say(f"memory: {sum(parts.values()) / 2**30:.2f} GiB at the peak of the first step: {shown}")
+
+    def validating(self, tokens: int) -> None:
+        """Announce a validation that will take long, reckoned from the speed of training, whose forward pass is a third."""
+        seconds = tokens / (3 * self.speed) if self.speed else 0
+        if seconds > LONG_S:
+            self.say(f"validating on {human(tokens)} tokens, about {duration(seconds)}")
 
     def validation(self, step: int, loss: float, sample: str | None) -> None:
         self._write({"step": step, "val_loss": loss} | ({"sample": sample} if sample is not None else {}))

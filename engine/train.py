@@ -28,7 +28,7 @@ from engine import checkpoint
 from engine.cards import peak_flops
 from engine.command_line import parse
 from engine.config import Config, ConfigError, DataConfig, ModelConfig, differences, load_file, require
-from engine.data import Batch, DataError, TokenFile, TrainingBatches, prefetch, validation_batches
+from engine.data import Batch, DataError, TokenFile, TrainingBatches, open_files, prefetch, validation_batches
 from engine.device import choose_device, choose_dtype, peak_memory
 from engine.distributed import Processes
 from engine.formats import WeightsError
@@ -119,15 +119,11 @@ def set_up(config: Config, start_from: Path | None, processes: Processes) -> Run
         processes.connect(device)
     dispatch.set_backend(config.strategy.kernels)
     dtype, dtype_reason = choose_dtype(config.strategy.dtype, device)
-    prepare_default_data(config, processes)
-    train_file, val_file = TokenFile(config.data.train_file), TokenFile(config.data.val_file)
-    for file in (train_file, val_file):
-        rows = math.ceil(file.vocab_size / 64) * 64
-        require(file.vocab_size <= config.model.vocab_size, f"{file.path} has ids up to {file.vocab_size - 1}: set --vocab_size {rows}")
-    same = f"{val_file.path} was made with {val_file.tokenizer}, {train_file.path} with {train_file.tokenizer}: prepare one of them again"
-    require(val_file.tokenizer == train_file.tokenizer, same)
     asked = config  # saved as it is: a run may be resumed elsewhere, where other choices are better
     config, grad_accum, chosen = settle(asked, device, dtype, processes.world_size)
+    prepare_default_data(asked, processes)
+    config.data = asked.data
+    train_file, val_file = open_files(config.data, config.model)
     micro_batch_size = config.optimizer.micro_batch_size
     common = {"block_size": config.model.block_size, "document_masking": config.data.document_masking}
     common |= {"rank": processes.rank, "world_size": processes.world_size}
@@ -162,12 +158,15 @@ def set_up(config: Config, start_from: Path | None, processes: Processes) -> Run
             report.say(line)
         for line in explain(chosen) if chosen else ():
             report.say(line)
+        if (warmup := config.optimizer.warmup_steps) != asked.optimizer.warmup_steps:
+            report.say(f"schedule: {asked.optimizer.warmup_steps} steps of warm-up are too many for {config.optimizer.max_steps}: {warmup}")
         report.say(f"strategy: {strategy.describe()}")
         report.say(
-            f"data: {train_file.path}, {human(len(train_file))} tokens; a step is {human(config.optimizer.batch_tokens)} tokens: "
+            f"data: {train_file}; a step is {human(config.optimizer.batch_tokens)} tokens: "
             f"{processes.world_size} x {grad_accum} x {micro_batch_size} sequences of {config.model.block_size}"
         )
-        report.say(f"data: {config.optimizer.max_steps} steps are {data.epoch(config.optimizer.max_steps):.2g} epochs of it")
+        report.say(f"data: {data.epochs_line(config.optimizer.max_steps)}")
+        report.say(f"validation: {val_file}")
         if start_from:
             report.say(f"resumed from {start_from} at step {progress['step']}")
             for line in new_length(load_file(start_from / "config.json")["optimizer"]["max_steps"], config.optimizer):
@@ -230,6 +229,8 @@ def loop(run: Run, interrupt: Interrupt) -> int:
 def validate(run: Run) -> None:
     """Record the mean loss over every process's validation windows, and a sample of text."""
     module, options = run.strategy.module, run.config.report
+    if run.report:
+        run.report.validating(sum(batch.tokens.numel() for batch in run.validation) * run.processes.world_size)
     module.eval()
     total = torch.zeros(2, device=run.device)  # loss times tokens, tokens
     for batch in run.validation:

@@ -121,7 +121,7 @@ class Zero:
     def describe(self) -> str:
         moved = {"none": "", "optimizer": ", optimizer in host memory", "params": ", optimizer and parameters in host memory"}
         recomputed = f"; {self.recomputed}" if self.recomputed else ""
-        return f"DeepSpeed ZeRO stage {self.stage}{moved[self.offload]}, {self.engine.world_size} processes{recomputed}"
+        return f"DeepSpeed ZeRO stage {self.stage}{moved[self.offload]}, {self.engine.world_size} process{'es' * (self.engine.world_size > 1)}{recomputed}"
 
     def set_lr(self, lr: float) -> None:
         for group in self.engine.optimizer.param_groups:

@@ -42,6 +42,16 @@ def test_mfu_is_shown_only_where_the_peak_is_known(config, capsys):
     assert "MFU" not in capsys.readouterr().out
 
 
+def test_a_validation_that_takes_long_is_announced(config, capsys):
+    report = Report(config, 0, 1, None)
+    report.validating(10**9)  # of a speed that is not known
+    report.speed = 1000
+    report.validating(30_000)
+    assert capsys.readouterr().out == ""
+    report.validating(360_000)
+    assert capsys.readouterr().out == "validating on 360k tokens, about 02:00\n"
+
+
 def test_a_resumed_run_forgets_what_came_after_its_checkpoint(config):
     report = Report(config, 0, 1, None)
     for step in range(1, 8):

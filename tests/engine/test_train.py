@@ -54,6 +54,7 @@ def test_learns_and_leaves_a_record(tiny_flags, tmp_path, capsys):
     assert all(isinstance(r["sample"], str) for r in validations)
     assert [p.name for p in checkpoint.checkpoints(run)] == ["step_00000080"]  # the newest is the best
     printed = capsys.readouterr().out
+    assert "val.bin, 20,000 tokens\n" in printed and "MB" not in printed
     assert "device: cpu" in printed and "kernels: torch" in printed and "tokens/s" in printed and "left" in printed
 
 
@@ -175,7 +176,7 @@ def test_a_run_without_prepared_data_makes_its_own_and_touches_no_other(tmp_path
         return SimpleNamespace(returncode=code)
 
     monkeypatch.setattr(train.subprocess, "run", run)
-    named = parse(["--preset=13m", "--train_file=mine.bin"])[0]
+    named = parse(["--preset=13m", "--train_file=mine.bin", "--val_file=other.bin"])[0]
     train.prepare_default_data(named, Processes())
     assert not commands and named.data.train_file == "mine.bin"
 
@@ -276,6 +277,11 @@ def test_weights_and_tokens_are_of_one_tokenizer(tiny_flags, token_files, tmp_pa
         (["--micro_batch_size=3"], "micro_batch_size (3) must divide the 8 sequences"),
         (["--vocab_size=256"], "set --vocab_size 512"),
         (["--train_file=nowhere.bin"], "nowhere.bin is missing"),
+        (["--train_file="], "'' is no file; give the .bin"),
+        (["--val_file=engine"], "'engine' is no file; give the .bin"),
+        (["--seed=99999999999999999999999"], "seed must be at most 9223372036854775807"),
+        (["--host_memory=abc"], "--host_memory: 'abc' is no size of memory"),
+        (["--warmup_steps=12"], "--warmup_steps 12 is all of the 12 steps of --max_steps: --warmup_steps 1 would do"),
         (["--device=cuda"], "sees no GPU"),
         (["--device=tpu"], "must be auto, cpu, cuda"),
         (["--resume", "nowhere"], "no checkpoint there"),
@@ -288,6 +294,19 @@ def test_what_cannot_work_is_refused_with_a_reason(tiny_flags, capsys, flags, co
         pytest.skip("there is a GPU")
     assert train.main([*tiny_flags, *flags]) == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_a_presets_warm_up_is_shortened_to_a_short_run_and_said_to_be(tiny_flags, tmp_path, capsys):
+    assert train.main([*tiny_flags, "--warmup_steps=50"]) == 0
+    assert "schedule: 50 steps of warm-up are too many for 12: 1" in capsys.readouterr().out
+    rates = [r["lr"] for r in read_metrics(tmp_path / "run") if "lr" in r]
+    assert rates[0] == max(rates) == 2e-3
+
+
+def test_tokens_that_nothing_describes_are_said_to_be_assumed(tiny_flags, token_files, tmp_path, capsys):
+    plain = Path(shutil.copy(token_files[0], tmp_path))
+    assert train.main([*tiny_flags, f"--train_file={plain}", "--vocab_size=50304", "--max_steps=4"]) == 0
+    assert f"{plain}, 200,000 tokens, read as GPT-2's ids in uint16: there is no train.bin.json" in capsys.readouterr().out
 
 
 def test_a_run_is_not_overwritten(tiny_flags, capsys):
