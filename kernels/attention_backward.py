@@ -12,6 +12,7 @@ from kernels.attention_tiles import (
     key_spans,
     launch_settings,
     load_tile,
+    of_head,
     offset,
     store_tile,
     unit_stride,
@@ -22,15 +23,15 @@ from kernels.dispatch import custom_op, tl, triton, wrap_triton
 
 @triton.jit
 def _backward_q_span(
-    dq, q, grad, lse, delta, k, v, k_t, v_t, rows, row_starts, begin, end, T, scale_log2,
+    dq, q, grad, lse, delta, k, v, k_t, v_t, batch, group, rows, row_starts, begin, end, T, scale_log2,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
-    D: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_STAGES: tl.constexpr,
+    D: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Adds the share of the keys begin..end to dq (ROWS, BLOCK_D), still without the scale."""
     for start in tl.range(begin, end, KEYS, num_stages=EDGE_STAGES if MASK else None):
         start = tl.multiple_of(start, KEYS)
-        k_tile = load_tile(k + tl.cast(start, tl.int64) * k_t, k_t, T - start, KEYS, D, BLOCK_D, MASK)
-        v_tile = load_tile(v + tl.cast(start, tl.int64) * v_t, v_t, T - start, KEYS, D, BLOCK_D, MASK)
+        k_tile = load_tile(k, k_t, batch, start, group, T, KEYS, D, BLOCK_D, MASK, TMA)
+        v_tile = load_tile(v, v_t, batch, start, group, T, KEYS, D, BLOCK_D, MASK, TMA)
         p = tl.math.exp2(tl.dot(q, k_tile.T, input_precision="ieee") * scale_log2 - lse[:, None])
         if MASK:
             keys = start + tl.arange(0, KEYS)
@@ -46,23 +47,27 @@ def backward_q_kernel(
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, grad_b, grad_t, grad_h,
     SHARED: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """dq (B, T, H, D) of one tile of queries, and delta (B, H, T), the row sums of out * grad: grid (tiles, H, B)."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
     head, batch = tl.program_id(1), tl.program_id(2)
     rows = first + tl.arange(0, ROWS)
-    q_tile = load_tile(q + offset(batch, first, head, q_b, q_t, q_h), q_t, T - first, ROWS, D, BLOCK_D, True)
-    grad += offset(batch, first, head, grad_b, grad_t, grad_h)
-    grad_tile = load_tile(grad, grad_t, T - first, ROWS, D, BLOCK_D, True)
-    dense = offset(batch, first, head, tl.cast(T, tl.int64) * H * D, H * D, D)
-    out_tile = load_tile(out + dense, H * D, T - first, ROWS, D, BLOCK_D, True)
+    group = head // SHARED
+    q = of_head(q, batch, head, q_b, q_t, q_h, TMA)
+    grad = of_head(grad, batch, head, grad_b, grad_t, grad_h, TMA)
+    k = of_head(k, batch, group, k_b, k_t, k_h, TMA)
+    v = of_head(v, batch, group, v_b, v_t, v_h, TMA)
+    q_tile = load_tile(q, q_t, batch, first, head, T, ROWS, D, BLOCK_D, True, TMA)
+    grad_tile = load_tile(grad, grad_t, batch, first, head, T, ROWS, D, BLOCK_D, True, TMA)
+    dense_b = tl.cast(T, tl.int64) * H * D
+    out = of_head(out, batch, head, dense_b, H * D, D, False)
+    out_tile = load_tile(out, H * D, batch, first, head, T, ROWS, D, BLOCK_D, True, False)
     row_sum = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     statistics = (tl.cast(batch, tl.int64) * H + head) * T
     tl.store(delta + statistics + rows, row_sum, mask=rows < T)
     row_lse = tl.load(lse + statistics + rows, mask=rows < T, other=float("inf"))
 
-    k += offset(batch, 0, head // SHARED, k_b, k_t, k_h)
-    v += offset(batch, 0, head // SHARED, v_b, v_t, v_h)
     row_starts = rows
     if DOCS:
         doc_start += tl.cast(batch, tl.int64) * T
@@ -72,31 +77,31 @@ def backward_q_kernel(
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
     if DOCS:
         acc = _backward_q_span(
-            acc, q_tile, grad_tile, row_lse, row_sum, k, v, k_t, v_t, rows, row_starts, begin, full_begin, T,
-            scale_log2, True, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES,
+            acc, q_tile, grad_tile, row_lse, row_sum, k, v, k_t, v_t, batch, group, rows, row_starts,
+            begin, full_begin, T, scale_log2, True, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES, TMA,
         )  # fmt: skip
     acc = _backward_q_span(
-        acc, q_tile, grad_tile, row_lse, row_sum, k, v, k_t, v_t, rows, row_starts, full_begin, full_end, T,
-        scale_log2, False, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES,
+        acc, q_tile, grad_tile, row_lse, row_sum, k, v, k_t, v_t, batch, group, rows, row_starts,
+        full_begin, full_end, T, scale_log2, False, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES, TMA,
     )  # fmt: skip
     acc = _backward_q_span(
-        acc, q_tile, grad_tile, row_lse, row_sum, k, v, k_t, v_t, rows, row_starts, full_end, end, T,
-        scale_log2, True, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES,
+        acc, q_tile, grad_tile, row_lse, row_sum, k, v, k_t, v_t, batch, group, rows, row_starts,
+        full_end, end, T, scale_log2, True, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES, TMA,
     )  # fmt: skip
-    store_tile(dq + dense, H * D, T - first, acc * scale, ROWS, D, BLOCK_D)
+    store_tile(dq + offset(batch, first, head, dense_b, H * D, D), H * D, T - first, acc * scale, ROWS, D, BLOCK_D)
 
 
 @triton.jit
 def _backward_kv_span(
-    dk, dv, k, v, q, grad, lse, delta, doc_start, q_t, grad_t, keys, begin, end, T, scale_log2,
+    dk, dv, k, v, q, grad, lse, delta, q_t, grad_t, batch, head, keys, key_ends, begin, end, T, scale_log2,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_STAGES: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Adds the share of the queries begin..end to dk (still without the scale) and dv, both (KEYS, BLOCK_D)."""
     for start in tl.range(begin, end, ROWS, num_stages=EDGE_STAGES if MASK else None):
         start = tl.multiple_of(start, ROWS)
         rows = start + tl.arange(0, ROWS)
-        q_tile = load_tile(q + tl.cast(start, tl.int64) * q_t, q_t, T - start, ROWS, D, BLOCK_D, MASK)
+        q_tile = load_tile(q, q_t, batch, start, head, T, ROWS, D, BLOCK_D, MASK, TMA)
         if MASK:  # rows beyond T get an infinite log-sum-exp, so a probability of zero
             row_lse = tl.load(lse + rows, mask=rows < T, other=float("inf"))
             row_sum = tl.load(delta + rows, mask=rows < T, other=0.0)
@@ -105,11 +110,11 @@ def _backward_kv_span(
         # Transposed, (KEYS, ROWS): the products with q and grad then read their tiles as they lie.
         p = tl.math.exp2(tl.dot(k, q_tile.T, input_precision="ieee") * scale_log2 - row_lse[None, :])
         if MASK:
-            row_starts = rows
+            if CAUSAL:
+                p = tl.where(keys[:, None] <= rows[None, :], p, 0.0)
             if DOCS:
-                row_starts = tl.load(doc_start + rows, mask=rows < T, other=0)
-            p = tl.where(visible(rows[None, :], keys[:, None], row_starts[None, :], T, CAUSAL, DOCS), p, 0.0)
-        grad_tile = load_tile(grad + tl.cast(start, tl.int64) * grad_t, grad_t, T - start, ROWS, D, BLOCK_D, MASK)
+                p = tl.where(rows[None, :] < key_ends[:, None], p, 0.0)
+        grad_tile = load_tile(grad, grad_t, batch, start, head, T, ROWS, D, BLOCK_D, MASK, TMA)
         dv = tl.dot(p.to(grad_tile.dtype), grad_tile, dv, input_precision="ieee")
         ds = p * (tl.dot(v, grad_tile.T, input_precision="ieee") - row_sum[None, :])
         dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
@@ -118,10 +123,11 @@ def _backward_kv_span(
 
 @triton.jit
 def backward_kv_kernel(
-    q, k, v, doc_start, doc_end, lse, grad, delta, dk, dv, T, H, scale, scale_log2,
+    q, k, v, doc_end, lse, grad, delta, dk, dv, T, H, scale, scale_log2,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, grad_b, grad_t, grad_h,
     SHARED: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """dk and dv (B, T, G, D) of one tile of keys, summed over the heads that share them: grid (tiles, G, B).
 
@@ -130,42 +136,46 @@ def backward_kv_kernel(
     first = tl.program_id(0) * KEYS  # early keys are seen by most queries, so the longest start first here too
     group, batch = tl.program_id(1), tl.program_id(2)
     keys = first + tl.arange(0, KEYS)
-    k_tile = load_tile(k + offset(batch, first, group, k_b, k_t, k_h), k_t, T - first, KEYS, D, BLOCK_D, True)
-    v_tile = load_tile(v + offset(batch, first, group, v_b, v_t, v_h), v_t, T - first, KEYS, D, BLOCK_D, True)
+    k = of_head(k, batch, group, k_b, k_t, k_h, TMA)
+    v = of_head(v, batch, group, v_b, v_t, v_h, TMA)
+    k_tile = load_tile(k, k_t, batch, first, group, T, KEYS, D, BLOCK_D, True, TMA)
+    v_tile = load_tile(v, v_t, batch, first, group, T, KEYS, D, BLOCK_D, True, TMA)
 
     begin, full_begin, end = 0, 0, T
     full_end = T // ROWS * ROWS
     if CAUSAL:
         begin = first // ROWS * ROWS
         full_begin = tl.minimum(tl.cdiv(first + KEYS, ROWS) * ROWS, tl.cdiv(T, ROWS) * ROWS)
+    key_ends = keys
     if DOCS:
-        doc_start += tl.cast(batch, tl.int64) * T
         doc_end += tl.cast(batch, tl.int64) * T
+        key_ends = tl.load(doc_end + keys, mask=keys < T, other=0)
         full_end = tl.load(doc_end + first) // ROWS * ROWS
         end = tl.load(doc_end + tl.minimum(first + KEYS, T) - 1)
     full_end = tl.maximum(full_end, full_begin)
 
     acc_k = tl.zeros((KEYS, BLOCK_D), tl.float32)
     acc_v = tl.zeros((KEYS, BLOCK_D), tl.float32)
-    for head in range(group * SHARED, group * SHARED + SHARED):
-        q_head = q + offset(batch, 0, head, q_b, q_t, q_h)
-        grad_head = grad + offset(batch, 0, head, grad_b, grad_t, grad_h)
+    for shared in range(SHARED):
+        head = group * SHARED + shared
+        q_head = of_head(q, batch, head, q_b, q_t, q_h, TMA)
+        grad_head = of_head(grad, batch, head, grad_b, grad_t, grad_h, TMA)
         statistics = (tl.cast(batch, tl.int64) * H + head) * T
         if CAUSAL:
             acc_k, acc_v = _backward_kv_span(
-                acc_k, acc_v, k_tile, v_tile, q_head, grad_head, lse + statistics, delta + statistics, doc_start,
-                q_t, grad_t, keys, begin, tl.minimum(full_begin, end), T, scale_log2,
-                True, CAUSAL, DOCS, D, ROWS, BLOCK_D, EDGE_STAGES,
+                acc_k, acc_v, k_tile, v_tile, q_head, grad_head, lse + statistics, delta + statistics,
+                q_t, grad_t, batch, head, keys, key_ends, begin, tl.minimum(full_begin, end), T, scale_log2,
+                True, CAUSAL, DOCS, D, ROWS, BLOCK_D, EDGE_STAGES, TMA,
             )  # fmt: skip
         acc_k, acc_v = _backward_kv_span(
-            acc_k, acc_v, k_tile, v_tile, q_head, grad_head, lse + statistics, delta + statistics, doc_start,
-            q_t, grad_t, keys, full_begin, full_end, T, scale_log2,
-            False, CAUSAL, DOCS, D, ROWS, BLOCK_D, EDGE_STAGES,
+            acc_k, acc_v, k_tile, v_tile, q_head, grad_head, lse + statistics, delta + statistics,
+            q_t, grad_t, batch, head, keys, key_ends, full_begin, full_end, T, scale_log2,
+            False, CAUSAL, DOCS, D, ROWS, BLOCK_D, EDGE_STAGES, TMA,
         )  # fmt: skip
         acc_k, acc_v = _backward_kv_span(
-            acc_k, acc_v, k_tile, v_tile, q_head, grad_head, lse + statistics, delta + statistics, doc_start,
-            q_t, grad_t, keys, full_end, end, T, scale_log2,
-            True, CAUSAL, DOCS, D, ROWS, BLOCK_D, EDGE_STAGES,
+            acc_k, acc_v, k_tile, v_tile, q_head, grad_head, lse + statistics, delta + statistics,
+            q_t, grad_t, batch, head, keys, key_ends, full_end, end, T, scale_log2,
+            True, CAUSAL, DOCS, D, ROWS, BLOCK_D, EDGE_STAGES, TMA,
         )  # fmt: skip
 
     groups = H // SHARED
@@ -186,20 +196,21 @@ def attention_backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     delta = torch.empty_like(lse)
-    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3]
-    config, constants = launch_settings("attention_backward_q", q, k, causal, doc_start)
+    tensors = {"q": q, "k": k, "v": v, "grad": grad}
+    numbers = {"T": T, "H": H, "scale": scale, "scale_log2": scale * LOG2_E}
+    config, arguments = launch_settings("attention_backward_q", causal, doc_start, **tensors)
     wrap_triton(backward_q_kernel)[(triton.cdiv(T, config["ROWS"]), H, B)](
-        q, k, v, doc_start, out, lse, grad, delta, dq, T, H, scale, scale * LOG2_E, *strides, **constants, **config
+        out=out, lse=lse, delta=delta, dq=dq, **numbers, **arguments
     )
     doc_end = None
     if doc_start is not None:
         keys = torch.arange(T, dtype=doc_start.dtype, device=q.device).expand(B, T).contiguous()
         doc_end = torch.searchsorted(doc_start.contiguous(), keys, right=True, out_int32=True)
-    config, constants = launch_settings("attention_backward_kv", q, k, causal, doc_start)
+    config, arguments = launch_settings("attention_backward_kv", causal, doc_start, **tensors)
+    del arguments["doc_start"]
     wrap_triton(backward_kv_kernel)[(triton.cdiv(T, config["KEYS"]), G, B)](
-        q, k, v, doc_start, doc_end, lse, grad, delta, dk, dv, T, H, scale, scale * LOG2_E, *strides,
-        **constants, **config,
-    )  # fmt: skip
+        doc_end=doc_end, lse=lse, delta=delta, dk=dk, dv=dv, **numbers, **arguments
+    )
     return dq, dk, dv
 
 

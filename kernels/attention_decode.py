@@ -63,8 +63,8 @@ def decode_kernel(
     acc, m, l = attend_span(
         tl.zeros((ROWS, BLOCK_D), tl.float32), tl.full((ROWS,), FLOOR, tl.float32), tl.zeros((ROWS,), tl.float32),
         q_tile, k + offset(batch, 0, group, k_b, k_t, k_h), v + offset(batch, 0, group, v_b, v_t, v_h), k_t, v_t,
-        last_seen, last_seen, begin, end, length, scale_log2,
-        True, True, False, D, KEYS, BLOCK_D, EDGE_STAGES,
+        batch, group, last_seen, last_seen, begin, end, length, scale_log2,
+        True, True, False, D, KEYS, BLOCK_D, EDGE_STAGES, False,
     )  # fmt: skip
     l = tl.where(l == 0.0, 1.0, l)  # a stretch that no query of the tile sees: its weight becomes 0
     row = ((tl.cast(split, tl.int64) * B + batch) * NEW + token) * H + head

@@ -20,24 +20,26 @@ from kernels.attention_tiles import (
     launch_settings,
     load_tile,
     make_differentiable,
+    of_head,
     offset,
     store_tile,
     unit_stride,
     visible,
 )
-from kernels.dispatch import custom_op, tl, triton, wrap_triton
+from kernels.dispatch import CHIPS, custom_op, tl, triton, wrap_triton
+from kernels.launch_configs import launch_config
 
 
 @triton.jit
 def attend_span(
-    acc, m, l, q, k, v, k_t, v_t, rows, row_starts, begin, end, T, scale_log2,
+    acc, m, l, q, k, v, k_t, v_t, batch, group, rows, row_starts, begin, end, T, scale_log2,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
-    D: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_STAGES: tl.constexpr,
+    D: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys begin..end: acc (ROWS, BLOCK_D), maximum m and sum l (ROWS,)."""
+    """Online softmax over the keys begin..end: acc (ROWS, BLOCK_D), maximum m and sum l (ROWS,); k and v of `of_head`."""
     for start in tl.range(begin, end, KEYS, num_stages=EDGE_STAGES if MASK else None):
         start = tl.multiple_of(start, KEYS)
-        k_tile = load_tile(k + tl.cast(start, tl.int64) * k_t, k_t, T - start, KEYS, D, BLOCK_D, MASK)
+        k_tile = load_tile(k, k_t, batch, start, group, T, KEYS, D, BLOCK_D, MASK, TMA)
         scores = tl.dot(q, k_tile.T, input_precision="ieee")
         if MASK:
             keys = start + tl.arange(0, KEYS)
@@ -48,7 +50,7 @@ def attend_span(
         shrink = tl.math.exp2(m - m_new)
         l = l * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
-        v_tile = load_tile(v + tl.cast(start, tl.int64) * v_t, v_t, T - start, KEYS, D, BLOCK_D, MASK)
+        v_tile = load_tile(v, v_t, batch, start, group, T, KEYS, D, BLOCK_D, MASK, TMA)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
         m = m_new
     return acc, m, l
@@ -60,15 +62,18 @@ def forward_kernel(
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     SHARED: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """out (B, T, H, D) contiguous and lse (B, H, T) of one tile of queries: grid (tiles, H, B)."""
     # The longest rows of a head start first; heads stay together, so their keys stay in the L2 cache.
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
     head, batch = tl.program_id(1), tl.program_id(2)
     rows = first + tl.arange(0, ROWS)
-    q_tile = load_tile(q + offset(batch, first, head, q_b, q_t, q_h), q_t, T - first, ROWS, D, BLOCK_D, True)
-    k += offset(batch, 0, head // SHARED, k_b, k_t, k_h)
-    v += offset(batch, 0, head // SHARED, v_b, v_t, v_h)
+    group = head // SHARED
+    q = of_head(q, batch, head, q_b, q_t, q_h, TMA)
+    k = of_head(k, batch, group, k_b, k_t, k_h, TMA)
+    v = of_head(v, batch, group, v_b, v_t, v_h, TMA)
+    q_tile = load_tile(q, q_t, batch, first, head, T, ROWS, D, BLOCK_D, True, TMA)
     row_starts = rows
     if DOCS:
         doc_start += tl.cast(batch, tl.int64) * T
@@ -80,16 +85,16 @@ def forward_kernel(
     l = tl.zeros((ROWS,), tl.float32)
     if DOCS:
         acc, m, l = attend_span(
-            acc, m, l, q_tile, k, v, k_t, v_t, rows, row_starts, begin, full_begin, T, scale_log2,
-            True, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES,
+            acc, m, l, q_tile, k, v, k_t, v_t, batch, group, rows, row_starts, begin, full_begin, T,
+            scale_log2, True, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES, TMA,
         )  # fmt: skip
     acc, m, l = attend_span(
-        acc, m, l, q_tile, k, v, k_t, v_t, rows, row_starts, full_begin, full_end, T, scale_log2,
-        False, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES,
+        acc, m, l, q_tile, k, v, k_t, v_t, batch, group, rows, row_starts, full_begin, full_end, T, scale_log2,
+        False, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES, TMA,
     )  # fmt: skip
     acc, m, l = attend_span(
-        acc, m, l, q_tile, k, v, k_t, v_t, rows, row_starts, full_end, end, T, scale_log2,
-        True, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES,
+        acc, m, l, q_tile, k, v, k_t, v_t, batch, group, rows, row_starts, full_end, end, T, scale_log2,
+        True, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES, TMA,
     )  # fmt: skip
 
     l = tl.where(l == 0.0, 1.0, l)
@@ -108,11 +113,10 @@ def attention_forward(
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     out = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    config, constants = launch_settings("attention_forward", q, k, causal, doc_start)
+    config, arguments = launch_settings("attention_forward", causal, doc_start, q=q, k=k, v=v)
     wrap_triton(forward_kernel)[(triton.cdiv(T, config["ROWS"]), H, B)](
-        q, k, v, doc_start, out, lse, T, H, scale * LOG2_E,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, **config,
-    )  # fmt: skip
+        out=out, lse=lse, T=T, H=H, scale_log2=scale * LOG2_E, **arguments
+    )
     return out, lse
 
 
@@ -138,8 +142,10 @@ def compile_cases() -> list[Case]:
     return [
         element_case(name, kernel, target, dtype, width, docs=docs, D=D)
         for target in triton_targets("attention")
-        for name, kernel in KERNELS.items()
+        for kernel_name, kernel in KERNELS.items()
         for width, D in ((16, 16), (32, 32), (64, 64), (64, 48), (128, 128), (128, 80), (256, 256))
+        for name in (kernel_name, f"{kernel_name}_pointers")
+        if launch_config(CHIPS[target], name, width, {})
         for dtype, docs in (("bf16", False), ("fp16", True))
         if D == width or docs
     ]

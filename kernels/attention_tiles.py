@@ -2,18 +2,20 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
 from kernels.aot import Case
-from kernels.dispatch import CHIPS, chip, interpreting, tl, triton
-from kernels.launch_configs import launch_config
+from kernels.dispatch import CHIPS, TensorDescriptor, chip, interpreting, tl, triton
+from kernels.launch_configs import LaunchConfig, launch_config
 
 LOG2_E = math.log2(math.e)
 # The running maximum starts here instead of at -inf, so that a row that sees nothing yet gives exp2(-inf) = 0, not NaN.
 FLOOR = tl.constexpr(-1.0e30)
+TILE_OF = {"q": "ROWS", "k": "KEYS", "v": "KEYS", "grad": "ROWS"}  # how many rows of each tensor a kernel loads at once
 
 
 @triton.jit
@@ -23,17 +25,35 @@ def offset(batch, row, head, stride_b, stride_t, stride_h):
 
 
 @triton.jit
-def load_tile(base, stride, rows_left, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr):
-    """ROWS rows of D elements from `base`, as (ROWS, BLOCK_D) with zeros beyond `rows_left` rows (if MASK) and D."""
-    i, d = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    where = base + i * stride + d
-    if MASK and BLOCK_D != D:
-        return tl.load(where, mask=(i < rows_left) & (d < D), other=0.0)
-    if MASK:
-        return tl.load(where, mask=i < rows_left, other=0.0)
-    if BLOCK_D != D:
-        return tl.load(where, mask=d < D, other=0.0)
-    return tl.load(where)
+def of_head(x, batch, head, stride_b, stride_t, stride_h, TMA: tl.constexpr):
+    """What load_tile takes of a tensor: a pointer to a head's first row, or the descriptor as it is."""
+    return x if TMA else x + offset(batch, 0, head, stride_b, stride_t, stride_h)
+
+
+@triton.jit
+def load_tile(
+    x, stride_t, batch, row, head, T,
+    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The rows row..row + ROWS of `of_head`, as (ROWS, BLOCK_D) with zeros from T (if MASK or TMA) and D on.
+
+    Hopper's copy engine (TMA) takes a descriptor of the whole tensor (B, H, T, D): no thread computes addresses, and
+    the registers that these took are free for larger tiles.
+    """
+    if TMA:
+        tile = x.load([batch, head, row, 0]).reshape(ROWS, BLOCK_D)
+    else:
+        i, d = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+        where = x + tl.cast(row, tl.int64) * stride_t + i * stride_t + d
+        if MASK and BLOCK_D != D:
+            tile = tl.load(where, mask=(i < T - row) & (d < D), other=0.0)
+        elif MASK:
+            tile = tl.load(where, mask=i < T - row, other=0.0)
+        elif BLOCK_D != D:
+            tile = tl.load(where, mask=d < D, other=0.0)
+        else:
+            tile = tl.load(where)
+    return tile
 
 
 @triton.jit
@@ -101,11 +121,22 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def launch_settings(kernel: str, q: Tensor, k: Tensor, causal: bool, doc_start: Tensor | None) -> tuple[dict, dict]:
-    """The chip's launch configuration and the constants of one kernel."""
+def launch_settings(
+    kernel: str, causal: bool, doc_start: Tensor | None, **tensors: Tensor
+) -> tuple[LaunchConfig, dict[str, Any]]:
+    """The chip's launch configuration of one kernel, and what the kernel is launched with: that, and all but outputs.
+
+    tensors: q, k, v and perhaps grad, (B, T, heads, D), passed on as descriptors where the configuration says so.
+    """
+    q, k = tensors["q"], tensors["k"]
     D = q.shape[-1]
     width = max(16, triton.next_power_of_2(D))
-    config = launch_config(chip(q.device), kernel, width)
+    config = {"TMA": 0} | launch_config(chip(q.device), kernel, width)
+    if config["TMA"] and not all(map(describable, tensors.values())):
+        config = launch_config(chip(q.device), f"{kernel}_pointers", width, config) | {"TMA": 0}
+    strides = {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("bth")}
+    if config["TMA"]:
+        tensors = {name: describe(x, config[TILE_OF[name]], width) for name, x in tensors.items()}
     constants = {
         "SHARED": q.shape[2] // k.shape[2],
         "CAUSAL": causal,
@@ -113,19 +144,34 @@ def launch_settings(kernel: str, q: Tensor, k: Tensor, causal: bool, doc_start: 
         "D": D,
         "BLOCK_D": width,
     }
-    return config, constants
+    return config, tensors | strides | {"doc_start": doc_start} | constants | config
+
+
+def describable(x: Tensor) -> bool:
+    """Whether a tensor descriptor can be made: whole rows 16 bytes apart, and an address, which a traced graph has not."""
+    steps = (stride * x.element_size() for stride in x.stride()[:3])
+    return type(x) is Tensor and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+
+
+def describe(x: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """The descriptor of x (B, T, H, D) that gives tiles of `rows` rows of one head, zeros beyond T and D."""
+    x = x.transpose(1, 2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width])
 
 
 def element_case(
     name: str, kernel: Callable, target: str, dtype: str, width: int, *, docs: bool = False, shared: int = 1, D: int
 ) -> Case:
     """The case of one attention kernel with its launch configuration on one chip, for heads of D in a tile of width."""
-    config = dict(launch_config(CHIPS[target], name, width))
+    config = {"TMA": 0} | launch_config(CHIPS[target], name, width)
     options = {k: config.pop(k) for k in ("num_warps", "num_stages")}
     constants = config | {"SHARED": shared, "CAUSAL": True, "DOCS": docs, "D": D, "BLOCK_D": width}
     if not docs:
         constants |= {"doc_start": None, "doc_end": None}
     signature = {a: _type_of(a, dtype) for a in kernel.arg_names if a not in constants}
+    if config["TMA"]:
+        tiles = {name: f"1,1,{config[rows]},{width}" for name, rows in TILE_OF.items() if name in signature}
+        signature |= {name: f"tensordesc<{dtype}[{tile}]>" for name, tile in tiles.items()}
     strides = [a for a in signature if a[-2:] in ("_b", "_t", "_h")]
     return Case(
         op=name.removesuffix("_many") if "decode" in name else "attention",

@@ -3,7 +3,7 @@
     PILESMITH_KERNELS=triton|torch   overrides every decision (and the config field of the same meaning)
     PILESMITH_CHIP=cuda:75           decides as if the device were that chip; it still runs on the one that is there
 
-Kernel files take `triton`, `tl`, `custom_op` and `wrap_triton` from here, so that they import and work without Triton.
+Kernel files take `triton`, `tl`, `TensorDescriptor`, `custom_op` and `wrap_triton` from here, so that they import and work without Triton.
 """
 
 import functools
@@ -17,6 +17,7 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
 
     class _Absent:
@@ -30,7 +31,7 @@ except ImportError:
         def jit(function: Callable | None = None, **_options) -> Callable:
             return function if function is not None else _Absent.jit
 
-    triton = tl = _Absent()  # type: ignore[assignment]
+    triton = tl = TensorDescriptor = _Absent()  # type: ignore[assignment]
 
 TRITON_PRESENT = hasattr(triton, "__version__")
 # What `@triton.jit` sees at import decides what kernels are, so this is read at the same moment, and a constant after.
@@ -64,6 +65,11 @@ class Chip:
     def warp_size(self) -> int:
         """Threads of a warp: 64 on AMD up to gfx9, else 32."""
         return 64 if self.target.startswith("hip:gfx9") else 32
+
+    @property
+    def tma(self) -> bool:
+        """Whether an engine of its own copies tiles into shared memory, by tensor descriptors: NVIDIA's since Hopper."""
+        return self.target == "cuda:90"
 
 
 def _chip(target: str, name: str, dtype: str, tensor_cores: bool, shared_kib: int, **more) -> Chip:

@@ -280,7 +280,7 @@ def tune(
 ) -> dict[str, Any]:
     """Search one kernel in one case and keep the winner unless it is a dry run; return what came of it."""
     current = tunable.current(case, chip)
-    candidates = spread([c for c in tunable.candidates(case) if c != current], options.limit)
+    candidates = spread([c for c in tunable.candidates(case, chip) if c != current], options.limit)
     trials = compile_trials(tunable, prune(tunable, [current, *candidates], case, chip), case, chip.target, pool)
     if options.dry_run:
         report(tunable.kernel, case, trials)

@@ -1,15 +1,19 @@
 """Attention on both paths against its definition in fp64: values, gradients, odd sizes, documents, memory, bits."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import attention, attention_decode, dispatch
+from kernels import attention, attention_decode, attention_tiles, dispatch
 from kernels.attention import attention_reference, chunked
 from kernels.attention_backward import attention_backward
-from kernels.attention_forward import attention_forward
+from kernels.attention_forward import KERNELS, attention_forward
 from kernels.attention_tiles import offset
 from kernels.dispatch import tl, triton
+from kernels.launch_configs import use_launch_config
 
 PATHS = ["torch", "triton"]
 
@@ -122,6 +126,45 @@ def test_any_strides(path, kernel_path):
             torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
             for a, b in zip(torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), plain)):
                 torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture
+def through_descriptors(triton_path, monkeypatch):
+    """through_descriptors(width): the kernels load tiles of that width by descriptors; returns whom these were made of."""
+    described, describe = [], attention_tiles.describe
+    monkeypatch.setattr(attention_tiles, "describe", lambda *of: described.append(of[0].shape) or describe(*of))
+    config = {"ROWS": 32, "KEYS": 16, "num_warps": 4, "num_stages": 2, "EDGE_STAGES": None, "TMA": 1}
+    with contextlib.ExitStack() as stack:
+
+        def launch(width):
+            for kernel in KERNELS:
+                stack.enter_context(use_launch_config(kernel, width, config))
+            return described
+
+        yield launch
+
+
+@pytest.mark.parametrize("T, H, G, D, share", [(97, 4, 2, 16, None), (50, 2, 2, 40, 0.1), (1, 1, 1, 64, None), (33, 3, 1, 32, 0.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_tiles_through_descriptors(through_descriptors, T, H, G, D, share, dtype):
+    described = through_descriptors(max(16, triton.next_power_of_2(D)))
+    documents = None if share is None else document_starts(2, T, share)
+    check(contextlib.nullcontext(), 2, T, H, G, D, dtype, doc_start=documents)
+    assert len(described) == 3 + 4 + 4
+
+
+def test_what_no_descriptor_can_describe_goes_through_pointers(through_descriptors):
+    """Keys expanded over a batch, rows that do not begin at 16 bytes, what a compiler traces."""
+    described = through_descriptors(16)
+    _, q, k, v = packed(2, 33, 2, 2, 16, torch.float32)
+    shared, odd = k[:1].expand(2, -1, -1, -1), torch.randn(2, 33, 2, 17)[..., :16]
+    for inputs in ((q, shared, v), (odd, k, v)):
+        torch.testing.assert_close(attention(*inputs), attention_reference(*inputs), rtol=1e-4, atol=1e-5)
+    with FakeTensorMode() as mode:
+        assert not attention_tiles.describable(mode.from_tensor(q))
+    assert not described
+    attention(q, k, v)
+    assert len(described) == 3
 
 
 @pytest.mark.parametrize("documents", [False, True])

@@ -26,7 +26,7 @@ def test_candidates_have_the_tables_fields(kernel, target):
     assert set(tunable.usual(chip)) <= set(tunable.cases(chip))
     assert bool(tunable.cases(chip)) == (chip.tensor_cores or not kernel.startswith("attention"))
     for case in tunable.cases(chip):
-        current, candidates = tunable.current(case, chip), tunable.candidates(case)
+        current, candidates = tunable.current(case, chip), tunable.candidates(case, chip)
         assert all(c.keys() == current.keys() for c in candidates)
         assert len({json.dumps(c) for c in candidates}) == len(candidates) >= 10
 
@@ -72,7 +72,7 @@ def test_every_kernel_is_launched_with_the_candidate_and_is_right(kernel, triton
     case, sizes = SMALL[kernel]
     asked = Asked()
     monkeypatch.setattr(launch_configs, "_trials", asked)
-    config = TUNABLE[kernel].candidates(case)[0]
+    config = TUNABLE[kernel].candidates(case, CHIPS["cuda:86"])[0]
     with launch_configs.use_launch_config(kernel, case, config):
         assert TUNABLE[kernel].wrong(case, CPU, torch.float16, **sizes) == ""
     assert (kernel, case) in asked.keys_asked

@@ -37,6 +37,13 @@ class Attention(Tunable):
     def usual(self, chip: Chip) -> tuple[str, ...]:
         return tuple(case for case in self.cases(chip) if case in ("64", "128"))
 
+    def candidates(self, case: str, chip: Chip) -> list[LaunchConfig]:
+        return [config for config in super().candidates(case, chip) if chip.tma or not config.get("TMA")]
+
+    def current(self, case: str, chip: Chip) -> LaunchConfig:
+        found = super().current(case, chip)
+        return {key: found.get(key, 0) for key in self.space}  # tables of chips without TMA do not speak of it
+
     def shared_bytes(self, config: LaunchConfig, case: str) -> int:
         """The tiles in flight, in 16 bits."""
         return max(1, config["num_stages"] - 1) * 2 * config[self.streamed] * int(case) * 2
@@ -106,6 +113,7 @@ def _decode_by_definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 _TILES = {
     "ROWS": (64, 128), "KEYS": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4), "EDGE_STAGES": (None, 1),
+    "TMA": (0, 1),
 }  # fmt: skip
 _DECODE = {"KEYS": (32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3, 4), "EDGE_STAGES": (None,)}
 _SIZES = (2048, 8192)

@@ -88,7 +88,7 @@ class Tunable(ABC):
     space: dict[str, tuple[int | None, ...]]
     sizes: tuple[int, ...]
 
-    def candidates(self, case: str) -> list[LaunchConfig]:
+    def candidates(self, case: str, chip: Chip) -> list[LaunchConfig]:
         made = (dict(zip(self.space, values)) for values in itertools.product(*self.space.values()))
         return [config for config in made if self.sensible(config, case)]
 
