@@ -49,7 +49,11 @@ print(grown)
 
 @pytest.mark.parametrize(
     "flags",
-    [("--weights=stochastic", "--moments=int8"), ("--zero_stage=1", "--dtype=bf16"), ("--zero_stage=3", "--dtype=bf16")],
+    [
+        ("--weights=stochastic", "--moments=int8"),
+        pytest.param(("--zero_stage=1", "--dtype=bf16"), marks=pytest.mark.slow),
+        ("--zero_stage=3", "--dtype=bf16"),
+    ],
     ids=" ".join,
 )
 def test_a_model_comes_into_its_place_and_format_without_being_whole_in_fp32(tiny_flags, start, tmp_path, flags):

@@ -227,7 +227,7 @@ print(json.dumps(peak_memory(torch.device("cpu")) - before))
 """
 
 
-@pytest.mark.parametrize("kind", ["none", "blocks", "selective", "offloaded"])
+@pytest.mark.parametrize("kind", ["none", "offloaded", *(pytest.param(k, marks=pytest.mark.slow) for k in ("blocks", "selective"))])
 def test_a_process_grows_by_what_is_planned(kind, start, tmp_path):
     model = dict(n_layer=6, n_head=4, n_embd=256, block_size=128, vocab_size=8192, positions="rotary")
     script = tmp_path / "grow.py"

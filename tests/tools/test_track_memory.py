@@ -53,11 +53,10 @@ def test_formulas_are_within_five_percent_of_the_tracker(preset, micro_batch_siz
 @pytest.mark.parametrize("accumulates", [True, False])
 @pytest.mark.parametrize(
     ("kind", "layers"),
-    [("none", 0), ("blocks", 2), ("blocks", 5), ("selective", 2), ("selective", 5), ("offloaded", 2), ("offloaded", 4),
-     ("offloaded", 5)],
-)  # fmt: skip
+    [("none", 0), ("blocks", 1), ("blocks", 3), ("selective", 1), ("selective", 3), ("offloaded", 1), ("offloaded", 3)],
+)
 def test_partial_recomputation_and_single_micro_batches(kind, layers, accumulates):
-    model = model_of("gpt2", n_layer=5, block_size=512, vocab_size=4096)
+    model = model_of("gpt2", n_layer=3, block_size=512, vocab_size=4096)
     asked = dict(dtype="bf16", weights="bf16", micro_batch_size=8, accumulates=accumulates)
     assert abs(error(model, **asked, recompute=way(kind, layers))) < 0.05
 
@@ -66,13 +65,13 @@ def test_offloaded_activations_do_not_grow_with_depth():
     asked = dict(dtype="bf16", weights="bf16", micro_batch_size=8)
     held = {}
     for kind in ("blocks", "offloaded"):
-        for n_layer in (3, 9):
+        for n_layer in (2, 5):
             model = model_of("gpt2", n_layer=n_layer, n_head=4, n_embd=64, block_size=256, vocab_size=512)
             seen = track(model, **asked, recompute=way(kind, n_layer))
             held[kind, n_layer] = seen["total"] - seen["param"] - seen["grad"]
     stream = 8 * 256 * 64 * 2
-    assert held["offloaded", 9] - held["offloaded", 3] < stream
-    assert held["blocks", 9] - held["blocks", 3] > 5 * stream
+    assert held["offloaded", 5] - held["offloaded", 2] < stream / 2
+    assert held["blocks", 5] - held["blocks", 2] > 2.5 * stream
 
 
 def test_the_tracker_sees_the_parts(capsys):
