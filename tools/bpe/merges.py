@@ -102,7 +102,7 @@ def merge_lists(text, start, n, tables, scratch, out, at):
     ids, ranks, before, after = scratch.ids, scratch.ranks, scratch.before, scratch.after
     filled, filled_words = scratch.filled, scratch.filled_words
     nodes = 0
-    for i in range(n):
+    for i in range(n - 1, -1, -1):  # the leftmost becomes the first of each list, and so of each run
         ids[i] = tables.byte_ids[text[start + i]]
         before[i], after[i] = i - 1, i + 1
         ranks[i] = byte_pair_rank(tables, text, start + i) if i + 1 < n else uint32(NO_RANK)
