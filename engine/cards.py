@@ -136,8 +136,6 @@ CARDS: tuple[Card, ...] = CLASSIC + (
     _card("RTX 4090", "cuda:89", 24, 23.51, 1008, (165.2, 165.2, 82.6), PCIE4_X16, _ADA_GEFORCE),
     _card("L4", "cuda:89", 24, 22.03, 300, (121, 121, 30.3), PCIE4_X16, "NVIDIA L4 datasheet, sparse figure halved"),
     _card("L40S", "cuda:89", 48, 44.39, 864, (362.05, 362.05, 91.6), PCIE4_X16, "NVIDIA L40S datasheet"),
-    _card("RTX 5060", "cuda:120", 8, 7.53, 448, (38.4, 38.4, 19.2), PCIE5_X8,
-          "NVIDIA product page; FP16 tensor with FP32 accumulate is twice FP32, as in the RTX Blackwell whitepaper"),
     _card("RTX 5060 Ti", "cuda:120", 16, 15.47, 448, (47.4, 47.4, 23.7), PCIE5_X8, _BLACKWELL_GEFORCE),
     _card("RTX 5070", "cuda:120", 12, 11.50, 672, (61.7, 61.7, 30.9), PCIE5_X16, _BLACKWELL_GEFORCE),
     _card("RTX 5070 Ti", "cuda:120", 16, 15.47, 896, (87.9, 87.9, 43.9), PCIE5_X16, _BLACKWELL_GEFORCE),
