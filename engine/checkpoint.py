@@ -113,8 +113,8 @@ def _require_space(config: Config) -> None:
     free, less = shutil.disk_usage(config.run_dir).free, "a smaller --keep_checkpoints, or " if kept > 3 else ""
     require(
         free >= max(size, kept * size - there),
-        f"the disk of {config.run_dir} has {free / 2**30:.3g} GiB free, and {kept} checkpoints of {size / 2**30:.3g} GiB "
-        f"would lie on it at once: {less}a --run_dir on another disk",
+        f"the disk of {config.run_dir} has {free / 2**30:.3g} GiB free, and checkpoints would take "
+        f"{kept} x {size / 2**30:.3g} GiB at once: {less}a --run_dir on another disk",
     )
 
 

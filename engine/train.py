@@ -159,7 +159,7 @@ def set_up(config: Config, start_from: Path | None, processes: Processes) -> Run
         for line in explain(chosen) if chosen else ():
             report.say(line)
         if (warmup := config.optimizer.warmup_steps) != asked.optimizer.warmup_steps:
-            report.say(f"schedule: {asked.optimizer.warmup_steps} steps of warm-up are too many for {config.optimizer.max_steps}: {warmup}")
+            report.say(f"schedule: a warm-up of {asked.optimizer.warmup_steps} steps is too long for {config.optimizer.max_steps}: shortened to {warmup}")
         report.say(f"strategy: {strategy.describe()}")
         report.say(
             f"data: {train_file}; a step is {human(config.optimizer.batch_tokens)} tokens: "

@@ -75,7 +75,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tiny_flags, tmp_pa
 @pytest.mark.parametrize(
     "flags, room, said",
     [
-        ([], 1.5, "2 checkpoints of"),
+        ([], 1.5, "checkpoints would take 2 x"),
         (["--keep_checkpoints=2"], 3.5, "a smaller --keep_checkpoints, or a --run_dir"),
         (["--keep_checkpoints=2"], 4, None),
         (["--keep_checkpoints=1"], 2.5, "at once: a --run_dir on another disk"),

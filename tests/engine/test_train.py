@@ -298,7 +298,7 @@ def test_what_cannot_work_is_refused_with_a_reason(tiny_flags, capsys, flags, co
 
 def test_a_presets_warm_up_is_shortened_to_a_short_run_and_said_to_be(tiny_flags, tmp_path, capsys):
     assert train.main([*tiny_flags, "--warmup_steps=50"]) == 0
-    assert "schedule: 50 steps of warm-up are too many for 12: 1" in capsys.readouterr().out
+    assert "schedule: a warm-up of 50 steps is too long for 12: shortened to 1" in capsys.readouterr().out
     rates = [r["lr"] for r in read_metrics(tmp_path / "run") if "lr" in r]
     assert rates[0] == max(rates) == 2e-3
 
