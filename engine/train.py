@@ -307,12 +307,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config, options = parse(sys.argv[1:] if arguments is None else arguments)
         start_from = checkpoint.to_start_from(config.run_dir, options.resume)
-        if start_from and (step := checkpoint.check(start_from)["step"]) >= config.optimizer.max_steps:
-            if processes.main:
-                print(f"step {step} of {config.optimizer.max_steps} is done: raise --max_steps to go on", flush=True)
-            return 0
         claim = checkpoint.claimed(config) if processes.main else nullcontext()
         with Interrupt(says=processes.main) as interrupt, claim:
+            if start_from and (step := checkpoint.check(start_from)["step"]) >= config.optimizer.max_steps:
+                if processes.main:
+                    print(f"step {step} of {config.optimizer.max_steps} is done: raise --max_steps to go on", flush=True)
+                return 0
             code = loop(set_up(config, start_from, processes), interrupt)
         processes.barrier()
         return code

@@ -112,7 +112,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_ends(tiny_flags, tm
     assert f"another run is writing to {tmp_path}/run: wait for it, stop it, or give" in capsys.readouterr().err
     first.kill()
     first.wait()
-    step = checkpoint.read_state(checkpoint.newest(tmp_path / "run"))["step"] + 1
+    step = checkpoint.read_state(checkpoint.newest(tmp_path / "run"))["step"] + 3  # beyond the warm-up
     assert train.main([*again, f"--max_steps={step}"]) == 0
 
 

@@ -75,7 +75,7 @@ def test_a_run_goes_on_elsewhere(flags, small, tmp_path, monkeypatch):
     assert train.main([*small, "--max_steps=6", f"--run_dir={tmp_path}/cpu"]) == 0
     for steps, device in ((2, ["--device=cpu"]), (4, ["--device=cuda", "--dtype=fp32", *flags]), (6, ["--device=cpu"])):
         with pretended_card(monkeypatch, PASCAL) if "--device=cuda" in device else nullcontext():
-            assert train.main([*small, "--resume", f"--max_steps={steps}", *device]) == 0
+            assert train.main([*small, "--resume=auto", f"--max_steps={steps}", *device]) == 0
         monkeypatch.undo()
     assert losses(tmp_path / "run", "loss") == pytest.approx(losses(tmp_path / "cpu", "loss"), abs=1e-3)
 
