@@ -53,7 +53,8 @@ def write_run(run: Path, losses: dict[int, float | None]) -> dict[int, GPT]:
         folder = run / f"checkpoints/step_{step:08d}"
         save_model(folder, models[step])
         config.save(folder / "config.json")
-        (folder / "state.json").write_text(json.dumps({"format": 1, "step": step, "val_loss": loss}))
+        state = {"format": 1, "step": step, "tokens": 0, "val_loss": loss, "counters": {}, "shards": {}}
+        (folder / "state.json").write_text(json.dumps(state))
     config.save(run / "config.json")
     return models
 
