@@ -200,14 +200,13 @@ def attention_backward(
     numbers = {"T": T, "H": H, "scale": scale, "scale_log2": scale * LOG2_E}
     config, arguments = launch_settings("attention_backward_q", causal, doc_start, **tensors)
     wrap_triton(backward_q_kernel)[(triton.cdiv(T, config["ROWS"]), H, B)](
-        out=out, lse=lse, delta=delta, dq=dq, **numbers, **arguments
+        doc_start=doc_start, out=out, lse=lse, delta=delta, dq=dq, **numbers, **arguments
     )
     doc_end = None
     if doc_start is not None:
         keys = torch.arange(T, dtype=doc_start.dtype, device=q.device).expand(B, T).contiguous()
         doc_end = torch.searchsorted(doc_start.contiguous(), keys, right=True, out_int32=True)
     config, arguments = launch_settings("attention_backward_kv", causal, doc_start, **tensors)
-    del arguments["doc_start"]
     wrap_triton(backward_kv_kernel)[(triton.cdiv(T, config["KEYS"]), G, B)](
         doc_end=doc_end, lse=lse, delta=delta, dk=dk, dv=dv, **numbers, **arguments
     )

@@ -115,7 +115,7 @@ def attention_forward(
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     config, arguments = launch_settings("attention_forward", causal, doc_start, q=q, k=k, v=v)
     wrap_triton(forward_kernel)[(triton.cdiv(T, config["ROWS"]), H, B)](
-        out=out, lse=lse, T=T, H=H, scale_log2=scale * LOG2_E, **arguments
+        doc_start=doc_start, out=out, lse=lse, T=T, H=H, scale_log2=scale * LOG2_E, **arguments
     )
     return out, lse
 

@@ -124,9 +124,9 @@ def unit_stride(x: Tensor) -> Tensor:
 def launch_settings(
     kernel: str, causal: bool, doc_start: Tensor | None, **tensors: Tensor
 ) -> tuple[LaunchConfig, dict[str, Any]]:
-    """The chip's launch configuration of one kernel, and what the kernel is launched with: that, and all but outputs.
+    """The chip's launch configuration of one kernel; and that with the kernel's constants and its tensors and strides.
 
-    tensors: q, k, v and perhaps grad, (B, T, heads, D), passed on as descriptors where the configuration says so.
+    tensors: q, k, v and perhaps grad, (B, T, heads, D), which become descriptors where the configuration says so.
     """
     q, k = tensors["q"], tensors["k"]
     D = q.shape[-1]
@@ -144,11 +144,11 @@ def launch_settings(
         "D": D,
         "BLOCK_D": width,
     }
-    return config, tensors | strides | {"doc_start": doc_start} | constants | config
+    return config, tensors | strides | constants | config
 
 
 def describable(x: Tensor) -> bool:
-    """Whether a tensor descriptor can be made: whole rows 16 bytes apart, and an address, which a traced graph has not."""
+    """Whether a tensor descriptor can be made: rows at multiples of 16 bytes, and an address, which a traced graph lacks."""
     steps = (stride * x.element_size() for stride in x.stride()[:3])
     return type(x) is Tensor and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
 
