@@ -111,7 +111,8 @@ def test_on_a_pretended_card(single, tiny_flags, start, tmp_path, chip, launcher
     run = tmp_path / chip
     command = ("-m", "tests.pretended_card", chip, *tiny_flags, DEPTH, "--micro_batch_size=2", *flags, f"--run_dir={run}")
     output = finish(start(*launcher, *command))
-    assert "device: cuda:0" in output and "dtype: float16" in output and f"{2 if launcher else 1} processes" in output
+    assert "device: cuda:0" in output and "dtype: float16" in output
+    assert ("2 processes" if launcher else "stage 1, optimizer in host memory, 1 process") in output
     assert losses(run) == pytest.approx(losses(single), rel=1e-2)
 
 
