@@ -1,4 +1,5 @@
 """Installs Pilesmith: `pip install -e .`, or `pip install -e '.[test]'` with what the tests need."""
+
 from setuptools import setup
 
 setup(
@@ -8,9 +9,20 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=[
-        "engine", "engine.strategy", "kernels", "tools", "tools.bpe", "tools.profiling", "tools.tuning", "benchmarks",
+        "engine",
+        "engine.strategy",
+        "kernels",
+        "tools",
+        "tools.bpe",
+        "tools.profiling",
+        "tools.tuning",
+        "benchmarks",
     ],  # fmt: skip
-    package_data={"engine": ["vocabulary/*.tiktoken"], "kernels": ["configs/*.json"], "tools.bpe": ["code_point_classes.txt"]},
+    package_data={
+        "engine": ["vocabulary/*.tiktoken"],
+        "kernels": ["configs/*.json"],
+        "tools.bpe": ["code_point_classes.txt"],
+    },
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.9; platform_system == 'Linux'",

@@ -1,4 +1,5 @@
 """The baseline: what the classic train-llm-from-scratch script computes, written out. Naive heads, fp32, whole logits."""
+
 import math
 
 import torch

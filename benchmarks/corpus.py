@@ -1,4 +1,5 @@
 """Real text from what a machine has already: manual pages, translations, web pages, Python and C sources."""
+
 import gettext
 import gzip
 import hashlib

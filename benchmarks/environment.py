@@ -1,4 +1,5 @@
 """Where a number was measured, and the file it is kept in."""
+
 import datetime
 import importlib.metadata
 import json

@@ -37,7 +37,9 @@ def within_minutes(config: Config, device: torch.device, processes: int = 1) -> 
     tokens = max(unit, CPU_STEP_TOKENS // unit * unit)
     if device.type != "cpu" or config.optimizer.batch_tokens != usual or usual <= tokens:
         return config
-    print(f"a step has {tokens:,} tokens, not {usual:,}: this is a CPU; any other --batch_tokens is kept", file=sys.stderr)
+    print(
+        f"a step has {tokens:,} tokens, not {usual:,}: this is a CPU; any other --batch_tokens is kept", file=sys.stderr
+    )
     config = copy.deepcopy(config)
     config.optimizer.batch_tokens = tokens
     return config

@@ -259,7 +259,11 @@ def main(arguments: list[str] | None = None) -> int:
             payload["rows"].append(row)
             write_result(options.out, payload)
             made = row["miniature"]
-            shown = f"{made['peak_bytes'] / made['limit_bytes']:.0%} of {made['limit_bytes'] / MiB:.0f} MiB" if made["peak_bytes"] else ""
+            shown = (
+                f"{made['peak_bytes'] / made['limit_bytes']:.0%} of {made['limit_bytes'] / MiB:.0f} MiB"
+                if made["peak_bytes"]
+                else ""
+            )
             learned = f"loss {made['losses'][0]:.2f} to {made['losses'][-1]:.2f}" if made["losses"] else ""
             print(f"{card.name}: {chosen.name}: {made['status']} {shown} {learned}; plain: {row['plain']}", flush=True)
     return int(any(row["miniature"]["status"] != "trained" for row in payload["rows"]))

@@ -9,6 +9,7 @@ steps. Runs with the same seed begin with the same weights and see the same text
 compared seed by seed. Results and a picture of the curves are written after each finished run. On several cores, start
 it once for each of `--models` with an `--out` of its own, and at the end with `--report` for all.
 """
+
 import argparse
 import os
 import signal
@@ -92,7 +93,14 @@ def command(options: argparse.Namespace, model: str, form: str, seed: int) -> li
         "tensorboard": "false",
     }
     flags = [f"--{name}={value}" for name, value in settings.items()]
-    return [sys.executable, str(ROOT / "engine/train.py"), *MODELS[model], *flags, *FLAGS.get(form, []), "--resume=auto"]
+    return [
+        sys.executable,
+        str(ROOT / "engine/train.py"),
+        *MODELS[model],
+        *flags,
+        *FLAGS.get(form, []),
+        "--resume=auto",
+    ]
 
 
 def train(options: argparse.Namespace, *run: Any) -> None:

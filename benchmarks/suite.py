@@ -86,7 +86,14 @@ def parts(device: str, small: bool) -> list[Part]:
     """Return the parts in the order of their worth. `device` ends every name; `small`: what a CPU does in seconds."""
 
     def throughput(
-        preset: str, limit_s: float, *, memory: int = 0, card: str = "", compare: str = "", label: str = "", flags: str = ""
+        preset: str,
+        limit_s: float,
+        *,
+        memory: int = 0,
+        card: str = "",
+        compare: str = "",
+        label: str = "",
+        flags: str = "",
     ) -> Part:
         """At a limit of `memory` GB; or as `card`, over so many steps that the loss is seen to fall."""
         name = f"throughput-{preset}-{device}{label}"

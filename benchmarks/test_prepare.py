@@ -5,6 +5,7 @@
 `bare` is the floor of any such program in Python: decompress, find the lines, parse each, touch its text. All take
 turns, so that what else the machine does meets all of them.
 """
+
 import importlib.util
 import json
 import statistics

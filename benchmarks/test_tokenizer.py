@@ -4,6 +4,7 @@
 
 All encoders take turns, so that what else the machine does meets all of them. Times are seconds of CPU.
 """
+
 import importlib.metadata
 import importlib.util
 import os

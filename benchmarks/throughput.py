@@ -209,7 +209,9 @@ def largest_that_fits(name: str, job: Job, warmup: int, steps: int) -> Measured 
 
 def take_turns(jobs: dict[str, Job], warmup: int, steps: int, rounds: int) -> dict[str, Outcome]:
     missing = {name: not_installed(job.contender) for name, job in jobs.items()}
-    results: dict[str, Outcome] = {n: f"not run: {package} is not installed" for n, package in missing.items() if package}
+    results: dict[str, Outcome] = {
+        n: f"not run: {package} is not installed" for n, package in missing.items() if package
+    }
     running = {name: Running(job) for name, job in jobs.items() if name not in results}
     rounds = min(rounds, steps)
     for turn in range(rounds + 1):  # 0: warm up, all of them before any is timed
@@ -291,7 +293,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--gpu_memory", help="use no more of the GPU than this, such as 24GB, or than this card has, such as rtx3090"
     )
-    parser.add_argument("--card", help="do as this one would, such as v100: its memory, number format, kernels and plan")
+    parser.add_argument(
+        "--card", help="do as this one would, such as v100: its memory, number format, kernels and plan"
+    )
     parser.add_argument(
         "--processes", type=positive, default=1, help="processes that share our batch, one for each GPU [1]"
     )

@@ -8,6 +8,7 @@ run_dir/checkpoints/step_00000100/
 
 Everything is written and synced in a temporary folder, which is then renamed.
 """
+
 import json
 import math
 import os
@@ -75,7 +76,9 @@ def to_start_from(run_dir: str, resume: str | None) -> Path | None:
         beside = Path(run_dir).parent
         runs = [str(path) for path in sorted(beside.iterdir()) if newest(path)] if beside.is_dir() else []
         known = f" ({', '.join(runs)} can be gone on with: --resume --run_dir NAME)" if runs else ""
-        raise ConfigError(f"--resume: {run_dir} has no checkpoint{known}; --resume auto begins a run where there is none")
+        raise ConfigError(
+            f"--resume: {run_dir} has no checkpoint{known}; --resume auto begins a run where there is none"
+        )
     return last
 
 
@@ -93,7 +96,9 @@ def claimed(config: Config) -> Iterator[None]:
         with suppress(NotImplementedError):  # some network disks have no locks
             lock.acquire()
     except filelock.Timeout:
-        raise ConfigError(f"another run is writing to {folder}: wait for it, stop it, or give another --run_dir") from None
+        raise ConfigError(
+            f"another run is writing to {folder}: wait for it, stop it, or give another --run_dir"
+        ) from None
     except OSError as error:
         raise ConfigError(f"--run_dir {folder} is no folder to write to ({error.strerror}): give another") from None
     try:
@@ -146,7 +151,9 @@ def read_state(path: Path) -> dict[str, Any]:
         said = f"lacks {', '.join(missing)}" if isinstance(state, dict) else "holds no names"
         raise CheckpointError(f"{path} is damaged: its state.json {said}")
     if state["format"] > FORMAT:
-        raise CheckpointError(f"{path} has format {state['format']}, this version reads up to {FORMAT}: update pilesmith")
+        raise CheckpointError(
+            f"{path} has format {state['format']}, this version reads up to {FORMAT}: update pilesmith"
+        )
     return state
 
 
@@ -226,7 +233,9 @@ class _Writer:
         self._attempt(lambda: save_file(self.weights, self.folder / "model.safetensors", metadata=about))
         self._flush()
         self._attempt(lambda: config.save(self.folder / "config.json"))
-        self._attempt(lambda: (self.folder / "state.json").write_text(json.dumps(state | {"shards": self.shards}, indent=1)))
+        self._attempt(
+            lambda: (self.folder / "state.json").write_text(json.dumps(state | {"shards": self.shards}, indent=1))
+        )
         self._attempt(lambda: _commit(self.folder, final))
         if self.error is not None:
             shutil.rmtree(self.folder, ignore_errors=True)

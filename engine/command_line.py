@@ -2,6 +2,7 @@
 
 Settings go, weakest first: defaults, `--preset`, `--config FILE` (or the run that is resumed), flags.
 """
+
 import argparse
 import sys
 import types
@@ -9,7 +10,19 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.config import PRESETS, Config, ConfigError, Setting, did_you_mean, from_dict, load_file, merge, preset, require, settings
+from engine.config import (
+    PRESETS,
+    Config,
+    ConfigError,
+    Setting,
+    did_you_mean,
+    from_dict,
+    load_file,
+    merge,
+    preset,
+    require,
+    settings,
+)
 
 
 def positive(text: str) -> int:
@@ -68,14 +81,28 @@ def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
     flags = settings()
     parser = _Parser("Train a GPT.", prog="engine/train.py", formatter_class=argparse.HelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="a JSON configuration, such as a run's config.json")
-    parser.add_argument("--resume", nargs="?", const="latest", metavar="CHECKPOINT", help="go on with run_dir's newest checkpoint, or this one; auto: begin where there is none")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="CHECKPOINT",
+        help="go on with run_dir's newest checkpoint, or this one; auto: begin where there is none",
+    )
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher's
     for flag in flags.values():
-        choices = typing.get_args(flag.kind) if typing.get_origin(flag.kind) is Literal else PRESETS if flag.name == "preset" else ()
+        choices = (
+            typing.get_args(flag.kind)
+            if typing.get_origin(flag.kind) is Literal
+            else PRESETS
+            if flag.name == "preset"
+            else ()
+        )
         shown = f" ({', '.join(choices)})" if choices else ""
         options = {"nargs": "?", "const": "true"} if flag.kind is bool or True in flag.also else {}
         metavar = {int: "N", float: "X", bool: "true|false"}.get(flag.kind, "NAME" if choices else "TEXT")
-        parser.add_argument(f"--{flag.name}", help=f"{flag.help}{shown} [{_shown(flag)}]".replace("%", "%%"), metavar=metavar, **options)
+        parser.add_argument(
+            f"--{flag.name}", help=f"{flag.help}{shown} [{_shown(flag)}]".replace("%", "%%"), metavar=metavar, **options
+        )
     given = parser.parse_args(arguments)
     chosen: dict[str, Any] = {}
     for name, flag in flags.items():
@@ -103,7 +130,9 @@ def _require_both_files(data: dict[str, Any], flags: dict[str, Setting]) -> None
     given = [name for name in ("train_file", "val_file") if name in data]
     if len(given) == 1 and data[given[0]] != flags[given[0]].default:
         other = "val_file" if given == ["train_file"] else "train_file"
-        raise ConfigError(f"--{given[0]} {data[given[0]]} without --{other}, which would be {flags[other].default}: give both")
+        raise ConfigError(
+            f"--{given[0]} {data[given[0]]} without --{other}, which would be {flags[other].default}: give both"
+        )
 
 
 def _resumed(checkpoint: str, chosen: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 """The typed configuration tree, and the presets."""
+
 import dataclasses
 import difflib
 import json
@@ -9,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
 
 MAX_SEED = 2**63 - 1  # PyTorch's generators take no more
 
@@ -39,7 +39,9 @@ class ModelConfig:
     head_bias: bool = field(default=False, metadata={"help": "a bias on the language-model head"})
     tie_head: bool = field(default=True, metadata={"help": "share the head's matrix with the token embedding"})
     norm_eps: float = field(default=1e-5, metadata={"help": "LayerNorm's epsilon"})
-    z_loss: float = field(default=0.0, metadata={"help": "weight of the squared log-partition in the loss (PaLM, 2022)"})
+    z_loss: float = field(
+        default=0.0, metadata={"help": "weight of the squared log-partition in the loss (PaLM, 2022)"}
+    )
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
@@ -50,7 +52,10 @@ class ModelConfig:
             f"{max(h for h in range(1, self.n_head + 1) if self.n_embd % h == 0)} heads would do",
         )
         for name in ("norm_eps", "z_loss"):
-            require(0 <= getattr(self, name) < math.inf, f"{name} must be finite and not negative, got {getattr(self, name)}")
+            require(
+                0 <= getattr(self, name) < math.inf,
+                f"{name} must be finite and not negative, got {getattr(self, name)}",
+            )
         if self.positions == "rotary":
             require(self.head_dim % 2 == 0, f"rotary positions need an even head width, got {self.head_dim}")
 
@@ -61,7 +66,11 @@ class ModelConfig:
 
 def differences(there: dict[str, Any], here: ModelConfig) -> list[str]:
     """List the settings that differ between another model and `here`, for which weights of one do not fit the other."""
-    return [f"{k} is {there.get(k)} there and {v} here" for k, v in dataclasses.asdict(here).items() if k != "z_loss" and there.get(k) != v]
+    return [
+        f"{k} is {there.get(k)} there and {v} here"
+        for k, v in dataclasses.asdict(here).items()
+        if k != "z_loss" and there.get(k) != v
+    ]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -133,7 +142,9 @@ class StrategyConfig:
     )
     weights: Literal["auto", "fp32", "residual", "stochastic"] = field(
         default="auto",
-        metadata={"help": "resident: fp32; 16 bits and a residual, together the exact fp32; 16 bits, stochastic rounding"},
+        metadata={
+            "help": "resident: fp32; 16 bits and a residual, together the exact fp32; 16 bits, stochastic rounding"
+        },
     )
     moments: Literal["auto", "fp32", "bf16", "int8"] = field(
         default="auto", metadata={"help": "resident: AdamW's moments; int8 is block-wise"}
@@ -150,7 +161,8 @@ class StrategyConfig:
         },
     )
     host_memory: str = field(
-        default="", metadata={"help": "host memory to plan with, such as 32GB; empty: all that this machine or container has"}
+        default="",
+        metadata={"help": "host memory to plan with, such as 32GB; empty: all that this machine or container has"},
     )
     nvme_path: str = field(default="", metadata={"help": "ZeRO stage 3: offload to this folder instead of host memory"})
     deepspeed_config: str = field(default="", metadata={"help": "JSON file merged over the derived DeepSpeed config"})
@@ -167,18 +179,32 @@ class StrategyConfig:
             require(stage == 3, f"--nvme_path needs --zero_stage 3, got {stage}")
         if self.compile:
             why = "inputs come back from host memory by hooks that no graph holds"
-            require(self.activation_checkpointing != "offloaded", f"--activation_checkpointing offloaded cannot be compiled, {why}")
+            require(
+                self.activation_checkpointing != "offloaded",
+                f"--activation_checkpointing offloaded cannot be compiled, {why}",
+            )
         if self.strategy == "resident":
             require(stage is None, f"--zero_stage {stage} is ZeRO's: use --strategy zero")
             require(not self.deepspeed_config, "--deepspeed_config is ZeRO's: use --strategy zero")
         if self.strategy == "zero" or stage is not None or self.offload in ("optimizer", "params"):
-            require(not self.compile, "--compile is the resident strategy's: DeepSpeed's engine runs the model as it is")
-            resident_only = self.weights not in ("auto", "fp32") or self.moments not in ("auto", "fp32") or self.optimizer_in_backward
+            require(
+                not self.compile, "--compile is the resident strategy's: DeepSpeed's engine runs the model as it is"
+            )
+            resident_only = (
+                self.weights not in ("auto", "fp32")
+                or self.moments not in ("auto", "fp32")
+                or self.optimizer_in_backward
+            )
             require(not resident_only, "--weights, --moments and --optimizer_in_backward are the resident strategy's")
         if self.strategy == "resident":
-            require(self.offload in ("auto", "none", "states"), f"--offload {self.offload} is ZeRO's: use --strategy zero")
+            require(
+                self.offload in ("auto", "none", "states"), f"--offload {self.offload} is ZeRO's: use --strategy zero"
+            )
         if self.offload == "states":
-            require(self.strategy != "zero" and stage is None, "--offload states is the resident strategy's: use --offload optimizer")
+            require(
+                self.strategy != "zero" and stage is None,
+                "--offload states is the resident strategy's: use --offload optimizer",
+            )
             why = "the states would come a parameter at a time, and late"
             require(not self.optimizer_in_backward, f"--offload states excludes --optimizer_in_backward: {why}")
 
@@ -209,7 +235,9 @@ class Config:
 
     preset: str = field(default="13m", metadata={"help": "the named starting point"})
     run_dir: str = field(default="", metadata={"help": "where the run is written; empty: runs/<preset>"})
-    init_from: str = field(default="", metadata={"help": "weights to begin with: a run, a GPT-2 folder, a .safetensors, a .pt"})
+    init_from: str = field(
+        default="", metadata={"help": "weights to begin with: a run, a GPT-2 folder, a .safetensors, a .pt"}
+    )
     seed: int = field(default=1337, metadata={"help": "of the initial weights, the data order and the samples"})
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -224,9 +252,15 @@ class Config:
         require(self.seed <= MAX_SEED, f"seed must be at most {MAX_SEED}, got {self.seed}")
         if self.strategy.optimizer_in_backward:
             why = "each gradient is used and freed inside the backward pass, before the others are known"
-            require(self.optimizer.grad_clip == 0, f"--optimizer_in_backward cannot clip to a global norm, {why}: --grad_clip 0")
+            require(
+                self.optimizer.grad_clip == 0,
+                f"--optimizer_in_backward cannot clip to a global norm, {why}: --grad_clip 0",
+            )
         recomputed, n_layer = self.strategy.recomputed_blocks, self.model.n_layer
-        require(recomputed is None or 0 < recomputed <= n_layer, f"recomputed_blocks must be 1 to n_layer ({n_layer}), got {recomputed}")
+        require(
+            recomputed is None or 0 < recomputed <= n_layer,
+            f"recomputed_blocks must be 1 to n_layer ({n_layer}), got {recomputed}",
+        )
         tokens, block = self.optimizer.batch_tokens, self.model.block_size
         require(
             tokens % block == 0,
@@ -311,7 +345,10 @@ class Setting:
         if typing.get_origin(kind) is Literal:
             choices = typing.get_args(kind)
             text = self.also.get(None if value is None else _TRUTH.get(text.lower(), text), text)
-            require(text in choices, f"{self.name} must be one of {', '.join(choices)}; got {text!r}{did_you_mean(text, choices)}")
+            require(
+                text in choices,
+                f"{self.name} must be one of {', '.join(choices)}; got {text!r}{did_you_mean(text, choices)}",
+            )
             return text
         if kind is bool:
             require(text.lower() in _TRUTH, f"{self.name} must be true or false, got {text!r}")
@@ -328,7 +365,9 @@ class Setting:
         except (ValueError, OverflowError) as error:
             if isinstance(error, ConfigError):
                 raise
-            raise ConfigError(f"{self.name} must be a {'whole number' if kind is int else 'number'}, got {text!r}") from None
+            raise ConfigError(
+                f"{self.name} must be a {'whole number' if kind is int else 'number'}, got {text!r}"
+            ) from None
 
 
 def settings() -> dict[str, Setting]:

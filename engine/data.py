@@ -3,6 +3,7 @@
 A token file is flat little-endian uint16 (uint32 where a vocabulary needs it), `<|endoftext|>` after each document;
 the JSON beside it (`X.bin.json`) says the rest. Without that JSON it is read as nanoGPT writes it: uint16, GPT-2's ids.
 """
+
 import json
 import math
 import queue
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from engine.config import DataConfig, ModelConfig
 from engine.tokenizer import DEFAULT_TOKENIZER, END_OF_TEXT, canonical
-
 
 _TEXTS = {".csv", ".gz", ".json", ".jsonl", ".md", ".parquet", ".tsv", ".txt", ".xz", ".zip", ".zst"}
 _SAMPLED_WINDOWS, _SAMPLED_TOKENS = 64, 1024
@@ -36,7 +36,9 @@ class Batch:
     doc_start: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        moved = (None if t is None else t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.doc_start))
+        moved = (
+            None if t is None else t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.doc_start)
+        )
         return Batch(*moved)
 
     def pin(self) -> "Batch":
@@ -66,9 +68,13 @@ class TokenFile:
         dtype = np.dtype(about.get("dtype", "uint16")).newbyteorder("<")
         size = self.path.stat().st_size
         if size % dtype.itemsize:
-            raise DataError(f"{path} has {size} bytes, no whole number of {dtype} tokens: it was cut off; prepare it again")
+            raise DataError(
+                f"{path} has {size} bytes, no whole number of {dtype} tokens: it was cut off; prepare it again"
+            )
         if "tokens" in about and about["tokens"] != size // dtype.itemsize:
-            raise DataError(f"{path} holds {size // dtype.itemsize} tokens and {description.name} says {about['tokens']}; prepare it again")
+            raise DataError(
+                f"{path} holds {size // dtype.itemsize} tokens and {description.name} says {about['tokens']}; prepare it again"
+            )
         if size == 0:
             raise DataError(f"{path} is empty; prepare it again")
         self.tokens = np.memmap(self.path, dtype=dtype, mode="r")
@@ -77,7 +83,11 @@ class TokenFile:
         return len(self.tokens)
 
     def __str__(self) -> str:
-        assumed = "" if self.described else f", read as GPT-2's ids in uint16: there is no {self.path.name}.json to say otherwise"
+        assumed = (
+            ""
+            if self.described
+            else f", read as GPT-2's ids in uint16: there is no {self.path.name}.json to say otherwise"
+        )
         return f"{self.path}, {len(self):,} tokens{assumed}"
 
     def check(self, vocab_size: int) -> None:
@@ -90,7 +100,9 @@ class TokenFile:
         if not self.described and b"\0" not in sample.tobytes():  # ids below 256 are among the commonest
             raise self._is_text()
         if sample.max() >= vocab_size:
-            raise DataError(f"{self.path} has id {sample.max()} and the model {vocab_size} tokens: it is damaged, or no token file; prepare it")
+            raise DataError(
+                f"{self.path} has id {sample.max()} and the model {vocab_size} tokens: it is damaged, or no token file; prepare it"
+            )
 
     def _is_text(self) -> DataError:
         return DataError(f"{self.path} is text, not tokens: prepare it first, with python tools/prepare.py")
@@ -99,12 +111,16 @@ class TokenFile:
         """Return how many windows of block_size tokens and the one that follows fit side by side."""
         count = (len(self.tokens) - 1) // block_size
         if count < 1:
-            raise DataError(f"{self.path} has {len(self)} tokens, too few for one window of {block_size} and its last target")
+            raise DataError(
+                f"{self.path} has {len(self)} tokens, too few for one window of {block_size} and its last target"
+            )
         return count
 
     def batch(self, windows: np.ndarray, block_size: int, document_masking: bool = False) -> Batch:
         """Return the windows with these numbers, in this order."""
-        rows = np.stack([self.tokens[w * block_size : (w + 1) * block_size + 1] for w in windows.tolist()]).astype(np.int64)
+        rows = np.stack([self.tokens[w * block_size : (w + 1) * block_size + 1] for w in windows.tolist()]).astype(
+            np.int64
+        )
         starts = torch.from_numpy(document_starts(rows[:, :-1], self.end_of_text)) if document_masking else None
         tokens = torch.from_numpy(rows)
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), starts)
@@ -223,12 +239,18 @@ def validation_batches(
     available = file.windows(block_size)
     count = min(available, max(world_size, tokens // block_size)) // world_size * world_size
     if count == 0:
-        raise DataError(f"{file.path} has {available} windows of {block_size} tokens, fewer than the {world_size} processes")
+        raise DataError(
+            f"{file.path} has {available} windows of {block_size} tokens, fewer than the {world_size} processes"
+        )
     chosen = (np.arange(count, dtype=np.int64) * available // count)[rank::world_size]
-    return [file.batch(chosen[i : i + batch_size], block_size, document_masking) for i in range(0, len(chosen), batch_size)]
+    return [
+        file.batch(chosen[i : i + batch_size], block_size, document_masking) for i in range(0, len(chosen), batch_size)
+    ]
 
 
-def prefetch(produce: Callable[[int], list[Batch]], first: int, last: int, *, pin: bool, depth: int = 2) -> Iterator[list[Batch]]:
+def prefetch(
+    produce: Callable[[int], list[Batch]], first: int, last: int, *, pin: bool, depth: int = 2
+) -> Iterator[list[Batch]]:
     """Yield produce(first) ... produce(last - 1), made ahead by a thread that keeps `depth` of them ready.
 
     What `produce` raises is raised here. Closing the generator, or the program's end, ends the thread.

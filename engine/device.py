@@ -1,4 +1,5 @@
 """Which device and number format a run uses, each with its reason."""
+
 import os
 from pathlib import Path
 from typing import Literal
@@ -43,10 +44,16 @@ def find_device(wanted: str, local_rank: int = 0) -> tuple[torch.device, str]:
         device = torch.device(wanted)
     except RuntimeError:
         device = None
-    require(device is not None and device.type in ("cpu", "cuda"), f"--device must be auto, cpu, cuda or cuda:N, got {wanted!r}")
+    require(
+        device is not None and device.type in ("cpu", "cuda"),
+        f"--device must be auto, cpu, cuda or cuda:N, got {wanted!r}",
+    )
     if device.type == "cpu":
         return device, f"asked for; {torch.get_num_threads()} threads"
-    require(torch.cuda.is_available(), f"--device {wanted}: this PyTorch ({torch.__version__}) sees no GPU; try --device cpu")
+    require(
+        torch.cuda.is_available(),
+        f"--device {wanted}: this PyTorch ({torch.__version__}) sees no GPU; try --device cpu",
+    )
     index = local_rank if device.index is None else device.index
     count = torch.cuda.device_count()
     require(index < count, f"--device {wanted}: there are {count} GPUs, numbered from 0")

@@ -1,4 +1,5 @@
 """The processes of a run: who this one is, and the few things all of them agree on."""
+
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +20,12 @@ class Processes:
     @classmethod
     def from_environment(cls) -> "Processes":
         """Read what `deepspeed` or `torchrun` set; without them there is one process."""
-        return cls(*(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+        return cls(
+            *(
+                int(os.environ.get(name, default))
+                for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+            )
+        )
 
     @property
     def main(self) -> bool:
@@ -27,7 +33,13 @@ class Processes:
 
     def connect(self, device: torch.device) -> None:
         """Join the others (nccl between GPUs, gloo between CPUs); a lone process only where a backend is needed."""
-        for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", device.index or 0), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 0)):
+        for name, value in (
+            ("RANK", 0),
+            ("WORLD_SIZE", 1),
+            ("LOCAL_RANK", device.index or 0),
+            ("MASTER_ADDR", "127.0.0.1"),
+            ("MASTER_PORT", 0),
+        ):
             os.environ.setdefault(name, str(value))
         if not dist.is_initialized():
             # The others wait while the first writes a checkpoint or prepares data, longer than the ten minutes of nccl.

@@ -204,7 +204,9 @@ def predict(
 def states_bytes(model: ModelConfig, method: Method, dtype: str, gpus: int = 1) -> int:
     """Return what weights, gradients and optimizer states take where there is no card, whatever the batch."""
     sizes = Elements.of(model)
-    states, host, _ = _deepspeed(model, method, sizes, dtype, gpus, False) if method.stage else _ours(method, sizes, dtype)
+    states, host, _ = (
+        _deepspeed(model, method, sizes, dtype, gpus, False) if method.stage else _ours(method, sizes, dtype)
+    )
     gradients = 0 if method.in_backward or method.stage else itemsizes(method, dtype)[0] * sizes.total
     return int(sum(states.values()) + sum(host.values()) + gradients)
 

@@ -4,6 +4,7 @@ Each format is a pair of functions between its state dict and ours, {name: tenso
 transformer.wte.weight. What a file must hold is what the way out would write for a model of its shape, so one list of
 names serves both directions.
 """
+
 import dataclasses
 import re
 from collections.abc import Iterable

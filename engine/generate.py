@@ -7,6 +7,7 @@
 The model is a run, a checkpoint, a .safetensors file, a folder of Hugging Face's GPT-2, or the classic script's .pt.
 The text goes to standard output as it is made, everything else to standard error.
 """
+
 import argparse
 import os
 import sys
@@ -39,7 +40,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=1, metavar="N", help="the same seed writes the same text [%(default)s]")
     add("--num_samples", type=positive, default=1, metavar="N", help="texts to write, side by side [%(default)s]")
     add("--stop_at_end_of_text", action="store_true", help="stop where the model ends the document")
-    add("--tokenizer_name", metavar="NAME", help=f"by default what is recorded of its training, or else {DEFAULT_TOKENIZER}")
+    add(
+        "--tokenizer_name",
+        metavar="NAME",
+        help=f"by default what is recorded of its training, or else {DEFAULT_TOKENIZER}",
+    )
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N [%(default)s]")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="of weights and computation [%(default)s]")
     return parser.parse_args(arguments)
@@ -62,7 +67,11 @@ def write_text(options: argparse.Namespace) -> None:
         rows >= encoding.n_vocab,
         f"{path} has {rows} tokens and {encoding.name} {encoding.n_vocab}: give the --tokenizer_name of its training",
     )
-    of_run = "" if path == Path(options.model_path) else f" (the run's {'best' if path == best(options.model_path) else 'newest'})"
+    of_run = (
+        ""
+        if path == Path(options.model_path)
+        else f" (the run's {'best' if path == best(options.model_path) else 'newest'})"
+    )
     note(f"model: {path}{of_run}, {model.num_parameters():,} parameters, context {model.config.block_size}")
     note(f"tokenizer: {encoding.name}")
     note(f"device: {device} ({device_reason}); dtype: {str(dtype).removeprefix('torch.')} ({dtype_reason})")

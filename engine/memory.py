@@ -157,7 +157,9 @@ def plan(
         f"--batch_tokens {max(1, sequences // gpus) * gpus * model.block_size} would do",
     )
     mine = sequences // gpus
-    require(micro_batch_size is None or micro_batch_size > 0, f"micro_batch_size must be positive, got {micro_batch_size}")
+    require(
+        micro_batch_size is None or micro_batch_size > 0, f"micro_batch_size must be positive, got {micro_batch_size}"
+    )
     require(network_bytes_s > 0, f"a network of {network_bytes_s:g} bytes a second moves nothing")
     require(
         micro_batch_size is None or mine % micro_batch_size == 0,

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, C n_embd, H heads, D head width, V vocabulary, S cach
 Parameter names are GPT-2's, so weights come and go without a table. Weights are cast to the activations' dtype
 where they are used, so one model runs with fp32 weights and bf16 activations, or all in one dtype.
 """
+
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import ModelConfig
-from kernels import add_layer_norm, attention, attention_decode, bias_activation, layer_norm, linear_cross_entropy, rotary
+from kernels import (
+    add_layer_norm,
+    attention,
+    attention_decode,
+    bias_activation,
+    layer_norm,
+    linear_cross_entropy,
+    rotary,
+)
 
 
 @dataclass
@@ -26,7 +35,9 @@ class KVCache:
     length: int = 0
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch_size: int, size: int, device: torch.device, dtype: torch.dtype) -> "KVCache":
+    def empty(
+        cls, config: ModelConfig, batch_size: int, size: int, device: torch.device, dtype: torch.dtype
+    ) -> "KVCache":
         shape = (config.n_layer, batch_size, size, config.n_head, config.head_dim)
         return cls(torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
 
@@ -74,7 +85,9 @@ class Head(nn.Linear):
 
 
 class Attention(nn.Module):
-    attend = staticmethod(attention)  # an instance may have its own, as the one that engine/strategy/activations.py gives
+    attend = staticmethod(
+        attention
+    )  # an instance may have its own, as the one that engine/strategy/activations.py gives
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -82,7 +95,9 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, doc_start: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, doc_start: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x)  # (B, T, 3C): queries, keys, values, each H heads of D
         if rope is not None:
@@ -97,7 +112,7 @@ class Attention(nn.Module):
     def _cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
         end = cache.length + q.shape[1]
         keys, values = cache.keys[self.layer], cache.values[self.layer]  # (B, S, H, D)
-        keys[:, cache.length:end], values[:, cache.length:end] = k, v
+        keys[:, cache.length : end], values[:, cache.length : end] = k, v
         if cache.length == 0:
             return attention(q, k, v)
         return attention_decode(q, keys, values, end)
@@ -169,7 +184,9 @@ class GPT(nn.Module):
 
         normal(0, 0.02), the residual projections smaller by sqrt(2 n_layer); biases 0, norms 1.
         """
-        shapes = {name: parameter.shape for name, parameter in self.named_parameters()}  # what fills them may cut them up
+        shapes = {
+            name: parameter.shape for name, parameter in self.named_parameters()
+        }  # what fills them may cut them up
         for name, shape in shapes.items():
             weight = torch.empty(shape, dtype=torch.float32)
             if len(shape) < 2:

@@ -5,6 +5,7 @@ Bytes a parameter, without its gradient; matrices only, since vectors stay fp32 
     weights     fp32 4, residual 2 + 2 (a 16-bit weight and what completes it to fp32), stochastic 2
     moments     fp32 8, bf16 4, int8 2
 """
+
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence

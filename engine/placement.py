@@ -1,4 +1,5 @@
 """What a run leaves open, settled: strategy, formats, recomputation, micro-batch. With a card the planner chooses."""
+
 import copy
 from collections.abc import Iterator
 from contextlib import suppress
@@ -37,7 +38,10 @@ def settle(
         f"batch_tokens ({config.optimizer.batch_tokens}) is {sequences} sequences, which {world_size} processes cannot share evenly",
     )
     mine, micro = sequences // world_size, config.optimizer.micro_batch_size
-    require(not micro or mine % micro == 0, f"micro_batch_size ({micro}) must divide the {mine} sequences of a process and step")
+    require(
+        not micro or mine % micro == 0,
+        f"micro_batch_size ({micro}) must divide the {mine} sequences of a process and step",
+    )
     chosen = _plan(config, device, dtype, world_size, card) if device.type == "cuda" else None
     _shorten_warmup(config)
     if chosen:
@@ -49,7 +53,9 @@ def settle(
     strategy = config.strategy
     zero = strategy.strategy == "zero" or (strategy.strategy == "auto" and _asks_for_zero(config, world_size))
     stage = 3 if strategy.offload == "params" else 1
-    _fill(config, {"strategy": "zero" if zero else "resident", "zero_stage": stage if zero else None, "offload": "none"})
+    _fill(
+        config, {"strategy": "zero" if zero else "resident", "zero_stage": stage if zero else None, "offload": "none"}
+    )
     _fill(config, {"weights": "fp32", "moments": "fp32", "optimizer_in_backward": False})
     kind = "blocks" if strategy.recomputed_blocks else "none"
     _fill(config, {"activation_checkpointing": kind, "recomputed_blocks": config.model.n_layer})
@@ -67,7 +73,9 @@ def settle(
 def explain(chosen: Plan) -> list[str]:
     """Return the lines that say what was chosen, why, and what it is predicted to hold."""
     missing = [] if find_spec("deepspeed") else ["plan: DeepSpeed is not installed, so what needs it is left out"]
-    parts = ", ".join(f"{part.replace('_', ' ')} {size / 2**30:.2f}" for part, size in chosen.footprint.card.items() if size)
+    parts = ", ".join(
+        f"{part.replace('_', ' ')} {size / 2**30:.2f}" for part, size in chosen.footprint.card.items() if size
+    )
     return missing + [
         f"plan: {chosen.title}; tools/plan.py shows the others",
         f"plan: {chosen.why}",
@@ -96,14 +104,29 @@ def _shorten_warmup(config: Config) -> None:
 def _refuse_what_memory_cannot_hold(config: Config, dtype: torch.dtype, world_size: int) -> None:
     """ConfigError where a CPU's memory is less than states alone take: the system would end the run without a word."""
     strategy, limit, name = config.strategy, host_memory(config.strategy.host_memory), _DTYPE_NAMES[dtype]
-    ours = {key: getattr(strategy, key) for key in ("weights", "moments")} | {"in_backward": bool(strategy.optimizer_in_backward)}
-    method = Method(name="", title="", rank=0, stage=strategy.zero_stage or 0, offload=strategy.offload if strategy.zero_stage else "none", **ours)
+    ours = {key: getattr(strategy, key) for key in ("weights", "moments")} | {
+        "in_backward": bool(strategy.optimizer_in_backward)
+    }
+    method = Method(
+        name="",
+        title="",
+        rank=0,
+        stage=strategy.zero_stage or 0,
+        offload=strategy.offload if strategy.zero_stage else "none",
+        **ours,
+    )
     needed = states_bytes(config.model, method, name, world_size)
     if needed <= limit:
         return
-    compact = [m for m in METHODS if not (m.stage or m.streamed or m.in_backward) and states_bytes(config.model, m, name) <= limit]
+    compact = [
+        m
+        for m in METHODS
+        if not (m.stage or m.streamed or m.in_backward) and states_bytes(config.model, m, name) <= limit
+    ]
     smaller = [key for key in PRESETS if states_bytes(ModelConfig(**PRESETS[key]["model"]), METHODS[0], name) <= limit]
-    would = [f"--weights {m.weights} --moments {m.moments}" for m in compact[:1]] + [f"--preset {key}" for key in smaller[-1:]]
+    would = [f"--weights {m.weights} --moments {m.moments}" for m in compact[:1]] + [
+        f"--preset {key}" for key in smaller[-1:]
+    ]
     raise ConfigError(
         f"weights, gradients and moments of {config.preset} take {needed / GiB:.1f} GiB, and there are {limit / GiB:.1f} GiB of memory"
         + (f": {', or '.join(would)}, would fit" if would else ": train a smaller model")
@@ -128,19 +151,32 @@ def _plan(config: Config, device: torch.device, dtype: torch.dtype, world_size: 
     if other:
         card = replace(other, memory_bytes=min(other.memory_bytes, card.memory_bytes))
     options = {"gpus": world_size, "batch_tokens": config.optimizer.batch_tokens, "dtype": _DTYPE_NAMES[dtype]}
-    given = {"micro_batch_size": config.optimizer.micro_batch_size or None, "recomputed_blocks": config.strategy.recomputed_blocks}
+    given = {
+        "micro_batch_size": config.optimizer.micro_batch_size or None,
+        "recomputed_blocks": config.strategy.recomputed_blocks,
+    }
     plans = plan(config.model, card, host, **options, **given)
     ways = allowed(config, plans)
-    given = {key: value for key, value in asdict(config.strategy).items() if value not in _OPEN and key in plans[0].settings["strategy"]}
+    given = {
+        key: value
+        for key, value in asdict(config.strategy).items()
+        if value not in _OPEN and key in plans[0].settings["strategy"]
+    }
     require(ways, f"the planner knows no way that is all of {given}: leave some of it open, as auto")
     chosen = choose([p for p in ways if _keeps_what_is_set(config, p)])
     if chosen is None and (lesser := choose(ways)):
         would = f"--batch_tokens {lesser.batch_tokens} --grad_clip 0"
-        require(False, f"{card.memory_bytes / 2**30:.1f} GiB leave only an update inside the backward pass, which neither accumulates nor clips: {would} would do")
+        require(
+            False,
+            f"{card.memory_bytes / 2**30:.1f} GiB leave only an update inside the backward pass, which neither accumulates nor clips: {would} would do",
+        )
     if chosen is None:
         found = nearest(config.model, card, host, **options)
         hint = f"; it fits {found[0]}" if found else ""
-        require(False, f"no way that the settings allow fits {config.preset} into {card.memory_bytes / 2**30:.1f} GiB{hint}; tools/plan.py shows all")
+        require(
+            False,
+            f"no way that the settings allow fits {config.preset} into {card.memory_bytes / 2**30:.1f} GiB{hint}; tools/plan.py shows all",
+        )
     return replace(chosen, why=reason(chosen, plans))
 
 

@@ -1,4 +1,5 @@
 """What a run shows and writes: console lines, metrics.jsonl, TensorBoard events, loss.png."""
+
 import json
 import math
 import threading
@@ -10,7 +11,6 @@ from typing import Any
 
 from engine.config import Config
 from engine.whole_file import whole_file
-
 
 LONG_S = 10  # a silence of this many seconds is explained beforehand
 
@@ -72,7 +72,18 @@ class Report:
     def say(self, text: str) -> None:
         print(text, flush=True)
 
-    def step(self, step: int, *, loss: float, lr: float, grad_norm: float, skipped: bool, step_s: float, tokens: int, memory_bytes: int) -> None:
+    def step(
+        self,
+        step: int,
+        *,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        skipped: bool,
+        step_s: float,
+        tokens: int,
+        memory_bytes: int,
+    ) -> None:
         """Record the `step`-th step (1 is the first), which took step_s seconds; `tokens` is the run's total."""
         batch_tokens = self.config.optimizer.batch_tokens
         record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "step_s": step_s, "tokens": tokens}
@@ -91,7 +102,12 @@ class Report:
             self.interval_start, self.interval_tokens = now, 0
             left = (last - step) * batch_tokens / self.speed
             mfu = self._mfu(self.speed)
-            parts = [f"step {step:>{len(str(last))}}/{last}", f"loss {loss:.4f}", f"lr {lr:.2e}", f"grad norm {grad_norm:.3f}"]
+            parts = [
+                f"step {step:>{len(str(last))}}/{last}",
+                f"loss {loss:.4f}",
+                f"lr {lr:.2e}",
+                f"grad norm {grad_norm:.3f}",
+            ]
             parts += [f"{human(self.speed)} tokens/s"] + ([f"MFU {mfu:.1%}"] if mfu is not None else [])
             parts += [f"{memory_bytes / 2**30:.2f} GiB", f"{duration(left)} left"]
             self.say(" | ".join(parts) + (" | skipped: not finite" if skipped else ""))
@@ -122,7 +138,9 @@ class Report:
 
     def draw(self) -> None:
         """Write loss.png: training loss, smoothed and raw, validation loss, and the learning rate below."""
-        training = [(r["step"], math.nan if r["loss"] is None else r["loss"], r["lr"]) for r in self.records if "loss" in r]
+        training = [
+            (r["step"], math.nan if r["loss"] is None else r["loss"], r["lr"]) for r in self.records if "loss" in r
+        ]
         if len(training) < 2:
             return
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -137,7 +155,14 @@ class Report:
         top.plot(steps, _smooth(losses), color="#08519c", linewidth=1.8, label="training, smoothed")
         if validation:
             top.plot(*zip(*validation), color="#d94801", marker="o", markersize=4, linewidth=1.2, label="validation")
-            top.annotate(f"{validation[-1][1]:.3f}", validation[-1], textcoords="offset points", xytext=(-4, 8), ha="right", color="#d94801")
+            top.annotate(
+                f"{validation[-1][1]:.3f}",
+                validation[-1],
+                textcoords="offset points",
+                xytext=(-4, 8),
+                ha="right",
+                color="#d94801",
+            )
         top.set_ylabel("cross-entropy (nats per token)")
         top.set_title(f"{self.config.preset}: {human(steps[-1] * self.config.optimizer.batch_tokens)} tokens")
         top.grid(alpha=0.25)

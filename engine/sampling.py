@@ -2,6 +2,7 @@
 
 Shapes: B samples made side by side, T tokens, V vocabulary.
 """
+
 import codecs
 from collections.abc import Iterator
 
@@ -85,7 +86,7 @@ def generate(
     try:
         for _ in range(max_new_tokens):
             if cache.length + new.shape[1] > block_size:
-                new, cache.length = tokens[:, -max(block_size // 2, 1):], 0
+                new, cache.length = tokens[:, -max(block_size // 2, 1) :], 0
             logits = model(new, cache=cache)[:, -1, :n_tokens]  # (B, V)
             chosen = choose(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             if stop_token is not None:
@@ -125,9 +126,7 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-def sample_text(
-    model: GPT, encoding: tiktoken.Encoding, prompt: str, max_new_tokens: int, *, seed: int = 0
-) -> str:
+def sample_text(model: GPT, encoding: tiktoken.Encoding, prompt: str, max_new_tokens: int, *, seed: int = 0) -> str:
     """Return the prompt and its continuation. With ZeRO stage 3 every process calls it with the same arguments."""
     ids = generate(model, prompt_tokens(encoding, prompt), max_new_tokens, seed=seed, n_tokens=encoding.n_vocab)
     stream = TextStream(encoding)

@@ -1,4 +1,5 @@
 """Learning rate by step."""
+
 import math
 
 from engine.config import OptimizerConfig

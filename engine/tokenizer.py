@@ -1,4 +1,5 @@
 """Encodings by name. GPT-2's `r50k_base` comes from the vocabulary in this package, never from the network."""
+
 import base64
 import functools
 import hashlib
@@ -18,7 +19,9 @@ def load_ranks() -> dict[bytes, int]:
     content = VOCABULARY_FILE.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != VOCABULARY_SHA256:
-        raise ValueError(f"{VOCABULARY_FILE} is damaged: sha256 {digest}, expected {VOCABULARY_SHA256}; reinstall pilesmith")
+        raise ValueError(
+            f"{VOCABULARY_FILE} is damaged: sha256 {digest}, expected {VOCABULARY_SHA256}; reinstall pilesmith"
+        )
     pairs = (line.split() for line in content.splitlines())
     return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
@@ -48,4 +51,6 @@ def load_encoding(name: str = DEFAULT_TOKENIZER) -> tiktoken.Encoding:
     except OSError as error:  # one of requests', which names its request and has a page to say, or of the cache's disk
         request = getattr(error, "request", None)
         failure = f"of {request.url} failed ({type(error).__name__})" if request else f"failed ({error})"
-        raise ValueError(f"the download that {name} needs {failure}: check network and proxy; {DEFAULT_TOKENIZER} needs none") from None
+        raise ValueError(
+            f"the download that {name} needs {failure}: check network and proxy; {DEFAULT_TOKENIZER} needs none"
+        ) from None

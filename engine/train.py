@@ -8,6 +8,7 @@
 
 Every field of engine/config.py is a flag; `--help` lists them.
 """
+
 import math
 import os
 import signal
@@ -102,12 +103,19 @@ def prepare_default_data(config: Config, processes: Processes) -> None:
         return
     config.data.train_file, config.data.val_file = str(EMBEDDED_DATA / "train.bin"), str(EMBEDDED_DATA / "val.bin")
     if processes.main and not all(Path(file).exists() for file in (config.data.train_file, config.data.val_file)):
-        print(f"no prepared data at {files[0]}: building the embedded default, this Python's own text, in {EMBEDDED_DATA}", flush=True)
+        print(
+            f"no prepared data at {files[0]}: building the embedded default, this Python's own text, in {EMBEDDED_DATA}",
+            flush=True,
+        )
         folders = ["--train_dir", str(EMBEDDED_DATA / "train"), "--val_dir", str(EMBEDDED_DATA / "val")]
         outputs = ["--out_train_file", config.data.train_file, "--out_val_file", config.data.val_file]
         for command in (["tools.download", "--source", "stdlib", *folders], ["tools.prepare", *folders, *outputs]):
             if code := subprocess.run([sys.executable, "-m", *command]).returncode:
-                why = "was interrupted" if code in (-signal.SIGINT, 128 + signal.SIGINT) else "failed; its message is above"
+                why = (
+                    "was interrupted"
+                    if code in (-signal.SIGINT, 128 + signal.SIGINT)
+                    else "failed; its message is above"
+                )
                 raise DataError(f"python -m {' '.join(command)} {why}")
     processes.barrier()
 
@@ -127,7 +135,9 @@ def set_up(config: Config, start_from: Path | None, processes: Processes) -> Run
     micro_batch_size = config.optimizer.micro_batch_size
     common = {"block_size": config.model.block_size, "document_masking": config.data.document_masking}
     common |= {"rank": processes.rank, "world_size": processes.world_size}
-    data = TrainingBatches(train_file, micro_batch_size=micro_batch_size, grad_accum=grad_accum, seed=config.seed, **common)
+    data = TrainingBatches(
+        train_file, micro_batch_size=micro_batch_size, grad_accum=grad_accum, seed=config.seed, **common
+    )
     validation = validation_batches(val_file, batch_size=micro_batch_size, tokens=config.report.eval_tokens, **common)
     if device.type == "cuda":
         validation = [batch.pin() for batch in validation]
@@ -159,7 +169,9 @@ def set_up(config: Config, start_from: Path | None, processes: Processes) -> Run
         for line in explain(chosen) if chosen else ():
             report.say(line)
         if (warmup := config.optimizer.warmup_steps) != asked.optimizer.warmup_steps:
-            report.say(f"schedule: a warm-up of {asked.optimizer.warmup_steps} steps is too long for {config.optimizer.max_steps}: shortened to {warmup}")
+            report.say(
+                f"schedule: a warm-up of {asked.optimizer.warmup_steps} steps is too long for {config.optimizer.max_steps}: shortened to {warmup}"
+            )
         report.say(f"strategy: {strategy.describe()}")
         report.say(
             f"data: {train_file}; a step is {human(config.optimizer.batch_tokens)} tokens: "
@@ -193,7 +205,12 @@ def loop(run: Run, interrupt: Interrupt) -> int:
         result = strategy.step(loss)
 
         bad_steps = progress["bad_steps"] + (not result.rescaled) if result.skipped else 0
-        progress |= {"step": step, "tokens": progress["tokens"] + options.batch_tokens, "bad_steps": bad_steps, "val_loss": None}
+        progress |= {
+            "step": step,
+            "tokens": progress["tokens"] + options.batch_tokens,
+            "bad_steps": bad_steps,
+            "val_loss": None,
+        }
         stop, last = bool(asked > 0), step == options.max_steps
         if report:
             report.step(
@@ -220,7 +237,9 @@ def loop(run: Run, interrupt: Interrupt) -> int:
         report.close()
         if run.plan:
             predicted, measured = run.plan.footprint.allocated_bytes, peak_memory(run.device)
-            report.say(f"memory: predicted {predicted / 2**30:.2f} GiB, measured {measured / 2**30:.2f} GiB ({measured / predicted - 1:+.1%})")
+            report.say(
+                f"memory: predicted {predicted / 2**30:.2f} GiB, measured {measured / 2**30:.2f} GiB ({measured / predicted - 1:+.1%})"
+            )
         report.say(f"run: {config.run_dir}; newest checkpoint: {saved}")
     return 0
 
@@ -241,7 +260,9 @@ def validate(run: Run) -> None:
     loss, count = run.processes.mean(total).tolist()
     run.progress["val_loss"] = loss / count
     sample = None
-    if options.sample_tokens and math.isfinite(run.progress["val_loss"]):  # in every process, since ZeRO gathers parameters as they are used
+    if options.sample_tokens and math.isfinite(
+        run.progress["val_loss"]
+    ):  # in every process, since ZeRO gathers parameters as they are used
         eager = getattr(module, "_orig_mod", module)  # a compiled model would compile again for each length
         sample = sample_text(eager, run.encoding, options.sample_prompt, options.sample_tokens, seed=run.config.seed)
     if run.report:
@@ -311,7 +332,9 @@ def main(arguments: list[str] | None = None) -> int:
         with Interrupt(says=processes.main) as interrupt, claim:
             if start_from and (step := checkpoint.check(start_from)["step"]) >= config.optimizer.max_steps:
                 if processes.main:
-                    print(f"step {step} of {config.optimizer.max_steps} is done: raise --max_steps to go on", flush=True)
+                    print(
+                        f"step {step} of {config.optimizer.max_steps} is done: raise --max_steps to go on", flush=True
+                    )
                 return 0
             code = loop(set_up(config, start_from, processes), interrupt)
         processes.barrier()

@@ -1,4 +1,5 @@
 """Weights in and out of files: a run, a checkpoint, safetensors, Hugging Face's GPT-2, the classic script's `.pt`."""
+
 import dataclasses
 import json
 import pickle
@@ -33,7 +34,20 @@ from engine.whole_file import whole_file
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 ACCEPTED = "a run, a checkpoint, a .safetensors, a GPT-2 folder or a classic .pt"
-_SCALARS = "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool".split()
+_SCALARS = [
+    "float16",
+    "float32",
+    "float64",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "bool",
+]
 
 
 def find_weights(path: str | Path) -> Path:
@@ -203,7 +217,9 @@ def _read_pickle(path: Path) -> State:
                 "model_state_dict alone, with torch.save, where the file was made"
             ) from None
         detail = " ".join(str(reason).split()[:30])
-        raise WeightsError(f"is no whole PyTorch checkpoint ({type(reason).__name__}: {detail}); weights can be {ACCEPTED}") from None
+        raise WeightsError(
+            f"is no whole PyTorch checkpoint ({type(reason).__name__}: {detail}); weights can be {ACCEPTED}"
+        ) from None
     state = content.get("model_state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         found = f"keys {', '.join(map(str, state))}" if isinstance(state, dict) else f"a {type(state).__name__}"

@@ -1,4 +1,5 @@
 """Files that appear whole or not at all: written under another name, which is then exchanged for theirs."""
+
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

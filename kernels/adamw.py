@@ -317,9 +317,7 @@ def _one_minus_power(log, step):
 FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
 
 
-def _adamw_triton(
-    parameters: list[Parameter], *, lr, betas, eps, weight_decay, bound, grad_scale, found_inf
-) -> None:
+def _adamw_triton(parameters: list[Parameter], *, lr, betas, eps, weight_decay, bound, grad_scale, found_inf) -> None:
     by_alignment: dict[int, list[Parameter]] = {16: [], 1: []}
     for p in parameters:
         places = [t.data_ptr() for t in (*p[:4], p.residual) if t is not None]

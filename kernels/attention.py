@@ -69,9 +69,7 @@ def _visible(doc_start: Tensor | None, first: int, end: int, device: torch.devic
     return mask if doc_start is None else mask & (j >= doc_start[:, None, first:end, None])
 
 
-def _attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, causal: bool, scale: float
-) -> Tensor:
+def _attention_triton(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, causal: bool, scale: float) -> Tensor:
     D = q.shape[-1]
     if D % 16:  # rows that do not begin at 16 bytes are loaded one element at a time, and the kernels spill
         q, k, v = (F.pad(x, (0, -D % 16)) for x in (q, k, v))
@@ -119,9 +117,7 @@ def _document_lengths(doc_start: Tensor) -> list[int]:
     return lengths
 
 
-def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, mask: Tensor | None = None
-) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
     """F.scaled_dot_product_attention in our layout, with the inputs made such that a fused backend takes them."""
     D, shared = q.shape[-1], q.shape[2] // k.shape[2]
     if q.device.type == "cuda":

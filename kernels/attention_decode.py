@@ -73,9 +73,7 @@ def decode_kernel(
 
 
 @triton.jit(do_not_specialize=["splits"])
-def combine_kernel(
-    parts, parts_lse, out, splits, rows, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def combine_kernel(parts, parts_lse, out, splits, rows, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
     """out (rows, D), the mean of parts (splits, rows, D) weighted by 2^lse: grid (rows,)."""
     row = tl.cast(tl.program_id(0), tl.int64)
     s, d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)

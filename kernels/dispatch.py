@@ -73,9 +73,7 @@ class Chip:
 
 
 def _chip(target: str, name: str, dtype: str, tensor_cores: bool, shared_kib: int, **more) -> Chip:
-    return Chip(
-        target=target, name=name, dtype=dtype, tensor_cores=tensor_cores, shared_bytes=shared_kib << 10, **more
-    )
+    return Chip(target=target, name=name, dtype=dtype, tensor_cores=tensor_cores, shared_bytes=shared_kib << 10, **more)
 
 
 CHIPS: dict[str, Chip] = {
@@ -179,7 +177,7 @@ def chip(device: torch.device) -> Chip:
 
 @torch.compiler.assume_constant_result
 def backend(op: str, device: torch.device) -> str:
-    """"triton" or "torch": what runs `op` on `device`, decided at the first call."""
+    """ "triton" or "torch": what runs `op` on `device`, decided at the first call."""
     key = op, device
     if key not in _decisions:
         _decisions[key] = _decide(op, device)

@@ -78,9 +78,7 @@ def rotary_kernel(
     tl.store(out + where + D // 2, tl.where(turning, y2.to(x2.dtype), x2), mask=inside)
 
 
-def _rotate_triton(
-    x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, n_head: int, head_dim: int, sign: float
-) -> None:
+def _rotate_triton(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, n_head: int, head_dim: int, sign: float) -> None:
     B, T, width = x.shape
     heads = width // head_dim
     written = n_head if out is x else heads
@@ -113,9 +111,7 @@ class _Rotary(torch.autograd.Function):
         return out, None, None, None, None
 
 
-def _rotate(
-    x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, n_head: int, head_dim: int, sign: float
-) -> None:
+def _rotate(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, n_head: int, head_dim: int, sign: float) -> None:
     if backend("rotary", x.device) == "triton":
         _rotate_triton(x, out, cos, sin, n_head, head_dim, sign)
     else:

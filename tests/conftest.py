@@ -4,6 +4,7 @@ The interpreter changes what `@triton.jit` returns, so it is one choice for the 
 imports a kernel; it is off under `-m gpu`. It does not change which path an op takes: on a CPU that stays PyTorch's
 until a test asks for Triton (tests/kernels/conftest.py).
 """
+
 import json
 import os
 import signal
@@ -23,7 +24,9 @@ def pytest_configure(config):
         os.environ.pop("TRITON_INTERPRET", None)
     else:
         os.environ["TRITON_INTERPRET"] = "1"
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell; programs would ignore it too
+    if (
+        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    ):  # as in the background of a shell; programs would ignore it too
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -46,7 +49,14 @@ def token_files(tmp_path_factory) -> tuple[Path, Path]:
         tokens = (np.cumsum(generator.choice([1, 2, 7], count, p=[0.8, 0.15, 0.05])) % 500).astype("<u2")
         tokens[generator.integers(0, count, count // 400)] = 511
         tokens.tofile(folder / name)
-        about = {"format": 1, "tokenizer": "r50k_base", "vocab_size": 512, "end_of_text": 511, "dtype": "uint16", "tokens": count}
+        about = {
+            "format": 1,
+            "tokenizer": "r50k_base",
+            "vocab_size": 512,
+            "end_of_text": 511,
+            "dtype": "uint16",
+            "tokens": count,
+        }
         (folder / f"{name}.json").write_text(json.dumps(about))
         files.append(folder / name)
     return tuple(files)
@@ -71,7 +81,14 @@ def start():
     def launch(*command: str | Path, **environment: str) -> subprocess.Popen:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
         env.pop("TRITON_INTERPRET", None)
-        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         started.append(process)
         return process
 

@@ -15,6 +15,7 @@ A side stream's copies are made as late as the waits allow, so whoever does not 
 `card.waits` counts where Python waited for the card. There is one card, no memory limit, and no time: no speed means
 anything. Autograd, which looks beneath, is told the truth, that the tensors are the host's.
 """
+
 import collections
 import functools
 import os
@@ -93,7 +94,9 @@ class OnCard(Tensor):
         return self.cpu().tolist()
 
     def numpy(self, **_: Any) -> Any:
-        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+        raise TypeError(
+            "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
+        )
 
     __array__ = numpy
 
@@ -194,7 +197,9 @@ class Card(TorchDispatchMode):
         self.allocated -= self.sizes.pop(place)
         owner = self.owners.pop(place)
         for side in self.sides:
-            if side is not owner and any(t.untyped_storage().data_ptr() == place for _, tensors in side.pending for t in tensors):
+            if side is not owner and any(
+                t.untyped_storage().data_ptr() == place for _, tensors in side.pending for t in tensors
+            ):
                 self.faults.append("memory was freed while a side stream's copy used it")
 
     def _check_devices(self, func: Any, args: tuple, tensors: list[Tensor], here: list[OnCard]) -> None:
@@ -223,7 +228,9 @@ class Card(TorchDispatchMode):
 
         return pinned
 
-    def _wrapped(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any, to_card: bool, here: list[OnCard]) -> Any:
+    def _wrapped(
+        self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any, to_card: bool, here: list[OnCard]
+    ) -> Any:
         if not to_card:
             return out
         out = tree_map_only(Tensor, OnCard, out)
@@ -257,7 +264,9 @@ class Card(TorchDispatchMode):
             first, last = _extent(tensor.values)
             for begin, end, written in self.log[side.seen :]:
                 if begin <= last and first <= end and (writes or written):
-                    self.faults.append(f"a side stream {'writes' if writes else 'reads'} what the main one may not be done with")
+                    self.faults.append(
+                        f"a side stream {'writes' if writes else 'reads'} what the main one may not be done with"
+                    )
                     return
 
     def move(self, tensor: Tensor, **how: Any) -> Tensor:
@@ -281,7 +290,9 @@ def _extent(t: Tensor) -> tuple[int, int]:
     return first, first + t.itemsize * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))) - 1
 
 
-def _addmm_in_fp32(total: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, beta: float = 1, alpha: float = 1, out: Tensor) -> Tensor:
+def _addmm_in_fp32(
+    total: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, beta: float = 1, alpha: float = 1, out: Tensor
+) -> Tensor:
     """cuBLAS's product of 16-bit matrices in fp32, which a CPU does not have."""
     assert a.dtype == b.dtype and a.itemsize == 2 and out_dtype == out.dtype == total.dtype == torch.float32
     product = alpha * (a.float() @ b.float())
@@ -370,14 +381,27 @@ def pretended_card(monkeypatch: Any, chip: str) -> Iterator[Card]:
     for key in ("range_push", "range_pop"):
         monkeypatch.setattr(torch.cuda.nvtx, key, lambda *_: None)
     monkeypatch.setattr(torch, "Generator", _Generator)
-    monkeypatch.setattr(torch, "tensor", lambda *a, device=CPU, pin_memory=False, **k: _moved(_pinned(_tensor(*a, **k)) if pin_memory else _tensor(*a, **k), device))
+    monkeypatch.setattr(
+        torch,
+        "tensor",
+        lambda *a, device=CPU, pin_memory=False, **k: _moved(
+            _pinned(_tensor(*a, **k)) if pin_memory else _tensor(*a, **k), device
+        ),
+    )
     monkeypatch.setattr(Tensor, "is_pinned", lambda t, device=None: t.untyped_storage().data_ptr() in card.pinned)
-    for key, value in {"to": _moved, "pin_memory": _pinned, "cpu": lambda t: _moved(t, CPU), "cuda": lambda t, device=None: _moved(t, CUDA)}.items():
+    for key, value in {
+        "to": _moved,
+        "pin_memory": _pinned,
+        "cpu": lambda t: _moved(t, CPU),
+        "cuda": lambda t, device=None: _moved(t, CUDA),
+    }.items():
         monkeypatch.setattr(Tensor, key, value)
     monkeypatch.setattr(torch, "_has_compatible_shallow_copy_type", lambda a, b: type(a) is type(b))  # for Module.to
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", lambda settings: None, raising=False)
     connect = dist.init_process_group
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: connect({"nccl": "gloo"}[backend], **options))
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **options: connect({"nccl": "gloo"}[backend], **options)
+    )
     launch = interpreter.GridExecutor.__call__
 
     def on_host(self: Any, *args: Any, **kwargs: Any) -> Any:

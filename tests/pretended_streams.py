@@ -1,4 +1,5 @@
 """Streams and events of a pretended card (tests/pretended_card.py): what is given to a side stream is done late."""
+
 import collections
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any

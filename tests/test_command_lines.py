@@ -1,4 +1,5 @@
 """Mistakes on command lines: each program says in a line what is wrong, and ends with 2."""
+
 import pytest
 
 from benchmarks import miniature, throughput

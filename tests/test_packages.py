@@ -1,4 +1,5 @@
 """What is installed is all that is imported: a folder that setup.py leaves out works from the sources alone."""
+
 import ast
 from pathlib import Path
 

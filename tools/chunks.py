@@ -4,6 +4,7 @@ A shard is cut into chunks of whole lines, and a chunk is parsed on its own (too
 be at once. What a shard should not contain becomes a `Problem` with its line. Lines of white space are passed over:
 they count as lines, no more.
 """
+
 from dataclasses import dataclass
 
 import msgspec

@@ -7,6 +7,7 @@
 Registers are a thread's; stack is what spilled; shared memory is a block's. Ends with 1 if a configuration spills,
 does not fit its chip or does not compile. Finished rows are cached by source, options and Triton's version.
 """
+
 import argparse
 import sys
 import time

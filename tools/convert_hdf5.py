@@ -5,6 +5,7 @@
 
 The output appears whole or not at all. A token file without its JSON is taken for uint16 ids of GPT-2.
 """
+
 import sys
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Small files written whole, locks that end with their process, and moving bytes between files."""
+
 import errno
 import fcntl
 import os

@@ -7,6 +7,7 @@
 
 Interrupted, the same command goes on where it was; finished, it fetches nothing.
 """
+
 import hashlib
 import shutil
 import sys

@@ -7,6 +7,7 @@ Three kinds of documents, in the Pile's own format:
 
 The text stays on this machine; each file keeps its own licence.
 """
+
 import hashlib
 import os
 import platform
@@ -29,7 +30,7 @@ _MODULE_DOCSTRING = re.compile(rb'\A(?:[ \t]*(?:#[^\n]*)?\r?\n)*[rRuU]?("""|\'\'
 # Either the start of a class or function, or a docstring right after the colon that ends a signature. Parsing every
 # file with `ast` would say the same and take minutes.
 _INTERFACE = re.compile(
-    rb'^(?P<head>[ \t]*(?:async[ \t]+def|def|class)[ \t]+\w+)'
+    rb"^(?P<head>[ \t]*(?:async[ \t]+def|def|class)[ \t]+\w+)"
     rb'|:[ \t]*(?:#[^\n]*)?\n\s*[rRuU]?(?P<quote>"""|\'\'\').*?(?P=quote)',
     re.DOTALL | re.MULTILINE,
 )
@@ -149,9 +150,12 @@ def _documents(skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
     """Yield (kind, content) of every document of this Python, in the order of their paths."""
     paths = sysconfig.get_paths()
     for file, content in _read_files(Path(paths["stdlib"]), skipped):
-        if file.suffix == ".py" and file.parent.name != "pydoc_data":  # the reference comes as prose below
-            yield "Python Standard Library", content
-        elif file.suffix in PROSE_SUFFIXES and not _BOILERPLATE.search(file.name):
+        if (
+            file.suffix == ".py"
+            and file.parent.name != "pydoc_data"
+            or file.suffix in PROSE_SUFFIXES
+            and not _BOILERPLATE.search(file.name)
+        ):  # the reference comes as prose below
             yield "Python Standard Library", content
     for topic in _reference():
         yield "Python Reference", topic

@@ -1,9 +1,10 @@
 """Writes a model's weights for other programs.
 
-    python tools/export_weights.py --model_path runs/13m --format safetensors --out 13m.safetensors
-    python tools/export_weights.py --model_path runs/gpt2 --format gpt2 --out gpt2/                # for transformers
-    python tools/export_weights.py --model_path runs/13m --format classic --out 13m.pt     # for train-llm-from-scratch
+python tools/export_weights.py --model_path runs/13m --format safetensors --out 13m.safetensors
+python tools/export_weights.py --model_path runs/gpt2 --format gpt2 --out gpt2/                # for transformers
+python tools/export_weights.py --model_path runs/13m --format classic --out 13m.pt     # for train-llm-from-scratch
 """
+
 import argparse
 import sys
 
@@ -41,7 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         path = find_weights(options.model_path)
-        is_folder = options.format == "gpt2" or options.format == "safetensors" and not options.out.endswith(".safetensors")
+        is_folder = (
+            options.format == "gpt2" or options.format == "safetensors" and not options.out.endswith(".safetensors")
+        )
         check_target(options.out, path, is_folder=is_folder, overwrite=options.overwrite)
         config, state = read_weights(path)
         if options.vocab_size:

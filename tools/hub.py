@@ -3,6 +3,7 @@
 `huggingface_hub` finds, authenticates and retries; what it does not do (2.x) is go on with a file that an earlier
 process left half fetched: it throws such a file away, which at eleven gigabytes a shard is not acceptable.
 """
+
 import errno
 import time
 from collections.abc import Iterable, Iterator

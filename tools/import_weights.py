@@ -1,8 +1,9 @@
 """Brings another program's weights in, as a folder that the engine reads without translating.
 
-    python tools/import_weights.py --model_path gpt2/ --out weights/gpt2          # a folder that transformers saved
-    python tools/import_weights.py --model_path 13m.pt --out weights/13m          # train-llm-from-scratch's
+python tools/import_weights.py --model_path gpt2/ --out weights/gpt2          # a folder that transformers saved
+python tools/import_weights.py --model_path 13m.pt --out weights/13m          # train-llm-from-scratch's
 """
+
 import argparse
 import sys
 

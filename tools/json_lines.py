@@ -3,6 +3,7 @@
 Most lines begin with their text. Compiled code takes it out of them, and msgspec reads what follows it, as it reads
 lines of any other form. What msgspec refuses, Python's own parser may know how to keep.
 """
+
 import functools
 import json
 import re

@@ -3,6 +3,7 @@
 What such a line says after its text, and lines of any other form, are for a library to read. Compiling takes a few
 seconds, once: Numba keeps the result on disk.
 """
+
 from pathlib import Path
 
 import numpy as np

@@ -8,6 +8,7 @@ has come. When all are, the JSON and at last `X.bin` itself get their names.
 Whoever is killed at any point, the next run goes on from the records and the state. Segments are not brought to the
 disk one by one: after a power failure their checksums tell which of them are to be made again.
 """
+
 import glob
 import os
 import shutil
@@ -26,7 +27,14 @@ from engine.whole_file import sync
 from tools.chunks import CHUNK_BYTES, TEXT_KEY, Problem
 from tools.disk import append_file, checksum, is_at, lock, try_lock, write_all, write_json, write_whole
 from tools.token_file import (
-    FORMAT, Description, NoText, PrepareError, Source, description_path, folder_of, read_description
+    FORMAT,
+    Description,
+    NoText,
+    PrepareError,
+    Source,
+    description_path,
+    folder_of,
+    read_description,
 )  # fmt: skip
 
 SEGMENT_CHUNKS = 8

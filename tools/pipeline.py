@@ -5,6 +5,7 @@ and most of parsing release the GIL. Other processes may be at the same inputs: 
 takes the segments that nobody has; those that others have it only decompresses. So one huge shard keeps as many cores
 busy as its decompressor can feed, and nothing is divided up beforehand.
 """
+
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence

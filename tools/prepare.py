@@ -11,6 +11,7 @@ A folder without shards is taken for documents in plain text, one a file (.txt, 
 Interrupted, the same command goes on where it was; finished, it does nothing. What a shard should not contain is
 counted and listed at the end, and the rest prepared; --strict stops at the first line that would be lost or changed.
 """
+
 import argparse
 import errno
 import os

@@ -1,4 +1,5 @@
 """How far preparing has got: a bar, on terminals only."""
+
 import threading
 import time
 

@@ -1,4 +1,5 @@
 """The uncompressed bytes of a shard, up to the first damaged or missing one."""
+
 import gzip
 import hashlib
 import zlib

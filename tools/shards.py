@@ -3,6 +3,7 @@
 A shard `00.jsonl.zst` has its note beside it, `00.jsonl.zst.json`. The note is what tells a whole shard of the Pile
 from the first gigabyte of one, and either from a file that a person put there.
 """
+
 import hashlib
 import os
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Texts to token ids, by the name of the tokenizer."""
+
 import functools
 from collections.abc import Callable
 

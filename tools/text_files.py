@@ -2,6 +2,7 @@
 
 A file is the one chunk of its shard, so that what a line of JSON can have wrong is told of it in the same way.
 """
+
 import codecs
 from pathlib import Path
 
@@ -51,8 +52,8 @@ def parse_file(chunk: Chunk) -> Documents:
     if chunk.fault:
         problem = chunk.fault
     elif (bad := _not_utf8(memoryview(content))) is not None:
-        line = content.count(b"\n", 0, bad) + 1
-        problem = "not_utf8", "byte %d" % (bad - content.rfind(b"\n", 0, bad))
+        line, line_end = content.count(b"\n", 0, bad) + 1, content.rfind(b"\n", 0, bad)
+        problem = "not_utf8", f"byte {bad - line_end}"
         content = b""
     elif not content:
         problem = "empty_text", ""

@@ -1,4 +1,5 @@
 """What a token file says of itself: the JSON beside the flat ids."""
+
 import functools
 import os
 from collections.abc import Sequence

@@ -2,6 +2,7 @@
 
 A helper ends with the process that started it, even a killed one, because the pipe between the two ends then.
 """
+
 import os
 import subprocess
 import sys

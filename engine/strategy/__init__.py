@@ -2,6 +2,7 @@
 
 The loop calls `set_lr`, `forward_backward`, `step`, and for a checkpoint `state` and `load_state`; it knows nothing of their inside.
 """
+
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 """Several processes, each with the whole model and all states: they share the tokens of a step and average gradients."""
+
 from collections.abc import Iterable
 
 import torch

@@ -1,4 +1,5 @@
 """Dynamic loss scaling for fp16 (Micikevicius et al., Mixed Precision Training, 2018)."""
+
 from dataclasses import dataclass
 
 

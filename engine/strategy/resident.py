@@ -2,6 +2,7 @@
 
 Residuals and moments lie on the device, or in host memory (engine/streamed_adamw.py).
 """
+
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -46,7 +47,10 @@ class Resident:
         self.streamed = choices.offload == "states"
         adamw = StreamedAdamW if self.streamed else AdamW
         if choices.optimizer_in_backward:
-            require(grad_accum == 1, f"--optimizer_in_backward cannot accumulate over {grad_accum} micro-batches: a smaller --batch_tokens")
+            require(
+                grad_accum == 1,
+                f"--optimizer_in_backward cannot accumulate over {grad_accum} micro-batches: a smaller --batch_tokens",
+            )
             adamw = InBackwardAdamW
             if self.processes > 1:
                 average_in_backward(self.model.parameters())
@@ -74,7 +78,11 @@ class Resident:
         self.updates = 0
 
     def describe(self) -> str:
-        weights = {"fp32": "fp32 weights", "residual": "16-bit weights and residuals (exact fp32)", "stochastic": "16-bit weights, rounded stochastically"}
+        weights = {
+            "fp32": "fp32 weights",
+            "residual": "16-bit weights and residuals (exact fp32)",
+            "stochastic": "16-bit weights, rounded stochastically",
+        }
         place = "streamed from host memory" if self.streamed else "on the device"
         parts = [f"resident: {weights[self.formats['weights']]}, {self.formats['moments']} moments, {place}"]
         parts += [f"the same in {self.processes} processes, gradients averaged"] if self.processes > 1 else []
@@ -105,7 +113,9 @@ class Resident:
             finite = torch.isfinite(norm)
         else:
             # The gradients still carry the loss scale: clip in scaled units, and let the optimizer divide it out.
-            norm, coefficient = clip_coefficient(self.parameters.values(), self.options.grad_clip * scale or float("inf"))
+            norm, coefficient = clip_coefficient(
+                self.parameters.values(), self.options.grad_clip * scale or float("inf")
+            )
             finite = torch.isfinite(norm) & torch.isfinite(loss)
             self.optimizer.step(grad_scale=coefficient / scale, found_inf=(~finite).float())
             self.optimizer.zero_grad(set_to_none=True)
@@ -132,7 +142,10 @@ class Resident:
     def load_counters(self, counters: dict[str, Any]) -> None:
         self.updates = counters["updates"]
         if self.loss_scale and counters["loss_scale"]:
-            self.loss_scale.value, self.loss_scale.good_steps = counters["loss_scale"]["value"], counters["loss_scale"]["good_steps"]
+            self.loss_scale.value, self.loss_scale.good_steps = (
+                counters["loss_scale"]["value"],
+                counters["loss_scale"]["good_steps"],
+            )
 
     def _scale(self) -> float:
         return self.loss_scale.value if self.loss_scale else 1.0

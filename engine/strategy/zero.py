@@ -1,4 +1,5 @@
 """DeepSpeed ZeRO stages 0-3, with optimizer or parameters in host memory or on NVMe, in any number of processes."""
+
 import json
 import math
 import os
@@ -35,7 +36,11 @@ BUCKET_ELEMENTS = 50_000_000  # DeepSpeed's own 5e8 costs about 1 GB a bucket
 def deepspeed_config(config: Config, dtype: torch.dtype, grad_accum: int, world_size: int) -> dict[str, Any]:
     """Return the DeepSpeed configuration that follows from ours, with `--deepspeed_config FILE` laid over it."""
     strategy, micro_batch_size = config.strategy, config.optimizer.micro_batch_size
-    where = {"device": "nvme", "nvme_path": strategy.nvme_path} if strategy.nvme_path else {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    where = (
+        {"device": "nvme", "nvme_path": strategy.nvme_path}
+        if strategy.nvme_path
+        else {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    )
     zero: dict[str, Any] = {
         "stage": strategy.zero_stage,
         "overlap_comm": world_size > 1,
@@ -61,7 +66,10 @@ def deepspeed_config(config: Config, dtype: torch.dtype, grad_accum: int, world_
     if dtype == torch.bfloat16:
         derived |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     elif dtype == torch.float16:
-        derived |= {"fp16": {"enabled": True, "initial_scale_power": 16, "hysteresis": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
+        derived |= {
+            "fp16": {"enabled": True, "initial_scale_power": 16, "hysteresis": 1},
+            "data_types": {"grad_accum_dtype": "fp32"},
+        }
     return merge(derived, load_file(strategy.deepspeed_config)) if strategy.deepspeed_config else derived
 
 
@@ -77,7 +85,9 @@ class Zero:
         weights: Iterable[tuple[str, Tensor]],
     ) -> None:
         if config.strategy.zero_stage == 0 and dtype != torch.float32:
-            raise ConfigError("--zero_stage 0 computes wrong updates in 16 bits: use --zero_stage 1, which is right on one card too")
+            raise ConfigError(
+                "--zero_stage 0 computes wrong updates in 16 bits: use --zero_stage 1, which is right on one card too"
+            )
         # DeepSpeed calls collectives by their old names, once a step.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
         # Pascal (P100, GTX 1080 Ti) stores in fp16 and multiplies in fp32, which DeepSpeed takes for a mistake.
@@ -96,7 +106,9 @@ class Zero:
             path.write_text(json.dumps(settings, indent=2) + "\n")
         groups = parameter_groups(model, options.weight_decay)  # by shapes, which stage 3 takes away
         self._place(model, weights, settings)
-        optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.adam_eps, fused=True)
+        optimizer = torch.optim.AdamW(
+            groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.adam_eps, fused=True
+        )
         self.clip_norm = 0.0
         if self.stage == 0:  # there DeepSpeed cannot skip a step that it is to clip
             self.clip_norm, settings = settings["gradient_clipping"], settings | {"gradient_clipping": 0.0}
@@ -114,12 +126,20 @@ class Zero:
             deepspeed.init_distributed()  # takes the processes that are connected; else it counts only this one
             shared = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings)
         for name, weight in weights:
-            give_memory(parameters[name], weight.to(self.device, self.dtype, copy=True))  # a file may lie behind `weight`
+            give_memory(
+                parameters[name], weight.to(self.device, self.dtype, copy=True)
+            )  # a file may lie behind `weight`
             if shared:
-                shared._convert_to_zero_parameters([parameters[name]])  # each process keeps its part; the whole is freed
+                shared._convert_to_zero_parameters(
+                    [parameters[name]]
+                )  # each process keeps its part; the whole is freed
 
     def describe(self) -> str:
-        moved = {"none": "", "optimizer": ", optimizer in host memory", "params": ", optimizer and parameters in host memory"}
+        moved = {
+            "none": "",
+            "optimizer": ", optimizer in host memory",
+            "params": ", optimizer and parameters in host memory",
+        }
         recomputed = f"; {self.recomputed}" if self.recomputed else ""
         return f"DeepSpeed ZeRO stage {self.stage}{moved[self.offload]}, {self.engine.world_size} process{'es' * (self.engine.world_size > 1)}{recomputed}"
 
@@ -165,7 +185,9 @@ class Zero:
                 moments = {key: self.engine.optimizer.state[parameter][key] for key in MOMENTS} if self.updates else {}
                 yield name, {"weight": parameter.detach()} | moments
             else:
-                moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS} if self.updates else {}
+                moments = (
+                    {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS} if self.updates else {}
+                )
                 yield name, {"weight": safe_get_full_fp32_param(parameter)} | moments
 
     def load_state(self, read: Callable[[str, str], Tensor]) -> None:

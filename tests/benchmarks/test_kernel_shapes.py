@@ -25,9 +25,7 @@ def on_a_gpu(monkeypatch):
 
 def test_calls_outlast_their_launch(on_a_gpu):
     told = {}
-    on_a_gpu.test_rotary(
-        lambda run, **about: told.update(about), torch.device("meta"), torch.bfloat16, "pilesmith"
-    )
+    on_a_gpu.test_rotary(lambda run, **about: told.update(about), torch.device("meta"), torch.bfloat16, "pilesmith")
     assert told["bytes"] / BYTES_S > LAUNCH_S
     for width in {width * inner for width in on_a_gpu.WIDTHS for inner in (1, 4)}:
         assert 2 * 2 * on_a_gpu.rows_of(width) * width / BYTES_S > LAUNCH_S, width  # 16 bits, read and written

@@ -29,7 +29,9 @@ def flags(tmp_path, monkeypatch):
 def write_run(options, form, seed, val_loss, steps):
     run = quality.folder(options, "tiny", form, seed)
     run.mkdir(parents=True)
-    records = [{"step": s, "loss": val_loss + 1 / s} for s in range(1, steps + 1)] + [{"step": steps, "val_loss": val_loss}]
+    records = [{"step": s, "loss": val_loss + 1 / s} for s in range(1, steps + 1)] + [
+        {"step": steps, "val_loss": val_loss}
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
 

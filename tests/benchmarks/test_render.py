@@ -67,8 +67,7 @@ def test_a_table_holds_the_files_figures(results):
     assert "| classic | 1,500 |" in text and "| 2.00 |" in text and "not run: needs a GPU" in text
     assert (
         "EPYC, 2 cores; PyTorch 2.13.0; 2026-11-23; commit aaaaaaaaa; "
-        "[throughput-13m-cpu.json](results/throughput-13m-cpu.json)"
-        in text
+        "[throughput-13m-cpu.json](results/throughput-13m-cpu.json)" in text
     )
 
 

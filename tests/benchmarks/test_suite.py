@@ -61,7 +61,11 @@ def test_a_part_that_is_cut_off_replaces_no_result_that_holds_more(tmp_path):
     here = where.environment()
 
     def part(count, then):
-        made = {"benchmark": "tune", "searches": [{}] * count, "environment": {key: here[key] for key in ("commit", "gpu")}}
+        made = {
+            "benchmark": "tune",
+            "searches": [{}] * count,
+            "environment": {key: here[key] for key in ("commit", "gpu")},
+        }
         program = f"import json, sys, time; json.dump({made}, open(sys.argv[1], 'w')); {then}"
         return Part("one", shlex.join(["-c", program]) + " {file}", 5)
 
@@ -116,7 +120,7 @@ def test_a_result_of_another_commit_or_device_does_not_count(tmp_path):
 def test_a_part_that_hangs_or_fails_does_not_stop_the_others(tmp_path, writes, monkeypatch):
     monkeypatch.setattr(suite, "GRACE_S", 0.5)
     child = "-c \"import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])\""
-    deaf = "-c \"import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)\""
+    deaf = '-c "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"'
     parts = [
         Part("hangs", child, 1),
         Part("deaf", deaf, 1),
@@ -225,7 +229,10 @@ def test_correctness_counts_tests(tmp_path, validate):
     validate(payload, "correctness")
     assert (payload["passed"], payload["failed"], payload["skipped"], payload["unfinished"]) == (1, 2, 1, [])
     told = {failure["test"].rpartition("::")[2]: failure["message"] for failure in payload["failures"]}
-    assert told == {"test_bad": "AssertionError: seven\n  of nine\nassert 0", tests[1]: "its process ended without a report"}
+    assert told == {
+        "test_bad": "AssertionError: seven\n  of nine\nassert 0",
+        tests[1]: "its process ended without a report",
+    }
 
 
 def test_tests_that_are_interrupted_are_counted_up_to_then(tmp_path, validate):

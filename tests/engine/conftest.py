@@ -2,6 +2,7 @@
 
 No kernel is imported here at the top: conftest files load before the interpreter is turned on.
 """
+
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING

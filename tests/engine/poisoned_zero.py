@@ -1,4 +1,5 @@
 """engine/train.py with DeepSpeed, in which the gradients of step 3 are not finite: run by test_zero.py."""
+
 import sys
 
 from engine import train

@@ -1,4 +1,5 @@
 """Building a strategy: the same first weights in every one, and no more host memory on the way than it holds."""
+
 import pytest
 import torch
 

@@ -44,7 +44,16 @@ def test_a_drivers_name_finds_its_card(device_name, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["cpu", "", "NVIDIA GeForce RTX 3080 Laptop GPU", "NVIDIA A10", "NVIDIA GeForce RTX 2050", "NVIDIA TITAN V", "GeForce GTX TITAN"]
+    "name",
+    [
+        "cpu",
+        "",
+        "NVIDIA GeForce RTX 3080 Laptop GPU",
+        "NVIDIA A10",
+        "NVIDIA GeForce RTX 2050",
+        "NVIDIA TITAN V",
+        "GeForce GTX TITAN",
+    ],
 )
 def test_an_unlisted_device_is_unknown_rather_than_guessed(name):
     assert find(name) is None

@@ -1,4 +1,5 @@
 """Checkpoints are complete or absent, the right ones are kept, and a wrong one is refused by name."""
+
 import errno
 import json
 import os
@@ -26,7 +27,11 @@ def test_newest_and_best_are_kept(tiny_flags, tmp_path, monkeypatch):
 
 def test_a_checkpoint_without_a_validation_is_never_the_best(tiny_flags, tmp_path):
     assert train.main([*tiny_flags, "--eval_interval=0", "--save_interval=5"]) == 0
-    assert [checkpoint.read_state(p)["val_loss"] is None for p in checkpoint.checkpoints(tmp_path / "run")] == [True, True, False]
+    assert [checkpoint.read_state(p)["val_loss"] is None for p in checkpoint.checkpoints(tmp_path / "run")] == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_moments_are_split_into_files_and_read_back(tiny_flags, tmp_path, monkeypatch):
@@ -82,7 +87,9 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tiny_flags, tmp_pa
         (["--save_interval=0"], 1, None),
     ],
 )
-def test_checkpoints_that_would_not_fit_the_disk_are_refused_at_the_start(tiny_flags, tmp_path, monkeypatch, capsys, flags, room, said):
+def test_checkpoints_that_would_not_fit_the_disk_are_refused_at_the_start(
+    tiny_flags, tmp_path, monkeypatch, capsys, flags, room, said
+):
     size = 12 * 20_000  # about what this model's take, in bytes
     monkeypatch.setattr(checkpoint.GPT, "outline", lambda _: SimpleNamespace(num_parameters=lambda: size // 12))
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=int(room * size)))
@@ -130,12 +137,18 @@ def test_a_run_dir_that_cannot_be_written_is_refused_before_any_work(tiny_flags,
         ("state.json", lambda file: file.write_text("{}"), "its state.json lacks format, step, tokens"),
         ("state.json", lambda file: file.write_text("[]"), "its state.json holds no names"),
         ("optimizer-00000.safetensors", lambda file: file.unlink(), "optimizer-00000.safetensors cannot be read whole"),
-        ("optimizer-00000.safetensors", lambda file: os.truncate(file, 5000), "optimizer-00000.safetensors cannot be read"),
+        (
+            "optimizer-00000.safetensors",
+            lambda file: os.truncate(file, 5000),
+            "optimizer-00000.safetensors cannot be read",
+        ),
         ("model.safetensors", lambda file: os.truncate(file, 5), "model.safetensors cannot be read whole"),
         ("config.json", lambda file: file.write_text("{"), "is no JSON"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_with_the_one_before(tiny_flags, tmp_path, monkeypatch, capsys, name, change, said):
+def test_a_damaged_checkpoint_is_refused_with_the_one_before(
+    tiny_flags, tmp_path, monkeypatch, capsys, name, change, said
+):
     assert train.main(tiny_flags) == 0
     change(checkpoint.newest(tmp_path / "run") / name)
     assert train.main(["--resume", f"--run_dir={tmp_path}/run", "--max_steps=14"]) == 2
@@ -157,9 +170,13 @@ def test_half_a_checkpoint_is_not_seen_and_is_cleared_away(tiny_flags, tmp_path)
 def test_another_models_checkpoint_is_refused(tiny_flags, tmp_path, capsys):
     assert train.main(tiny_flags) == 0
     step = str(checkpoint.newest(tmp_path / "run"))
-    assert train.main([*tiny_flags, f"--run_dir={tmp_path}/other", "--max_steps=14", "--n_layer=2", "--resume", step]) == 2
+    assert (
+        train.main([*tiny_flags, f"--run_dir={tmp_path}/other", "--max_steps=14", "--n_layer=2", "--resume", step]) == 2
+    )
     assert "n_layer is 1 there and 2 here" in capsys.readouterr().err
-    assert train.main([*tiny_flags, f"--run_dir={tmp_path}/wider", "--max_steps=14", "--n_embd=32", "--resume", step]) == 2
+    assert (
+        train.main([*tiny_flags, f"--run_dir={tmp_path}/wider", "--max_steps=14", "--n_embd=32", "--resume", step]) == 2
+    )
     assert "n_embd is 16 there and 32 here" in capsys.readouterr().err
 
 

@@ -1,4 +1,5 @@
 """The configuration tree and its command line: what wins, what is refused and what the message says."""
+
 import dataclasses
 import json
 
@@ -85,7 +86,9 @@ def test_a_switch_that_has_become_a_choice(line, value):
     assert flags(line).strategy.activation_checkpointing == value
 
 
-@pytest.mark.parametrize("saved, value", [(None, "auto"), (True, "blocks"), (False, "none"), ("offloaded", "offloaded")])
+@pytest.mark.parametrize(
+    "saved, value", [(None, "auto"), (True, "blocks"), (False, "none"), ("offloaded", "offloaded")]
+)
 def test_configurations_saved_when_it_was_a_switch(saved, value):
     assert from_dict({"strategy": {"activation_checkpointing": saved}}).strategy.activation_checkpointing == value
 
@@ -104,8 +107,14 @@ def test_whole_numbers(text, value):
         ("--learning-rate 3", "unknown flag '--learning_rate'"),
         ("--n_la 3", "unknown flag '--n_la'"),  # no abbreviations: a new flag must not change what an old command means
         ("extra", "'extra' belongs to no flag: flags begin with --"),
-        ("--train_file mine.bin", "--train_file mine.bin without --val_file, which would be data/val/pile_dev.bin: give both"),
-        ("--val_file mine.bin", "--val_file mine.bin without --train_file, which would be data/train/pile_train.bin: give both"),
+        (
+            "--train_file mine.bin",
+            "--train_file mine.bin without --val_file, which would be data/val/pile_dev.bin: give both",
+        ),
+        (
+            "--val_file mine.bin",
+            "--val_file mine.bin without --train_file, which would be data/train/pile_train.bin: give both",
+        ),
         ("--preset gpt3", "unknown preset 'gpt3'; known: 13m, gpt2,"),
         ("--preset gpt-2", "did you mean 'gpt2'?"),
         ("--n_layer x", "n_layer must be a whole number, got 'x'"),
@@ -116,7 +125,10 @@ def test_whole_numbers(text, value):
         ("--lr", "--lr: expected one argument"),
         ("--lr nan", "lr must be positive, got nan"),
         ("--compile maybe", "compile must be true or false, got 'maybe'"),
-        ("--activation_checkpointing selectiv", "must be one of auto, none, blocks, selective, offloaded; got 'selectiv'"),
+        (
+            "--activation_checkpointing selectiv",
+            "must be one of auto, none, blocks, selective, offloaded; got 'selectiv'",
+        ),
         ("--compile --activation_checkpointing offloaded", "offloaded cannot be compiled"),
         ("--schedule cosin", "schedule must be one of cosine, wsd, step; got 'cosin'; did you mean 'cosine'?"),
         ("--dtype float16", "dtype must be one of auto, fp32, bf16, fp16; got 'float16'"),
@@ -215,7 +227,12 @@ def test_help_shows_a_default_only_where_no_preset_decides(capsys):
     with pytest.raises(SystemExit):
         parse(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    for name, default in (("lr X", "preset's"), ("batch_tokens N", "preset's"), ("beta2 X", "0.95"), ("zero_stage N", "auto")):
+    for name, default in (
+        ("lr X", "preset's"),
+        ("batch_tokens N", "preset's"),
+        ("beta2 X", "0.95"),
+        ("zero_stage N", "auto"),
+    ):
         assert shown.split(f"--{name} ")[-1].partition("[")[2].startswith(f"{default}]"), name
 
 
@@ -241,7 +258,9 @@ def test_resume_goes_on_with_the_run_that_the_configuration_names(tmp_path, monk
     assert (config.run_dir, config.seed) == ("runs/mine", 2)
 
 
-@pytest.mark.parametrize("flag", ["--lr=inf", "--weight_decay=inf", "--adam_eps=-1", "--lr_decay_step=-4", "--grad_clip=nan"])
+@pytest.mark.parametrize(
+    "flag", ["--lr=inf", "--weight_decay=inf", "--adam_eps=-1", "--lr_decay_step=-4", "--grad_clip=nan"]
+)
 def test_numbers_that_train_nothing_are_refused(flag):
     with pytest.raises(ConfigError, match=flag[2:].partition("=")[0]):
         parse([flag])

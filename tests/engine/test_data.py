@@ -1,4 +1,5 @@
 """Token files, their order and their batches: nothing lost or twice, whatever the size and number of processes."""
+
 import json
 import os
 import subprocess
@@ -92,7 +93,9 @@ def test_what_is_no_token_file_is_found_in_a_sample(tmp_path):
 
 
 def test_a_run_of_more_than_four_epochs_is_warned_of(tmp_path):
-    batches = TrainingBatches(write(tmp_path / "x.bin", range(101)), block_size=10, micro_batch_size=1, grad_accum=1, seed=1)
+    batches = TrainingBatches(
+        write(tmp_path / "x.bin", range(101)), block_size=10, micro_batch_size=1, grad_accum=1, seed=1
+    )
     assert batches.epochs_line(40) == "40 steps are 4 epochs of it"
     assert batches.epochs_line(41).startswith("41 steps are 4.1 epochs of it; warning: after four")
 

@@ -1,4 +1,5 @@
 """The resident strategy in two real processes over gloo against one process with the same tokens."""
+
 import shutil
 
 import pytest
@@ -10,7 +11,9 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 
 
 def losses(run_dir) -> dict[tuple[int, str], float]:
-    return {(r["step"], key): r[key] for r in read_metrics(run_dir) for key in ("loss", "val_loss", "grad_norm") if key in r}
+    return {
+        (r["step"], key): r[key] for r in read_metrics(run_dir) for key in ("loss", "val_loss", "grad_norm") if key in r
+    }
 
 
 @pytest.mark.parametrize(

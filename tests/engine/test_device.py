@@ -1,4 +1,5 @@
 """The number format follows from what the chip can really do."""
+
 import sys
 
 import numpy as np
@@ -23,7 +24,14 @@ def as_chip():
 
 @pytest.mark.parametrize(
     "target, dtype",
-    [("cuda:90", torch.bfloat16), ("cuda:86", torch.bfloat16), ("cuda:75", torch.float16), ("cuda:70", torch.float16), ("cuda:61", torch.float16), ("cuda:60", torch.float16)],
+    [
+        ("cuda:90", torch.bfloat16),
+        ("cuda:86", torch.bfloat16),
+        ("cuda:75", torch.float16),
+        ("cuda:70", torch.float16),
+        ("cuda:61", torch.float16),
+        ("cuda:60", torch.float16),
+    ],
 )
 def test_dtype_by_chip(as_chip, target, dtype):
     as_chip(target)
@@ -48,7 +56,9 @@ def test_a_device_that_is_not_there_is_refused(wanted):
         choose_device(wanted)
 
 
-@pytest.mark.parametrize("capability, built", [((6, 0), ["sm_75", "sm_90", "compute_90"]), ((6, 1), ["sm_70", "sm_86"])])
+@pytest.mark.parametrize(
+    "capability, built", [((6, 0), ["sm_75", "sm_90", "compute_90"]), ((6, 1), ["sm_70", "sm_86"])]
+)
 def test_a_gpu_that_this_pytorch_was_not_built_for_is_refused_with_the_build_that_was(monkeypatch, capability, built):
     current = []
     for name, value in {"is_available": True, "device_count": 2, "get_device_name": "GTX 1080 Ti"}.items():

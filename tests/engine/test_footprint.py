@@ -102,8 +102,7 @@ def test_a_card_has_the_parameters_that_zero_3_offloads_pinned_twice():
     model, options = model_of("2b"), {"dtype": "bf16", "micro_batch_size": 1}
     n = Elements.of(model).total
     on_cpu, on_card = (
-        predict(model, BY_NAME["zero-3-offload-params"], **options, chip=chip).host["weights"]
-        for chip in (None, H100)
+        predict(model, BY_NAME["zero-3-offload-params"], **options, chip=chip).host["weights"] for chip in (None, H100)
     )
     assert on_cpu == 2 * n
     assert on_card > 2 ** math.ceil(math.log2(2 * n)) + 2 * 0.99 * n
@@ -227,7 +226,9 @@ print(json.dumps(peak_memory(torch.device("cpu")) - before))
 """
 
 
-@pytest.mark.parametrize("kind", ["none", "offloaded", *(pytest.param(k, marks=pytest.mark.slow) for k in ("blocks", "selective"))])
+@pytest.mark.parametrize(
+    "kind", ["none", "offloaded", *(pytest.param(k, marks=pytest.mark.slow) for k in ("blocks", "selective"))]
+)
 def test_a_process_grows_by_what_is_planned(kind, start, tmp_path):
     model = dict(n_layer=6, n_head=4, n_embd=256, block_size=128, vocab_size=8192, positions="rotary")
     script = tmp_path / "grow.py"

@@ -1,4 +1,5 @@
 """Text out of a model: the cache and the sliding window, what is drawn how often, whole characters, the program."""
+
 import json
 import os
 import subprocess
@@ -214,7 +215,9 @@ def test_an_empty_prompt_begins_a_document():
 def test_sample_text_continues_the_prompt():
     gpt = model(vocab_size=50304)
     text = sample_text(gpt, ENCODING, "The 你好", 12, seed=3)
-    assert text == sample_text(gpt, ENCODING, "The 你好", 12, seed=3) != sample_text(gpt, ENCODING, "The 你好", 12, seed=4)
+    assert (
+        text == sample_text(gpt, ENCODING, "The 你好", 12, seed=3) != sample_text(gpt, ENCODING, "The 你好", 12, seed=4)
+    )
     assert text.startswith("The 你好") and len(text) > 20
     ids = generated(gpt, prompt_tokens(ENCODING, "The 你好"), 12, seed=3, n_tokens=ENCODING.n_vocab)
     assert text == "The 你好" + ENCODING.decode(ids[0].tolist())

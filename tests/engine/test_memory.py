@@ -85,7 +85,10 @@ def test_what_is_kept_of_recomputed_blocks_trades_time_for_memory():
     held = [whole[kind].footprint.card_bytes for kind in ("selective", "blocks", "offloaded")]
     assert held == sorted(held, reverse=True)
     inputs = 4 * TWO_B.block_size * TWO_B.n_embd * 2
-    assert whole["blocks"].footprint.card["saved_activations"] - whole["offloaded"].footprint.card["saved_activations"] == 22 * inputs
+    assert (
+        whole["blocks"].footprint.card["saved_activations"] - whole["offloaded"].footprint.card["saved_activations"]
+        == 22 * inputs
+    )
     assert 22 * inputs <= whole["offloaded"].footprint.host["saved_activations"] < 2 * 22 * inputs
     assert len({p.name for p in plans}) == len({p.title for p in plans}) == len(plans)
 

@@ -1,4 +1,5 @@
 """The GPT: its sizes, what may see what, the cache, the loss, dtypes."""
+
 import math
 
 import pytest

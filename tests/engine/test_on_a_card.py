@@ -1,4 +1,5 @@
 """The code for GPUs, run on a pretended one: the same numbers as on a CPU, and nothing that only a GPU would show."""
+
 import re
 from contextlib import nullcontext
 
@@ -42,19 +43,58 @@ def losses(run_dir, *kinds: str) -> list[float]:
 @pytest.fixture
 def small(tiny_flags, tmp_path) -> list[str]:
     """Two steps, a validation, a sample, a checkpoint; few tokens, since the interpreter is slow."""
-    return [*tiny_flags, "--n_layer=3", "--max_steps=2", "--warmup_steps=1", "--eval_interval=2", "--batch_tokens=64", "--eval_tokens=32", "--micro_batch_size=1"]
+    return [
+        *tiny_flags,
+        "--n_layer=3",
+        "--max_steps=2",
+        "--warmup_steps=1",
+        "--eval_interval=2",
+        "--batch_tokens=64",
+        "--eval_tokens=32",
+        "--micro_batch_size=1",
+    ]
 
 
 @pytest.mark.parametrize(
     "chip, flags, tolerance",
     [
         (HOPPER, ["--dtype=fp32"], 1e-5),
-        (HOPPER, ["--dtype=fp16", "--activation_checkpointing=selective", "--recomputed_blocks=2", "--positions=rotary", "--document_masking=true"], 2e-3),
+        (
+            HOPPER,
+            [
+                "--dtype=fp16",
+                "--activation_checkpointing=selective",
+                "--recomputed_blocks=2",
+                "--positions=rotary",
+                "--document_masking=true",
+            ],
+            2e-3,
+        ),
         pytest.param(TURING, ["--offload=states"], 2e-3, marks=pytest.mark.slow),
-        (TURING, ["--weights=stochastic", "--moments=int8", "--optimizer_in_backward=true", "--micro_batch_size=0", "--grad_clip=0"], 4e-3),
+        (
+            TURING,
+            [
+                "--weights=stochastic",
+                "--moments=int8",
+                "--optimizer_in_backward=true",
+                "--micro_batch_size=0",
+                "--grad_clip=0",
+            ],
+            4e-3,
+        ),
         (PASCAL, ["--activation_checkpointing=offloaded", "--recomputed_blocks=3", "--document_masking=true"], 2e-3),
-        pytest.param(PASCAL, ["--offload=states", "--activation_checkpointing=blocks", "--positions=rotary"], 2e-3, marks=pytest.mark.slow),
-        pytest.param(CDNA, ["--dtype=fp16", "--weights=residual", "--moments=int8", "--micro_batch_size=2"], 2e-3, marks=pytest.mark.slow),
+        pytest.param(
+            PASCAL,
+            ["--offload=states", "--activation_checkpointing=blocks", "--positions=rotary"],
+            2e-3,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            CDNA,
+            ["--dtype=fp16", "--weights=residual", "--moments=int8", "--micro_batch_size=2"],
+            2e-3,
+            marks=pytest.mark.slow,
+        ),
         (RDNA, ["--document_masking=true", "--activation_checkpointing=selective", "--recomputed_blocks=3"], 2e-3),
     ],
     ids=lambda value: " ".join(flag.strip("-") for flag in value) if isinstance(value, list) else None,
@@ -83,9 +123,23 @@ def test_a_run_goes_on_elsewhere(flags, small, tmp_path, monkeypatch):
 @pytest.mark.parametrize("chip", [HOPPER, TURING, PASCAL])
 def test_text_on_a_card_is_that_on_a_cpu(chip, small, tmp_path, monkeypatch, capsys):
     """Sampled, with a key-value cache, from a run of this vocabulary."""
-    model = ["--vocab_size=50304", "--positions=rotary", "--n_layer=2", "--max_steps=1", "--warmup_steps=0", "--sample_tokens=0"]
+    model = [
+        "--vocab_size=50304",
+        "--positions=rotary",
+        "--n_layer=2",
+        "--max_steps=1",
+        "--warmup_steps=0",
+        "--sample_tokens=0",
+    ]
     assert train.main([*small, *model]) == 0
-    asked = [f"--model_path={tmp_path}/run", "--input_text=The", "--max_new_tokens=6", "--num_samples=2", "--dtype=fp32", "--seed=3"]
+    asked = [
+        f"--model_path={tmp_path}/run",
+        "--input_text=The",
+        "--max_new_tokens=6",
+        "--num_samples=2",
+        "--dtype=fp32",
+        "--seed=3",
+    ]
     texts = []
     for device in ("cpu", "cuda"):
         capsys.readouterr()
@@ -99,7 +153,16 @@ def test_text_on_a_card_is_that_on_a_cpu(chip, small, tmp_path, monkeypatch, cap
     "chip, flags",
     [
         (HOPPER, ["--dtype=fp16", "--document_masking=true"]),
-        (TURING, ["--weights=stochastic", "--moments=int8", "--optimizer_in_backward=true", "--micro_batch_size=0", "--grad_clip=0"]),
+        (
+            TURING,
+            [
+                "--weights=stochastic",
+                "--moments=int8",
+                "--optimizer_in_backward=true",
+                "--micro_batch_size=0",
+                "--grad_clip=0",
+            ],
+        ),
         (TURING, ["--offload=states"]),
         (PASCAL, ["--activation_checkpointing=offloaded", "--recomputed_blocks=3", "--document_masking=true"]),
     ],
@@ -125,7 +188,9 @@ def streamed_steps(overlapping: bool) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter((torch.randn(shape, generator=generator) * 0.02).cuda()) for shape in SHAPES]
     cls, options = (StreamedAdamW, {"portion": UNIT}) if overlapping else (AdamW, {})
-    optimizer = cls(parameter_groups(nn.ParameterList(parameters), 0.1), seed=5, weights="residual", moments="int8", **options)
+    optimizer = cls(
+        parameter_groups(nn.ParameterList(parameters), 0.1), seed=5, weights="residual", moments="int8", **options
+    )
     for number in range(4):
         for p in parameters:
             p.grad = torch.randn(p.shape, generator=generator).to("cuda", p.dtype)
@@ -136,7 +201,9 @@ def streamed_steps(overlapping: bool) -> list[Tensor]:
 
 def recomputed_steps(overlapping: bool) -> list[Tensor]:
     """Losses and gradients of two steps; `overlapping`: the blocks' inputs go to host memory and come back."""
-    config, _ = parse(["--preset=13m", "--n_embd=32", "--n_head=2", "--n_layer=6", "--block_size=32", "--vocab_size=512"])
+    config, _ = parse(
+        ["--preset=13m", "--n_embd=32", "--n_head=2", "--n_layer=6", "--block_size=32", "--vocab_size=512"]
+    )
     torch.manual_seed(0)
     model = GPT(config.model).cuda()
     if overlapping:
@@ -163,9 +230,13 @@ def leave_out(what: str | None, monkeypatch) -> None:
     if what == "the computation's":
         monkeypatch.setattr(Stream, "wait_event", lambda self, event: None if self.main else waits(self, event))
     elif what == "a copy's for a copy":
-        monkeypatch.setattr(Stream, "wait_event", lambda self, event: waits(self, event) if self.main or event.stream.main else None)
+        monkeypatch.setattr(
+            Stream, "wait_event", lambda self, event: waits(self, event) if self.main or event.stream.main else None
+        )
     elif what == "a copy's for the computation":
-        monkeypatch.setattr(Stream, "wait_stream", lambda self, other: None if other.main else waits(self, other.record_event()))
+        monkeypatch.setattr(
+            Stream, "wait_stream", lambda self, other: None if other.main else waits(self, other.record_event())
+        )
     elif what == "pinned memory":
         empty, zeros = torch.empty, torch.zeros
         monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
@@ -177,7 +248,8 @@ MISSING = [None, "the computation's", "a copy's for the computation", "pinned me
 
 @pytest.mark.parametrize(
     "work, missing",
-    [(work, missing) for work in (streamed_steps, recomputed_steps) for missing in MISSING] + [(streamed_steps, "a copy's for a copy")],
+    [(work, missing) for work in (streamed_steps, recomputed_steps) for missing in MISSING]
+    + [(streamed_steps, "a copy's for a copy")],
 )
 def test_copies_overlap_and_every_wait_is_needed(work, missing, monkeypatch):
     """With a kind of wait left out, or without pinned memory, the pretended card objects or the numbers are wrong."""
@@ -205,10 +277,21 @@ def test_copies_overlap_and_every_wait_is_needed(work, missing, monkeypatch):
 )
 def test_a_run_holds_no_more_than_planned(flags, small, monkeypatch, capsys):
     """Counted tensor by tensor, from the states to the optimizer's step, where PyTorch's path of every op is taken."""
-    shape = ["--n_embd=128", "--n_layer=4", "--block_size=64", "--vocab_size=2048", "--batch_tokens=256", "--micro_batch_size=4"]
-    states = [] if any("weights" in flag or "offload" in flag for flag in flags) else ["--weights=fp32", "--moments=fp32"]
+    shape = [
+        "--n_embd=128",
+        "--n_layer=4",
+        "--block_size=64",
+        "--vocab_size=2048",
+        "--batch_tokens=256",
+        "--micro_batch_size=4",
+    ]
+    states = (
+        [] if any("weights" in flag or "offload" in flag for flag in flags) else ["--weights=fp32", "--moments=fp32"]
+    )
     with pretended_card(monkeypatch, PASCAL) as card:
-        assert train.main([*small, *shape, *states, "--sample_tokens=0", "--eval_tokens=64", *flags, "--device=cuda"]) == 0
+        assert (
+            train.main([*small, *shape, *states, "--sample_tokens=0", "--eval_tokens=64", *flags, "--device=cuda"]) == 0
+        )
     said = re.search(r"memory: predicted .* \((.*)%\)", capsys.readouterr().out)
     assert card.peak > 10e6 and -16 < float(said[1]) <= 1
 
@@ -239,4 +322,15 @@ def test_what_a_card_refuses(monkeypatch):
         with pytest.raises(RuntimeError, match="only dense CPU tensors"):
             y.pin_memory()
         with pytest.raises(ValueError, match="cannot be accessed from Triton"):
-            adamw([y], [y.clone()], [y.clone()], [y.clone()], [y[0].clone()], lr=1.0, betas=(0.9, 0.9), eps=1.0, weight_decay=0.0, grad_scale=x[:1])
+            adamw(
+                [y],
+                [y.clone()],
+                [y.clone()],
+                [y.clone()],
+                [y[0].clone()],
+                lr=1.0,
+                betas=(0.9, 0.9),
+                eps=1.0,
+                weight_decay=0.0,
+                grad_scale=x[:1],
+            )

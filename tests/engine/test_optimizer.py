@@ -246,7 +246,7 @@ def test_convex_problem(formats):
             weight.grad = (curvature * (weight.detach().float() - target) + noise).to(weight.dtype)
             optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 300)
             optimizer.step()
-        (_, master), = masters(optimizer)
+        ((_, master),) = masters(optimizer)
         return (curvature * (master - target) ** 2).sum().item()
 
     assert distance(**formats) == pytest.approx(distance(), rel=0.2)

@@ -1,4 +1,5 @@
 """Open choices are made by the planner on a card and by plain defaults without one; what a person set is kept."""
+
 import pytest
 import torch
 
@@ -52,7 +53,9 @@ def test_a_card_gets_the_plan_that_fits(on_card):
     assert config.optimizer.micro_batch_size * grad_accum * 2048 == config.optimizer.batch_tokens == 524_288
     assert chosen.settings["strategy"].items() <= placement.asdict(config.strategy).items()
     assert any("GiB on the card" in line for line in placement.explain(chosen))
-    assert any("Not chosen: fp32 weights and moments on the card: would take" in line for line in placement.explain(chosen))
+    assert any(
+        "Not chosen: fp32 weights and moments on the card: would take" in line for line in placement.explain(chosen)
+    )
 
 
 def test_formats_that_no_plan_has_together_are_named_and_not_called_too_large(on_card):
@@ -61,14 +64,25 @@ def test_formats_that_no_plan_has_together_are_named_and_not_called_too_large(on
         settled("--preset=13m", "--moments=bf16")
 
 
-@pytest.mark.parametrize("flags", [["--zero_stage=1", "--compile"], ["--zero_stage=1", "--weights=residual"], ["--strategy=resident", "--zero_stage=2"], ["--deepspeed_config=mine.json"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--zero_stage=1", "--compile"],
+        ["--zero_stage=1", "--weights=residual"],
+        ["--strategy=resident", "--zero_stage=2"],
+        ["--deepspeed_config=mine.json"],
+    ],
+)
 def test_what_would_be_ignored_is_refused(flags):
     with pytest.raises(ConfigError, match="strategy"):
         settled("--preset=13m", *flags, device=CPU, dtype=torch.float32)
 
 
 def test_a_compiled_model_in_several_processes_is_not_deepspeeds():
-    assert settled("--preset=13m", "--compile", device=CPU, dtype=torch.float32, world_size=2)[0].strategy.strategy == "resident"
+    assert (
+        settled("--preset=13m", "--compile", device=CPU, dtype=torch.float32, world_size=2)[0].strategy.strategy
+        == "resident"
+    )
 
 
 def test_a_container_has_no_more_memory_than_its_limit(monkeypatch, tmp_path):
@@ -80,7 +94,10 @@ def test_a_container_has_no_more_memory_than_its_limit(monkeypatch, tmp_path):
         ({"memory.max": 48 * GiB}, "0::/"),
         ({"memory.max": "max", "job/memory.max": 48 * GiB, "job/step/memory.max": "max"}, "0::/job/step"),
         ({"memory.max": 48 * GiB}, "0::/not/seen/from/inside"),
-        ({"memory/memory.limit_in_bytes": 2**63 - 4096, "memory/job/memory.limit_in_bytes": 48 * GiB}, "3:cpu:/\n2:rdma,memory:/job"),
+        (
+            {"memory/memory.limit_in_bytes": 2**63 - 4096, "memory/job/memory.limit_in_bytes": 48 * GiB},
+            "3:cpu:/\n2:rdma,memory:/job",
+        ),
     ):
         for name, limit in limits.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +159,9 @@ def test_a_batch_and_a_clipping_that_a_person_set_are_kept_or_refused(on_card, f
     with pytest.raises(ConfigError, match=r"--batch_tokens (\d+) --grad_clip 0 would do") as refused:
         settled("--preset=2b", flag)
     would = str(refused.value).partition(": ")[2].split()
-    config, grad_accum, chosen = settled("--preset=2b", *(f"{name}={value}" for name, value in zip(would[::2], would[1:4:2])))
+    config, grad_accum, chosen = settled(
+        "--preset=2b", *(f"{name}={value}" for name, value in zip(would[::2], would[1:4:2]))
+    )
     assert chosen.method.in_backward and grad_accum == 1 and config.optimizer.batch_tokens == int(would[1])
     on_card("rtx3080", 64)
     name, value = flag.removeprefix("--").split("=")
@@ -159,7 +178,9 @@ def test_a_compiled_model_is_not_given_what_cannot_be_compiled(on_card):
 
 
 def test_a_number_of_recomputed_blocks_asks_for_recomputation():
-    assert settled("--preset=gpt2", "--recomputed_blocks=3", device=CPU)[0].strategy.activation_checkpointing == "blocks"
+    assert (
+        settled("--preset=gpt2", "--recomputed_blocks=3", device=CPU)[0].strategy.activation_checkpointing == "blocks"
+    )
     assert settled("--preset=gpt2", device=CPU)[0].strategy.activation_checkpointing == "none"
 
 

@@ -1,4 +1,5 @@
 """The record of a run: numbers people read, a file that survives a kill, and what a resumed run keeps of it."""
+
 import math
 import os
 import threading
@@ -12,15 +13,25 @@ from engine.report import Report, duration, human, read_metrics
 
 @pytest.fixture
 def config(tmp_path):
-    flags = ["--preset=13m", f"--run_dir={tmp_path}/run", "--tensorboard=false", "--max_steps=100", "--batch_tokens=1024"]
+    flags = [
+        "--preset=13m",
+        f"--run_dir={tmp_path}/run",
+        "--tensorboard=false",
+        "--max_steps=100",
+        "--batch_tokens=1024",
+    ]
     return parse([*flags, "--log_interval=2"])[0]
 
 
 def record(report: Report, step: int, loss: float = 5.0) -> None:
-    report.step(step, loss=loss, lr=1e-3, grad_norm=1.0, skipped=False, step_s=0.5, tokens=step * 1024, memory_bytes=3 << 30)
+    report.step(
+        step, loss=loss, lr=1e-3, grad_norm=1.0, skipped=False, step_s=0.5, tokens=step * 1024, memory_bytes=3 << 30
+    )
 
 
-@pytest.mark.parametrize("number, text", [(0.5, "0.5"), (999, "999"), (999.9, "1k"), (12_345, "12.3k"), (7.5e6, "7.5M"), (2.017e9, "2.02G")])
+@pytest.mark.parametrize(
+    "number, text", [(0.5, "0.5"), (999, "999"), (999.9, "1k"), (12_345, "12.3k"), (7.5e6, "7.5M"), (2.017e9, "2.02G")]
+)
 def test_human(number, text):
     assert human(number) == text
 

@@ -1,4 +1,5 @@
 """Training with small states: close to fp32, resumed bit for bit, and checkpoints that pass between the formats."""
+
 import shutil
 
 import pytest
@@ -94,7 +95,10 @@ def test_a_compiled_model_is_what_is_trained(tiny_flags, monkeypatch):
         (["--optimizer_in_backward"], "--grad_clip 0"),
         (["--optimizer_in_backward", "--grad_clip=0", "--micro_batch_size=2"], "cannot accumulate over 4"),
         (["--strategy=zero", "--moments=int8"], "are the resident strategy's"),
-        (["--offload=states", "--optimizer_in_backward", "--grad_clip=0"], "--offload states excludes --optimizer_in_backward"),
+        (
+            ["--offload=states", "--optimizer_in_backward", "--grad_clip=0"],
+            "--offload states excludes --optimizer_in_backward",
+        ),
         (["--offload=states", "--strategy=zero"], "--offload states is the resident strategy's"),
         (["--offload=states", "--zero_stage=1"], "--offload states is the resident strategy's"),
     ],

@@ -1,4 +1,5 @@
 """Learning-rate schedules have the shapes they promise."""
+
 import pytest
 
 from engine.config import OptimizerConfig

@@ -1,4 +1,5 @@
 """The training loop end to end on a CPU: it learns, resumes bit for bit, stops when asked, survives what is not finite."""
+
 import json
 import math
 import random
@@ -33,7 +34,10 @@ def weights(run_dir) -> dict[str, torch.Tensor]:
 
 def assert_same_run(left, right) -> None:
     """The same losses, validation losses and final weights, bit for bit."""
-    kept = [[{k: r[k] for k in ("step", "loss", "grad_norm", "val_loss", "sample") if k in r} for r in read_metrics(run)] for run in (left, right)]
+    kept = [
+        [{k: r[k] for k in ("step", "loss", "grad_norm", "val_loss", "sample") if k in r} for r in read_metrics(run)]
+        for run in (left, right)
+    ]
     assert kept[0] == kept[1]
     first, second = weights(left), weights(right)
     assert first.keys() == second.keys()
@@ -41,7 +45,19 @@ def assert_same_run(left, right) -> None:
 
 
 def test_learns_and_leaves_a_record(tiny_flags, tmp_path, capsys):
-    assert train.main([*tiny_flags, "--max_steps=80", "--lr=1e-2", "--tensorboard=true", "--eval_interval=40", "--keep_checkpoints=1"]) == 0
+    assert (
+        train.main(
+            [
+                *tiny_flags,
+                "--max_steps=80",
+                "--lr=1e-2",
+                "--tensorboard=true",
+                "--eval_interval=40",
+                "--keep_checkpoints=1",
+            ]
+        )
+        == 0
+    )
     run = tmp_path / "run"
     curve = losses(run)
     assert list(curve) == list(range(1, 81))
@@ -161,7 +177,25 @@ def test_a_loss_scale_that_cannot_go_lower_is(tiny_flags, tmp_path, monkeypatch)
 def test_a_loss_scale_grows_after_good_steps_and_stays_within_bounds():
     scale = LossScale(value=8.0, growth_interval=3, minimum=2.0, maximum=16.0)
     values = []
-    for overflowed in [False, False, True, False, False, False, False, False, False, False, False, False, True, True, True, True, True]:
+    for overflowed in [
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+        False,
+        False,
+        False,
+        False,
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+        True,
+    ]:
         scale.update(overflowed)
         values.append(scale.value)
     assert values == [8, 8, 4, 4, 4, 8, 8, 8, 16, 16, 16, 16, 8, 4, 2, 2, 2]
@@ -191,7 +225,11 @@ def test_a_run_without_prepared_data_makes_its_own_and_touches_no_other(tmp_path
     assert len(commands) == 2  # it is there
     Path("data/embedded/val.bin").unlink()
     code = 1
-    for code, said in ((1, "failed; its message is above"), (130, "was interrupted"), (-signal.SIGINT, "was interrupted")):
+    for code, said in (
+        (1, "failed; its message is above"),
+        (130, "was interrupted"),
+        (-signal.SIGINT, "was interrupted"),
+    ):
         with pytest.raises(DataError, match=f"python -m tools.download .* {said}"):
             train.prepare_default_data(parse(["--preset=13m"])[0], Processes())
     code = 0
@@ -204,7 +242,12 @@ def test_a_run_without_prepared_data_makes_its_own_and_touches_no_other(tmp_path
 
 def test_resume_from_a_named_checkpoint(tiny_flags, tmp_path):
     assert train.main(tiny_flags) == 0
-    assert train.main([*tiny_flags, f"--run_dir={tmp_path}/branch", "--resume", str(tmp_path / "run/checkpoints/step_00000004")]) == 0
+    assert (
+        train.main(
+            [*tiny_flags, f"--run_dir={tmp_path}/branch", "--resume", str(tmp_path / "run/checkpoints/step_00000004")]
+        )
+        == 0
+    )
     original, branch = losses(tmp_path / "run"), losses(tmp_path / "branch")
     assert list(branch) == list(range(5, 13))
     assert all(branch[step] == original[step] for step in branch)
@@ -236,7 +279,9 @@ def test_a_run_that_is_done_says_so_and_one_that_is_lengthened_too(tiny_flags, t
     assert checkpoint.newest(tmp_path / "run").stat().st_mtime_ns == before
     assert train.main(["--resume", f"--run_dir={tmp_path}/run", "--max_steps=13"]) == 0
     assert "schedule: of 12 steps when the checkpoint was saved, of 13 from here on" in capsys.readouterr().out
-    assert train.main(["--resume", f"--run_dir={tmp_path}/run/checkpoints/..", "--max_steps=14", "--schedule=step"]) == 0
+    assert (
+        train.main(["--resume", f"--run_dir={tmp_path}/run/checkpoints/..", "--max_steps=14", "--schedule=step"]) == 0
+    )
     assert "schedule: " not in capsys.readouterr().out
 
 
@@ -306,7 +351,9 @@ def test_a_presets_warm_up_is_shortened_to_a_short_run_and_said_to_be(tiny_flags
 def test_tokens_that_nothing_describes_are_said_to_be_assumed(tiny_flags, token_files, tmp_path, capsys):
     plain = Path(shutil.copy(token_files[0], tmp_path))
     assert train.main([*tiny_flags, f"--train_file={plain}", "--vocab_size=50304", "--max_steps=4"]) == 0
-    assert f"{plain}, 200,000 tokens, read as GPT-2's ids in uint16: there is no train.bin.json" in capsys.readouterr().out
+    assert (
+        f"{plain}, 200,000 tokens, read as GPT-2's ids in uint16: there is no train.bin.json" in capsys.readouterr().out
+    )
 
 
 def test_a_run_is_not_overwritten(tiny_flags, capsys):
@@ -315,7 +362,9 @@ def test_a_run_is_not_overwritten(tiny_flags, capsys):
     assert "--resume goes on with it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nIf reserved"), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nIf reserved"), MemoryError()]
+)
 def test_without_enough_memory_a_run_says_what_takes_less(tiny_flags, monkeypatch, capsys, error):
     def build(*_):
         raise error

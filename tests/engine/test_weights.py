@@ -1,4 +1,5 @@
 """Our own files: the model as it was, of a run its best checkpoint, and what is wrong with a file named."""
+
 import dataclasses
 import json
 import os

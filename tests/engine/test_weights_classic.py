@@ -1,4 +1,5 @@
 """The classic script's `.pt`, in and out: the same logits, no code ever run; what does not fit is named."""
+
 import os
 import pickle
 import zipfile

@@ -1,4 +1,5 @@
 """GPT-2 of transformers, in and out: the same logits and gradients, the same file; what differs is named."""
+
 import json
 
 import pytest

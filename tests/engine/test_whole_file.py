@@ -1,4 +1,5 @@
 """A file is whole or as it was, whatever happens while it is written."""
+
 import errno
 import os
 from pathlib import Path

@@ -1,4 +1,5 @@
 """DeepSpeed ZeRO in two real processes over gloo against the run of a single process, and checkpoints across both."""
+
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 
 
 def losses(run_dir) -> dict[tuple[int, str], float]:
-    return {(r["step"], key): r[key] for r in read_metrics(run_dir) for key in ("loss", "val_loss", "grad_norm") if key in r}
+    return {
+        (r["step"], key): r[key] for r in read_metrics(run_dir) for key in ("loss", "val_loss", "grad_norm") if key in r
+    }
 
 
 def finish(process) -> str:
@@ -42,10 +45,24 @@ def cut_back(run: Path, to: Path, step: int = 4) -> Path:
 
 def test_stages_agree_with_one_process_and_checkpoints_pass_between_them(single, tiny_flags, start, tmp_path):
     reference = losses(single)
-    ways = {1: ["--offload=optimizer", "--activation_checkpointing=selective"], 2: ["--activation_checkpointing=blocks"]}
+    ways = {
+        1: ["--offload=optimizer", "--activation_checkpointing=selective"],
+        2: ["--activation_checkpointing=blocks"],
+    }
     for stage, extra in (ways | {3: ["--activation_checkpointing=offloaded"]}).items():
         run = tmp_path / f"stage{stage}"
-        output = finish(start(*TORCHRUN, "engine/train.py", *tiny_flags, DEPTH, "--micro_batch_size=2", f"--run_dir={run}", f"--zero_stage={stage}", *extra))
+        output = finish(
+            start(
+                *TORCHRUN,
+                "engine/train.py",
+                *tiny_flags,
+                DEPTH,
+                "--micro_batch_size=2",
+                f"--run_dir={run}",
+                f"--zero_stage={stage}",
+                *extra,
+            )
+        )
         assert f"ZeRO stage {stage}" in output and "2 processes" in output
         assert losses(run) == pytest.approx(reference, rel=2e-5), f"stage {stage}"
         assert (run / "deepspeed.json").exists()
@@ -109,7 +126,16 @@ def test_the_deepspeed_launcher_starts_the_same_program(tiny_flags, start, tmp_p
 def test_on_a_pretended_card(single, tiny_flags, start, tmp_path, chip, launcher, flags):
     """DeepSpeed as it is on a GPU, in fp16, with its side streams, which tests/pretended_card.py looks for races of."""
     run = tmp_path / chip
-    command = ("-m", "tests.pretended_card", chip, *tiny_flags, DEPTH, "--micro_batch_size=2", *flags, f"--run_dir={run}")
+    command = (
+        "-m",
+        "tests.pretended_card",
+        chip,
+        *tiny_flags,
+        DEPTH,
+        "--micro_batch_size=2",
+        *flags,
+        f"--run_dir={run}",
+    )
     output = finish(start(*launcher, *command))
     assert "device: cuda:0" in output and "dtype: float16" in output
     assert ("2 processes" if launcher else "stage 1, optimizer in host memory, 1 process") in output

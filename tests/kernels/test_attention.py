@@ -144,7 +144,9 @@ def through_descriptors(triton_path, monkeypatch):
         yield launch
 
 
-@pytest.mark.parametrize("T, H, G, D, share", [(97, 4, 2, 16, None), (50, 2, 2, 40, 0.1), (1, 1, 1, 64, None), (33, 3, 1, 32, 0.0)])
+@pytest.mark.parametrize(
+    "T, H, G, D, share", [(97, 4, 2, 16, None), (50, 2, 2, 40, 0.1), (1, 1, 1, 64, None), (33, 3, 1, 32, 0.0)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_tiles_through_descriptors(through_descriptors, T, H, G, D, share, dtype):
     described = through_descriptors(max(16, triton.next_power_of_2(D)))

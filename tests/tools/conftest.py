@@ -1,4 +1,5 @@
 """What the tests of tools share: texts, shards of them and the ids that they become; a hub on loopback."""
+
 import hashlib
 import json
 import random

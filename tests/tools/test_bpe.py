@@ -1,4 +1,5 @@
 """The encoder returns tiktoken's ids, whatever the text, in linear time."""
+
 import os
 import random
 import shutil
@@ -234,7 +235,9 @@ def test_the_cache_compares_all_bytes(encoder, reference):
     for n in (16, 22, 32, 38, 39, 40, 63, 126):  # and a blank before them
         middles = ["a" * at + letters + "a" * (n - at - 3) for at in range(n - 3) for letters in ("bcd", "the", "ing")]
         numbers = (f"{k:07}".translate(str.maketrans("0123456789", "ghijklmnop")) for k in range(3000))
-        check(encoder.worker(), reference, [" ".join(middles), " ".join("a" * (n - 7) + letters for letters in numbers)])
+        check(
+            encoder.worker(), reference, [" ".join(middles), " ".join("a" * (n - 7) + letters for letters in numbers)]
+        )
 
 
 def test_ids_that_no_row_has_room_for(encoder, reference):
@@ -323,9 +326,11 @@ def test_start_up_is_quick(encoder):
 
 @pytest.mark.slow
 def test_what_is_compiled_is_kept_until_any_of_its_files_changes(tmp_path):
-    shutil.copytree(Path(tools.bpe.__file__).parent, tmp_path / "tools/bpe", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        Path(tools.bpe.__file__).parent, tmp_path / "tools/bpe", ignore=shutil.ignore_patterns("__pycache__")
+    )
     (tmp_path / "tools/__init__.py").touch()
-    program = "from tools.bpe import Encoder; print(Encoder().encode_ordinary(\"it's\"))"
+    program = 'from tools.bpe import Encoder; print(Encoder().encode_ordinary("it\'s"))'
     paths = os.pathsep.join([str(tmp_path), str(Path(tools.__file__).parents[1])])
 
     def ids():

@@ -1,4 +1,5 @@
 """Chunks: that neither they nor places to go on from change anything, and what is in the way is told."""
+
 import json
 import random
 from pathlib import Path

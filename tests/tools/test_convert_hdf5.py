@@ -1,4 +1,5 @@
 """HDF5 of the classic script to token files and back: the same ids; what is wrong is refused, and nothing is left."""
+
 import builtins
 import subprocess
 import sys

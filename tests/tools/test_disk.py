@@ -1,4 +1,5 @@
 """Files and locks: whole or absent, one holder at a time, and a lock on a file that was removed keeps no one out."""
+
 import errno
 import os
 from pathlib import Path

@@ -1,10 +1,11 @@
 """Downloads of whole shards: resumed, verified, never twice, over nobody's file; and what the program says."""
+
 import errno
 import hashlib
 import os
 import re
-import signal
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -206,13 +207,19 @@ def test_second_download_into_the_same_folder_is_refused(hub: Hub, folders: tupl
     assert_complete(folders)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--train_max", "31"], "--train_max 31: the Pile has training shards 1 to 30"),
-    (["--train_max", "0"], "--train_max 0: the Pile has training shards 1 to 30"),
-    (["--train_dir", "one", "--val_dir", "one"], "name two folders"),
-    (["--source", "stdlib", "--train_dir", "one", "--val_dir", "one"], "name two folders"),
-    (["--source", "stdlib", "--train_dir", "file/train"], "cannot write file/train and data/val: .*Not a directory"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--train_max", "31"], "--train_max 31: the Pile has training shards 1 to 30"),
+        (["--train_max", "0"], "--train_max 0: the Pile has training shards 1 to 30"),
+        (["--train_dir", "one", "--val_dir", "one"], "name two folders"),
+        (["--source", "stdlib", "--train_dir", "one", "--val_dir", "one"], "name two folders"),
+        (
+            ["--source", "stdlib", "--train_dir", "file/train"],
+            "cannot write file/train and data/val: .*Not a directory",
+        ),
+    ],
+)
 def test_what_a_person_reads(
     arguments: list[str],
     message: str,

@@ -1,4 +1,5 @@
 """Downloads of the first so many bytes of text, `--size`: whole lines, no more of the shard than they need."""
+
 import hashlib
 import io
 import json

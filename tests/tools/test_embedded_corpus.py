@@ -1,4 +1,5 @@
 """The embedded corpus: real text, nothing in both parts, the same every time, nothing of a person's written over."""
+
 import io
 import json
 import sys
@@ -211,4 +212,4 @@ def test_this_python_has_tens_of_megabytes(tmp_path: Path) -> None:
     assert 0.02 < corpus.val_bytes / corpus.train_bytes < 0.12
     assert len(found) == corpus.train_documents + corpus.val_documents
     assert any('"""Event loop using a selector' in text for text in found)  # asyncio, a source
-    assert any("class Linear(Module):\n    r\"\"\"Applies an affine" in text for text in found)  # torch, an interface
+    assert any('class Linear(Module):\n    r"""Applies an affine' in text for text in found)  # torch, an interface

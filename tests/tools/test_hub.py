@@ -1,4 +1,5 @@
 """The real client before a hub that breaks, refuses, is busy, out of reach or none at all."""
+
 from pathlib import Path
 
 import pytest
@@ -30,13 +31,16 @@ def test_server_without_ranges(hub: Hub, folders: tuple[Path, Path]) -> None:
     assert_complete(folders)
 
 
-@pytest.mark.parametrize("status, advice", [
-    (401, "the hub refuses .401.*HF_TOKEN"),
-    (403, "the hub refuses .403.*HF_TOKEN"),
-    (404, "the hub has no such dataset or file .404"),
-    (500, "the hub is busy .500.*again in some minutes"),
-    (418, "the hub answers 418: as the test wants it"),
-])
+@pytest.mark.parametrize(
+    "status, advice",
+    [
+        (401, "the hub refuses .401.*HF_TOKEN"),
+        (403, "the hub refuses .403.*HF_TOKEN"),
+        (404, "the hub has no such dataset or file .404"),
+        (500, "the hub is busy .500.*again in some minutes"),
+        (418, "the hub answers 418: as the test wants it"),
+    ],
+)
 def test_refusals_of_the_listing(hub: Hub, folders: tuple[Path, Path], status: int, advice: str) -> None:
     hub.statuses = [status]
     with pytest.raises(ShardError, match=f"{REPOSITORY} on {hub.endpoint}: {advice}"):

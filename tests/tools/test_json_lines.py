@@ -1,4 +1,5 @@
 """Lines to texts: what every kind of bad line becomes, and that compiled code reads a line as Python's parser does."""
+
 import json
 
 import numpy as np
@@ -95,7 +96,7 @@ FORMS = {
     "text in what follows": '{"text": %s, "meta": {"kind": "text"}}',
     "NaN": '{"text": %s, "a": NaN}',
 }
-PIECES = [*"a\\\"\n😀é中f0u /z\u2028\x01\x7f|<", "\\u", "\\ud83d", "\\ude00", "\\n", "<|endoftext|>", "x" * 70]
+PIECES = [*'a\\"\n😀é中f0u /z\u2028\x01\x7f|<', "\\u", "\\ud83d", "\\ude00", "\\n", "<|endoftext|>", "x" * 70]
 PIECED_TEXTS = st.lists(st.sampled_from(PIECES), max_size=60).map("".join) | st.text(max_size=60)
 
 
@@ -115,7 +116,9 @@ def test_texts_of_any_form_come_back(lines: list[tuple[str, str, bool]], at_once
 @pytest.mark.parametrize("name", [*BAD_LINES, *KEPT_LINES])
 def test_another_key_is_read_the_same(name: str, key: str) -> None:
     line = (BAD_LINES | KEPT_LINES)[name][0]
-    other = line.replace(b'"text"', f'"{key}"'.encode()).replace(rb"te\u0078t", "".join(f"\\u{ord(c):04x}" for c in key).encode())
+    other = line.replace(b'"text"', f'"{key}"'.encode()).replace(
+        rb"te\u0078t", "".join(f"\\u{ord(c):04x}" for c in key).encode()
+    )
     for padding in (b"", b"\n" + b" " * 100):
         assert parsed(other + padding, key)[:2] == parsed(line + padding)[:2]
 

@@ -1,4 +1,5 @@
 """Shares of a token file: kept apart by locks, put together by merging, from one machine or several."""
+
 import argparse
 import errno
 import os

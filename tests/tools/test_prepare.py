@@ -1,4 +1,5 @@
 """Preparing: tiktoken's ids in the order of the inputs, whatever is in them; and what the program says."""
+
 import gzip
 import json
 import os
@@ -101,10 +102,16 @@ def test_what_should_not_be_there_is_listed(tmp_path: Path) -> None:
         ("a.jsonl", b'{"content": "a", "id": 5}\n', "a.jsonl:1: its keys are 'content', 'id'"),
         ("a.jsonl", b'[{"text": "a"}]', "a.jsonl:1: the line is a list"),
         ("a.jsonl.zst", b'{"text": "a"}', "a.jsonl.zst:1: zstd decompress error: Unknown frame descriptor"),
-        ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}')[:-1], "a.jsonl.zst:1: the last zstd frame is not complete"),
+        (
+            "a.jsonl.zst",
+            zstandard.compress(b'{"text": "a"}')[:-1],
+            "a.jsonl.zst:1: the last zstd frame is not complete",
+        ),
     ],
 )
-def test_where_there_is_no_text_the_reason_is_told(name: str, content: bytes, said: str, tmp_path: Path, capsys) -> None:
+def test_where_there_is_no_text_the_reason_is_told(
+    name: str, content: bytes, said: str, tmp_path: Path, capsys
+) -> None:
     for path in (tmp_path / "train" / name, write_shard(tmp_path / "val" / name, TEXTS)):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
@@ -243,7 +250,9 @@ def test_what_was_prepared_from_other_inputs_is_not_replaced(tmp_path: Path) -> 
     own, other = (write_shard(tmp_path / folder / "a.jsonl.zst", texts(5, seed)) for seed, folder in enumerate("xy"))
     out = tmp_path / "out.bin"
     prepare.prepare([own], out)
-    with pytest.raises(PrepareError, match=rf"out.bin was prepared from a.jsonl.zst in {tmp_path}/x, .* {tmp_path}/y: "):
+    with pytest.raises(
+        PrepareError, match=rf"out.bin was prepared from a.jsonl.zst in {tmp_path}/x, .* {tmp_path}/y: "
+    ):
         prepare.prepare([other], out)
     assert tokens(out) == ids(texts(5, 0))
     prepare.prepare([other], out, overwrite=True)

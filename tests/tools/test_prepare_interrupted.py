@@ -1,4 +1,5 @@
 """Preparing goes on where it was: killed at any point, without its helpers, on a full disk, with damaged parts."""
+
 import errno
 import itertools
 import os

@@ -1,4 +1,5 @@
 """Shards as bytes: every way of being cut off or damaged is noticed, and everything before the damage is delivered."""
+
 import gzip
 import hashlib
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Tokenizers other than r50k_base: ids as wide as they need, and a separator."""
+
 import re
 from pathlib import Path
 

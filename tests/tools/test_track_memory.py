@@ -46,7 +46,9 @@ SHORT = {
 def test_formulas_are_within_five_percent_of_the_tracker(preset, micro_batch_size, dtype, weights):
     model = model_of(preset, **SHORT[preset])
     for kind in ("none", "blocks", "selective"):
-        asked = dict(dtype=dtype, weights=weights, micro_batch_size=micro_batch_size, recompute=way(kind, model.n_layer))
+        asked = dict(
+            dtype=dtype, weights=weights, micro_batch_size=micro_batch_size, recompute=way(kind, model.n_layer)
+        )
         assert abs(error(model, **asked)) < 0.05, kind
 
 

@@ -1,4 +1,5 @@
 """Processes that help to prepare: how many, what each does, and what becomes of the work of one that dies."""
+
 import os
 from pathlib import Path
 

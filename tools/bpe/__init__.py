@@ -8,6 +8,7 @@ Pre-tokens are found 64 bytes at a time by bit masks, their ids in a cache whose
 nothing rests on a hash being unique; what is not there is merged. The cache has a fixed size: a new pre-token takes the
 place of one used longer ago. Compiling takes about ten seconds, once: Numba keeps the result on disk.
 """
+
 import numpy as np
 
 from engine.tokenizer import load_ranks

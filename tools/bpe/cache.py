@@ -1,4 +1,5 @@
 """Pre-tokens to ids through a cache, whose keys are their bytes; what is not there is merged."""
+
 import numpy as np
 from numba import int64, njit, uint64
 

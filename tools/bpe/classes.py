@@ -1,7 +1,8 @@
 """The class of every code point, as the encoder needs it: letter, number, white space or other.
 
-    python tools/bpe/classes.py    # reads the classes out of the installed tiktoken, rewrites code_point_classes.txt
+python tools/bpe/classes.py    # reads the classes out of the installed tiktoken, rewrites code_point_classes.txt
 """
+
 import itertools
 from pathlib import Path
 

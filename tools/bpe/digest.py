@@ -4,6 +4,7 @@ Numba keeps what it compiles on disk, and by itself sees a change only in the fi
 function that has the digest of all files its machine code comes from in its closure is compiled anew when any changes,
 since Numba looks at closures as well.
 """
+
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path

@@ -3,6 +3,7 @@
 A pointer is indexed like an array; it has no bounds, no negative index and no reference count. Whoever takes one keeps
 its array alive. Passing arrays to small functions in a hot loop costs an atomic increment and decrement for each.
 """
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils

@@ -1,4 +1,5 @@
 """What Python calls of the compiled code: `encode`, and what makes the table of merges."""
+
 from pathlib import Path
 
 from numba import njit

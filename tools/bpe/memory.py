@@ -1,4 +1,5 @@
 """What encoding reads and writes: the vocabulary's tables, and what each thread has for itself."""
+
 from typing import NamedTuple
 
 import numpy as np

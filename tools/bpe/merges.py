@@ -1,4 +1,5 @@
 """The ids of a pre-token by merging its bytes, and the table of merges that the vocabulary implies."""
+
 import numpy as np
 from numba import int32, int64, njit, uint16, uint32, uint64
 

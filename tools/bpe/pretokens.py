@@ -1,4 +1,5 @@
 """Where pre-tokens start and end: GPT-2's pattern by bit masks, 64 bytes at a time."""
+
 from numba import int64, njit, uint64
 
 from tools.bpe.classes import LETTER, NUMBER, SPACE

@@ -55,9 +55,7 @@ class Attention(Tunable):
             return element_case(self.kernel, decode_kernel, target, dtype, width, shared=4, D=width)
         return element_case(self.kernel, KERNELS[self.kernel], target, dtype, width, docs=True, D=width)
 
-    def wrong(
-        self, case: str, device: torch.device, dtype: torch.dtype, lengths: tuple[int, ...] = LENGTHS
-    ) -> str:
+    def wrong(self, case: str, device: torch.device, dtype: torch.dtype, lengths: tuple[int, ...] = LENGTHS) -> str:
         """Odd lengths, shared heads, documents, full tiles."""
         for length in lengths:
             for docs in (False,) if self.new_tokens else (False, True):

@@ -19,7 +19,15 @@ from kernels.number_formats import BLOCK, join, split
 from kernels.rotary import rotary_reference
 from kernels.rows import GPT_WIDTHS, tile_case
 from tools.tuning.cases import (
-    SHORT, Function, Problem, Timed, Tunable, random, timed_backward, timed_forward, wrong,
+    SHORT,
+    Function,
+    Problem,
+    Timed,
+    Tunable,
+    random,
+    timed_backward,
+    timed_forward,
+    wrong,
 )  # fmt: skip
 
 ODD_ROWS = 131  # that results are judged at
