@@ -1,4 +1,4 @@
-"""The baseline: what the classic train-llm-from-scratch script computes, written out. Naive heads, fp32, whole logits."""
+"""The baseline: what the classic train-llm-from-scratch script computes, spelt out. Naive heads, fp32, whole logits."""
 
 import math
 

@@ -66,7 +66,7 @@ class Trial:
 
 
 def miniature(model: ModelConfig) -> ModelConfig:
-    """Return the model at a SCALE-th of its width, length and vocabulary, with all its blocks and heads half as wide."""
+    """Return the model at a SCALE-th of its width, length and vocabulary, with all blocks, and heads half as wide."""
     C, heads = model.n_embd // SCALE, model.n_head * 2 // SCALE
     shorter = {"block_size": model.block_size // SCALE, "vocab_size": model.vocab_size // SCALE}
     return replace(model, n_embd=C, n_head=heads, **shorter)
@@ -189,7 +189,7 @@ def in_a_process(asked: Trial) -> dict[str, Any]:
 
 
 def full_size(chosen: Plan) -> dict[str, Any]:
-    """Return what the plan holds at full size, and the part that torch's tracker sees: weights, gradients, activations."""
+    """Return what the plan holds at full size, and what torch's tracker sees of it: weights, gradients, activations."""
     weights = chosen.dtype if chosen.method.stage or chosen.method.weights != "fp32" else "fp32"
     options = dict(dtype=chosen.dtype, weights=weights, micro_batch_size=chosen.micro_batch_size)
     options |= {"recompute": chosen.recompute, "accumulates": chosen.grad_accum > 1}

@@ -48,17 +48,17 @@ SECTIONS: list[tuple[str, str, str]] = [
     (
         "Where a step's time goes",
         "profile",
-        "`python tools/profile_step.py --preset 13m`. The parts are those of a step under the profiler; what a step takes "
-        "without it stands beside. Where that is not what Training says, threads or commit are others.",
+        "`python tools/profile_step.py --preset 13m`. The parts are those of a step under the profiler; what a step "
+        "takes without it stands beside. Where that is not what Training says, threads or commit are others.",
     ),
     ("Memory: predicted and measured", "memory", "`python benchmarks/suite.py` on a GPU."),
     (
         "Every card of the classic table, in miniature",
         "miniature",
-        "`python benchmarks/miniature.py`: `2b` with an eighth of its width, length and vocabulary, inside a 64th of each "
-        "card's memory, and of the host memory that its plan takes, which the system imposes on the process. What is "
-        "planned for the whole model stands beside it, and how far the formulas are from torch's memory tracker where "
-        "that can see: weights, gradients and activations.",
+        "`python benchmarks/miniature.py`: `2b` with an eighth of its width, length and vocabulary, inside a 64th of "
+        "each card's memory, and of the host memory that its plan takes, which the system imposes on the process. What "
+        "is planned for the whole model stands beside it, and how far the formulas are from torch's memory tracker "
+        "where that can see: weights, gradients and activations.",
     ),
     (
         "Kernels",

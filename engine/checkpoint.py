@@ -63,7 +63,7 @@ def best(run_dir: str | Path) -> Path | None:
 
 
 def to_start_from(run_dir: str, resume: str | None) -> Path | None:
-    """Return the checkpoint to start from; ConfigError where a run would be overwritten, or there is none to go on with.
+    """Return the checkpoint to start from; ConfigError if a run would be overwritten, or there is none to go on with.
 
     resume: None; "latest", run_dir's newest; "auto", that or a new run; or the path of a checkpoint, or of a run.
     """
@@ -109,7 +109,7 @@ def claimed(config: Config) -> Iterator[None]:
 
 
 def _require_space(config: Config) -> None:
-    """ConfigError where what is kept at once does not fit the disk: known at the start, not when the last one is lost."""
+    """ConfigError where what is kept at once does not fit the disk: known at the start, not when the last is lost."""
     options, size = config.report, BYTES_A_PARAMETER * GPT.outline(config.model).num_parameters()
     written = 1 + (config.optimizer.max_steps // options.save_interval if options.save_interval else 0)
     # Beside the newest: the best, and the one being written. Where all are kept, a person sees to the later ones.
@@ -124,7 +124,7 @@ def _require_space(config: Config) -> None:
 
 
 def check(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's state.json; CheckpointError, with the checkpoint before, where a file is missing or cut off."""
+    """Return a checkpoint's state.json; CheckpointError, with the one before, where a file is missing or cut off."""
     try:
         state = read_state(path)
         load_file(path / "config.json")

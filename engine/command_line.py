@@ -75,7 +75,7 @@ class _Parser(CommandLine):
 def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
     """Return the configuration that the command line asks for, and what is no part of it: `resume`, `local_rank`.
 
-    `resume` is None, "latest", "auto", or the path of a checkpoint or run. Dashes and underscores in flags are the same.
+    `resume` is None, "latest", "auto", or a checkpoint's or run's path. Dashes and underscores in flags are the same.
     ConfigError: an unknown flag (with the nearest name), a value of the wrong type, settings that exclude each other.
     """
     flags = settings()

@@ -156,8 +156,8 @@ class StrategyConfig:
     offload: Literal["auto", "none", "states", "optimizer", "params"] = field(
         default="auto",
         metadata={
-            "help": "what lives in host memory: states are streamed through the card's own update; optimizer, and params "
-            "with it, are ZeRO's"
+            "help": "what lives in host memory: states are streamed through the card's own update; optimizer, and "
+            "params with it, are ZeRO's"
         },
     )
     host_memory: str = field(
@@ -264,7 +264,8 @@ class Config:
         tokens, block = self.optimizer.batch_tokens, self.model.block_size
         require(
             tokens % block == 0,
-            f"batch_tokens ({tokens}) must be a multiple of block_size ({block}); {max(1, round(tokens / block)) * block} would do",
+            f"batch_tokens ({tokens}) must be a multiple of block_size ({block}); "
+            f"{max(1, round(tokens / block)) * block} would do",
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -73,7 +73,8 @@ class TokenFile:
             )
         if "tokens" in about and about["tokens"] != size // dtype.itemsize:
             raise DataError(
-                f"{path} holds {size // dtype.itemsize} tokens and {description.name} says {about['tokens']}; prepare it again"
+                f"{path} holds {size // dtype.itemsize} tokens "
+                f"and {description.name} says {about['tokens']}; prepare it again"
             )
         if size == 0:
             raise DataError(f"{path} is empty; prepare it again")
@@ -91,7 +92,7 @@ class TokenFile:
         return f"{self.path}, {len(self):,} tokens{assumed}"
 
     def check(self, vocab_size: int) -> None:
-        """Raise DataError where ids go beyond a model's vocabulary, by the file's JSON or by a sample of its windows."""
+        """Raise DataError where ids go beyond a model's vocabulary, by the file's JSON or a sample of its windows."""
         rows, highest = math.ceil(self.vocab_size / 64) * 64, self.vocab_size - 1
         if self.vocab_size > vocab_size:
             raise DataError(f"{self.path} has ids up to {highest}: set --vocab_size {rows}")
@@ -101,7 +102,8 @@ class TokenFile:
             raise self._is_text()
         if sample.max() >= vocab_size:
             raise DataError(
-                f"{self.path} has id {sample.max()} and the model {vocab_size} tokens: it is damaged, or no token file; prepare it"
+                f"{self.path} has id {sample.max()} and the model {vocab_size} tokens: "
+                "it is damaged, or no token file; prepare it"
             )
 
     def _is_text(self) -> DataError:

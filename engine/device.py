@@ -66,8 +66,9 @@ def _supported(device: torch.device) -> torch.device:
     built = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_") and arch[3:].isdigit()]
     require(
         not built or 10 * major + minor >= min(built),
-        f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and this PyTorch ({torch.__version__}) begins "
-        f"at {min(built, default=0) / 10}: install a build for CUDA 12.6, whose names end in +cu126",
+        f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, "
+        f"and this PyTorch ({torch.__version__}) begins at {min(built, default=0) / 10}: "
+        "install a build for CUDA 12.6, whose names end in +cu126",
     )
     return device
 

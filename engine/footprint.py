@@ -264,8 +264,8 @@ def _deepspeed(
         block = sum(_on_host(itemsize * m * C * C / gpus, pins) for m in (3, 1, 4, 4))
         return model.n_layer * block + (1 if model.tie_head else 2) * _on_host(itemsize * sizes.head / gpus, pins)
 
-    # Pinned: flat partitions, each parameter's accumulated gradient; and stage 3's parameters one by one before they are
-    # pinned as a whole, since pinned memory is kept once it is free.
+    # Pinned: flat partitions, each parameter's accumulated gradient; and stage 3's parameters one by one before they
+    # are pinned as a whole, since pinned memory is kept once it is free.
     host = {
         "weights": _on_host(w * share, pins) if method.offload == "params" or method.stage < 3 else 0,
         "gradients": _on_host(4 * share, pins) + matrices(4) + _on_host(staging, pins),
@@ -321,7 +321,7 @@ def _phases(
         return w * (blocks_done * sizes.block + (sizes.head if head_done and not model.tie_head else 0))
 
     def unpacked(elements: int) -> int:
-        """What PyTorch's path of the optimizer unpacks of a matrix at a time: weight, gradient, moments, random numbers."""
+        """What the optimizer's PyTorch path unpacks of a matrix at once: weight, gradient, moments, random numbers."""
         compact = method.weights != "fp32" and chip is not None and not chip.triton
         return UNPACKED_BYTES[method.weights] * min(CHUNK_ON_CARD, elements) if compact else 0
 

@@ -29,8 +29,8 @@ class Plan:
     """One way of running a step on a card: what it takes, how long, and whether it fits.
 
     micro_batch_size in sequences; batch_tokens: tokens a step over all cards, other than asked (`keeps_batch` False)
-    where the method cannot accumulate. why: `reason`, of a plan that was chosen. footprint and host bytes are those of one process; `processes` of them share a
-    machine.
+    where the method cannot accumulate. why: `reason`, of a plan that was chosen. footprint and host bytes are
+    those of one process; `processes` of them share a machine.
     """
 
     card: Card
@@ -322,7 +322,8 @@ def nearest(model: ModelConfig, card: Card, host_memory: int, **options: Any) ->
 def card_of(device: torch.device) -> Card:
     """Return the card of a CUDA device with the memory that it really has and that this process may use.
 
-    What other programs hold of it, a desktop for one, is not there for us. A card that the table does not have gets the speeds of a listed one of its kind: enough to choose, not to promise.
+    What other programs hold of it, a desktop for one, is not there for us. A card that the table does not have gets
+    the speeds of a listed one of its kind: enough to choose, not to promise.
     """
     properties = torch.cuda.get_device_properties(device)
     free, total = torch.cuda.mem_get_info(device)

@@ -85,9 +85,8 @@ class Head(nn.Linear):
 
 
 class Attention(nn.Module):
-    attend = staticmethod(
-        attention
-    )  # an instance may have its own, as the one that engine/strategy/activations.py gives
+    # An instance may have its own, as the one that engine/strategy/activations.py gives.
+    attend = staticmethod(attention)
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -184,9 +183,8 @@ class GPT(nn.Module):
 
         normal(0, 0.02), the residual projections smaller by sqrt(2 n_layer); biases 0, norms 1.
         """
-        shapes = {
-            name: parameter.shape for name, parameter in self.named_parameters()
-        }  # what fills them may cut them up
+        # Taken beforehand: what fills the parameters may cut them up.
+        shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
         for name, shape in shapes.items():
             weight = torch.empty(shape, dtype=torch.float32)
             if len(shape) < 2:

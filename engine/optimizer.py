@@ -206,7 +206,7 @@ class AdamW(torch.optim.Optimizer):
     def export_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Return fp32 "weight" and, where there are moments, "exp_avg" and "exp_avg_sq", in the parameter's shape.
 
-        They are in host memory: a card whose memory is planned to the last has no room for the whole of a matrix in fp32.
+        They are in host memory: a card whose memory is planned to the last has no room for a whole matrix in fp32.
         `import_state` of these into an optimizer of the same formats restores the very same state; into one of other
         formats, the nearest.
         """

@@ -35,7 +35,8 @@ def settle(
     sequences = config.optimizer.batch_tokens // config.model.block_size
     require(
         sequences % world_size == 0,
-        f"batch_tokens ({config.optimizer.batch_tokens}) is {sequences} sequences, which {world_size} processes cannot share evenly",
+        f"batch_tokens ({config.optimizer.batch_tokens}) is {sequences} sequences, "
+        f"which {world_size} processes cannot share evenly",
     )
     mine, micro = sequences // world_size, config.optimizer.micro_batch_size
     require(
@@ -79,7 +80,8 @@ def explain(chosen: Plan) -> list[str]:
     return missing + [
         f"plan: {chosen.title}; tools/plan.py shows the others",
         f"plan: {chosen.why}",
-        f"plan: {chosen.footprint.card_bytes / 2**30:.2f} GiB on the card ({parts}), {chosen.host_bytes / 2**30:.1f} GiB on the host",
+        f"plan: {chosen.footprint.card_bytes / 2**30:.2f} GiB on the card ({parts}), "
+        f"{chosen.host_bytes / 2**30:.1f} GiB on the host",
     ]
 
 
@@ -90,7 +92,7 @@ def _refuse_what_is_unused(config: Config) -> None:
 
 
 def _shorten_warmup(config: Config) -> None:
-    """Shorten a preset's warm-up that would be all of a run, which a smaller max_steps makes of it; refuse a person's own."""
+    """Shorten a preset's warm-up that would be all of a run, as a smaller max_steps makes it; refuse a person's own."""
     options, usual = config.optimizer, _usual(config)
     if options.warmup_steps >= options.max_steps:
         would = f"--warmup_steps {options.max_steps // 10} would do"
@@ -128,7 +130,8 @@ def _refuse_what_memory_cannot_hold(config: Config, dtype: torch.dtype, world_si
         f"--preset {key}" for key in smaller[-1:]
     ]
     raise ConfigError(
-        f"weights, gradients and moments of {config.preset} take {needed / GiB:.1f} GiB, and there are {limit / GiB:.1f} GiB of memory"
+        f"weights, gradients and moments of {config.preset} take {needed / GiB:.1f} GiB, "
+        f"and there are {limit / GiB:.1f} GiB of memory"
         + (f": {', or '.join(would)}, would fit" if would else ": train a smaller model")
     )
 
@@ -168,14 +171,16 @@ def _plan(config: Config, device: torch.device, dtype: torch.dtype, world_size: 
         would = f"--batch_tokens {lesser.batch_tokens} --grad_clip 0"
         require(
             False,
-            f"{card.memory_bytes / 2**30:.1f} GiB leave only an update inside the backward pass, which neither accumulates nor clips: {would} would do",
+            f"{card.memory_bytes / 2**30:.1f} GiB leave only an update inside the backward pass, "
+            f"which neither accumulates nor clips: {would} would do",
         )
     if chosen is None:
         found = nearest(config.model, card, host, **options)
         hint = f"; it fits {found[0]}" if found else ""
         require(
             False,
-            f"no way that the settings allow fits {config.preset} into {card.memory_bytes / 2**30:.1f} GiB{hint}; tools/plan.py shows all",
+            f"no way that the settings allow fits {config.preset} "
+            f"into {card.memory_bytes / 2**30:.1f} GiB{hint}; tools/plan.py shows all",
         )
     return replace(chosen, why=reason(chosen, plans))
 

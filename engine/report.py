@@ -46,7 +46,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 class Report:
-    """Keeps the record of a run, on the main process only. `first_step` steps are done already: later ones are forgotten.
+    """Keeps the record of a run, on the main process only. `first_step` steps are done: later ones are forgotten.
 
     The record never ends the run: what the disk refuses is warned of once, and then done without.
     """
@@ -118,7 +118,7 @@ class Report:
         self.say(f"memory: {sum(parts.values()) / 2**30:.2f} GiB at the peak of the first step: {shown}")
 
     def validating(self, tokens: int) -> None:
-        """Announce a validation that will take long, reckoned from the speed of training, whose forward pass is a third."""
+        """Announce a long validation, reckoned from the speed of training, whose forward pass is a third."""
         seconds = tokens / (3 * self.speed) if self.speed else 0
         if seconds > LONG_S:
             self.say(f"validating on {human(tokens)} tokens, about {duration(seconds)}")

@@ -8,9 +8,9 @@ from engine.config import OptimizerConfig
 def learning_rate(step: int, config: OptimizerConfig) -> float:
     """Return the learning rate of `step` (0 is the first).
 
-    All schedules warm up linearly over warmup_steps. Then `cosine` falls to min_lr at max_steps; `wsd` (warm-up, stable,
-    decay: Hu et al., MiniCPM, 2024) stays at lr and falls linearly to min_lr over the last decay_steps; `step` (the
-    classic script's) drops from lr to min_lr after step lr_decay_step.
+    All schedules warm up linearly over warmup_steps. Then `cosine` falls to min_lr at max_steps; `wsd` (warm-up,
+    stable, decay: Hu et al., MiniCPM, 2024) stays at lr and falls linearly to min_lr over the last decay_steps; `step`
+    (the classic script's) drops from lr to min_lr after step lr_decay_step.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
@@ -26,8 +26,10 @@ def learning_rate(step: int, config: OptimizerConfig) -> float:
 
 
 def new_length(before: int, config: OptimizerConfig) -> list[str]:
-    """Return the line that says what another max_steps than `before` does to a schedule under way, if it does anything."""
+    """Return the line that says what another max_steps than `before` does to a schedule under way, if anything."""
     if config.schedule == "step" or config.max_steps == before:
         return []
-    return [f"schedule: of {before} steps when the checkpoint was saved, of {config.max_steps} from here on: the {config.schedule} "
-            "schedule's learning rates are those of the new length"]  # fmt: skip
+    return [
+        f"schedule: of {before} steps when the checkpoint was saved, of {config.max_steps} from here on: "
+        f"the {config.schedule} schedule's learning rates are those of the new length"
+    ]

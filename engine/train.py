@@ -49,12 +49,13 @@ EMBEDDED_DATA = Path("data/embedded")
 EXIT_DIVERGED = 3
 LESS_MEMORY = """\
 The planner counts what other programs held of the card when the run began. To leave more of it: --micro_batch_size 1,
---activation_checkpointing blocks or --offload states; more of the host: a smaller --host_memory. tools/plan.py shows what
+--activation_checkpointing blocks or --offload states; more of the host: a smaller \
+--host_memory. tools/plan.py shows what
 each takes; --resume goes on from the newest checkpoint."""
 
 
 class Interrupt:
-    """Within it SIGINT and SIGTERM ask for a stop after the step under way, which `says` says; a second one stops at once."""
+    """Within it SIGINT and SIGTERM ask for a stop after the current step, which `says` says; a second stops at once."""
 
     def __init__(self, says: bool = True) -> None:
         self._says = says
@@ -104,7 +105,8 @@ def prepare_default_data(config: Config, processes: Processes) -> None:
     config.data.train_file, config.data.val_file = str(EMBEDDED_DATA / "train.bin"), str(EMBEDDED_DATA / "val.bin")
     if processes.main and not all(Path(file).exists() for file in (config.data.train_file, config.data.val_file)):
         print(
-            f"no prepared data at {files[0]}: building the embedded default, this Python's own text, in {EMBEDDED_DATA}",
+            f"no prepared data at {files[0]}: building the embedded default, "
+            f"this Python's own text, in {EMBEDDED_DATA}",
             flush=True,
         )
         folders = ["--train_dir", str(EMBEDDED_DATA / "train"), "--val_dir", str(EMBEDDED_DATA / "val")]
@@ -170,7 +172,8 @@ def set_up(config: Config, start_from: Path | None, processes: Processes) -> Run
             report.say(line)
         if (warmup := config.optimizer.warmup_steps) != asked.optimizer.warmup_steps:
             report.say(
-                f"schedule: a warm-up of {asked.optimizer.warmup_steps} steps is too long for {config.optimizer.max_steps}: shortened to {warmup}"
+                f"schedule: a warm-up of {asked.optimizer.warmup_steps} steps is too long "
+                f"for {config.optimizer.max_steps}: shortened to {warmup}"
             )
         report.say(f"strategy: {strategy.describe()}")
         report.say(
@@ -238,7 +241,8 @@ def loop(run: Run, interrupt: Interrupt) -> int:
         if run.plan:
             predicted, measured = run.plan.footprint.allocated_bytes, peak_memory(run.device)
             report.say(
-                f"memory: predicted {predicted / 2**30:.2f} GiB, measured {measured / 2**30:.2f} GiB ({measured / predicted - 1:+.1%})"
+                f"memory: predicted {predicted / 2**30:.2f} GiB, "
+                f"measured {measured / 2**30:.2f} GiB ({measured / predicted - 1:+.1%})"
             )
         report.say(f"run: {config.run_dir}; newest checkpoint: {saved}")
     return 0
@@ -260,9 +264,8 @@ def validate(run: Run) -> None:
     loss, count = run.processes.mean(total).tolist()
     run.progress["val_loss"] = loss / count
     sample = None
-    if options.sample_tokens and math.isfinite(
-        run.progress["val_loss"]
-    ):  # in every process, since ZeRO gathers parameters as they are used
+    # In every process, since ZeRO gathers parameters as they are used.
+    if options.sample_tokens and math.isfinite(run.progress["val_loss"]):
         eager = getattr(module, "_orig_mod", module)  # a compiled model would compile again for each length
         sample = sample_text(eager, run.encoding, options.sample_prompt, options.sample_tokens, seed=run.config.seed)
     if run.report:
@@ -282,7 +285,7 @@ def save(run: Run, final: bool) -> Path | None:
 
 
 def weights_from(path: str | Path, config: ModelConfig, data: TokenFile) -> Iterator[tuple[str, Tensor]]:
-    """Return the names and fp32 weights of any file that generate reads: a run, a checkpoint, GPT-2's folder, the classic .pt.
+    """Return the names and fp32 weights of any file that generate reads: a run, checkpoint, GPT-2 folder, classic .pt.
 
     ConfigError where they belong to another model than `config` describes, or were trained with another tokenizer than
     made `data`.
@@ -351,7 +354,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End the program: with DeepSpeed at once, since gloo's threads, which it keeps, now and then abort a Python that ends."""
+    """End the program, with DeepSpeed at once.
+
+    It keeps gloo's threads, and these now and then abort a Python that ends.
+    """
     if "deepspeed" in sys.modules:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -96,7 +96,7 @@ def read_weights(path: str | Path) -> tuple[ModelConfig, State]:
 
 
 def recorded_tokenizer(path: str | Path) -> str | None:
-    """Return the name of the tokenizer that the weights at `path` were trained with, None where that is not recorded."""
+    """Return the name of the tokenizer that the weights at `path` were trained with, None where it is not recorded."""
     path = find_weights(path)
     file = path / WEIGHTS_FILE if path.is_dir() else path
     if file.suffix != ".safetensors" or not file.exists():

@@ -202,7 +202,8 @@ TILE = {"ROWS": 32, "num_warps": 4}
 @triton.jit
 def _adamw_kernel(
     tensor_ptr,  # int32 (programs,): the tensor that each program works on
-    table_ptr,  # int64 (tensors, 11): the addresses in a Parameter in its order, elements, first program, key, first block
+    # int64 (tensors, 11): the addresses in a Parameter in its order, elements, first program, key, first block
+    table_ptr,
     grad_scale_ptr,  # fp32 scalar or None
     found_inf_ptr,  # fp32 scalar or None
     lr,

@@ -36,7 +36,7 @@ def attend_span(
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
     D: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys begin..end: acc (ROWS, BLOCK_D), maximum m and sum l (ROWS,); k and v of `of_head`."""
+    """Online softmax over keys begin..end: acc (ROWS, BLOCK_D), maximum m and sum l (ROWS,); k and v of `of_head`."""
     for start in tl.range(begin, end, KEYS, num_stages=EDGE_STAGES if MASK else None):
         start = tl.multiple_of(start, KEYS)
         k_tile = load_tile(k, k_t, batch, start, group, T, KEYS, D, BLOCK_D, MASK, TMA)

@@ -148,7 +148,7 @@ def launch_settings(
 
 
 def describable(x: Tensor) -> bool:
-    """Whether a tensor descriptor can be made: rows at multiples of 16 bytes, and an address, which a traced graph lacks."""
+    """Whether a descriptor can be made: rows at multiples of 16 bytes, and an address, which a traced graph lacks."""
     steps = (stride * x.element_size() for stride in x.stride()[:3])
     return type(x) is Tensor and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
 

@@ -163,7 +163,7 @@ def _outputs(
 
 
 def _gains(x: Tensor, reduction: str) -> tuple[float, float]:
-    """Factors by which the op scales up the gradients of x, and of weight and bias, that it keeps for the backward pass.
+    """Factors by which the op scales up gradients of x, and of weight and bias, that it keeps for the backward pass.
 
     In fp16 the gradient of a mean over thousands of tokens would underflow before the loss scale, which comes with the
     backward pass, could lift it: so it is made about as large as that of one token, and the weight's, a sum over

@@ -3,7 +3,8 @@
     PILESMITH_KERNELS=triton|torch   overrides every decision (and the config field of the same meaning)
     PILESMITH_CHIP=cuda:75           decides as if the device were that chip; it still runs on the one that is there
 
-Kernel files take `triton`, `tl`, `TensorDescriptor`, `custom_op` and `wrap_triton` from here, so that they import and work without Triton.
+Kernel files take `triton`, `tl`, `TensorDescriptor`, `custom_op` and `wrap_triton` from here, so that they import and
+work without Triton.
 """
 
 import functools
@@ -68,7 +69,7 @@ class Chip:
 
     @property
     def tma(self) -> bool:
-        """Whether an engine of its own copies tiles into shared memory, by tensor descriptors: NVIDIA's since Hopper."""
+        """Whether a separate engine copies tiles into shared memory, by tensor descriptors: NVIDIA's since Hopper."""
         return self.target == "cuda:90"
 
 

@@ -247,7 +247,7 @@ def _blocks(flat: Tensor) -> Tensor:
 
 @triton.jit
 def tile_random_bits(key, step, first_block, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """uint32 (ROWS, BLOCK): `random_bits` of ROWS blocks from first_block on, a multiple of ROWS, which divides 1024."""
+    """uint32 (ROWS, BLOCK): `random_bits` of ROWS blocks from first_block, a multiple of ROWS, which divides 1024."""
     base = step.to(tl.int32).to(tl.uint32) * 0x9E3779B9
     elements = (first_block % 1024).to(tl.uint32) * BLOCK + tl.arange(0, ROWS).to(tl.uint32)[:, None] * BLOCK
     elements = elements + tl.arange(0, BLOCK).to(tl.uint32)[None, :]

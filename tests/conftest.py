@@ -24,9 +24,8 @@ def pytest_configure(config):
         os.environ.pop("TRITON_INTERPRET", None)
     else:
         os.environ["TRITON_INTERPRET"] = "1"
-    if (
-        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    ):  # as in the background of a shell; programs would ignore it too
+    # As in the background of a shell; programs would ignore it too.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -66,16 +65,17 @@ def token_files(tmp_path_factory) -> tuple[Path, Path]:
 def tiny_flags(token_files, tmp_path) -> list[str]:
     """Flags of a run of 12 short steps that saves and validates at every fourth, in tmp_path/run."""
     flags = dict(
-        preset="13m", n_embd=16, n_head=2, block_size=32, vocab_size=512, batch_tokens=256, max_steps=12, warmup_steps=2,
-        eval_tokens=512, eval_interval=4, save_interval=4, keep_checkpoints=0, sample_tokens=3, log_interval=4,
-        tensorboard="false", device="cpu", train_file=token_files[0], val_file=token_files[1], run_dir=tmp_path / "run",
+        preset="13m", n_embd=16, n_head=2, block_size=32, vocab_size=512, batch_tokens=256, max_steps=12,
+        warmup_steps=2, eval_tokens=512, eval_interval=4, save_interval=4, keep_checkpoints=0, sample_tokens=3,
+        log_interval=4, tensorboard="false", device="cpu", train_file=token_files[0], val_file=token_files[1],
+        run_dir=tmp_path / "run",
     )  # fmt: skip
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
 @pytest.fixture
 def start():
-    """start(command) -> Popen of this Python with one thread and captured output; what still runs at the end is killed."""
+    """start(command) -> Popen of this Python, one thread, captured output; what still runs at the end is killed."""
     started = []
 
     def launch(*command: str | Path, **environment: str) -> subprocess.Popen:

@@ -95,7 +95,8 @@ class OnCard(Tensor):
 
     def numpy(self, **_: Any) -> Any:
         raise TypeError(
-            "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
+            "can't convert cuda:0 device type tensor to numpy. "
+            "Use Tensor.cpu() to copy the tensor to host memory first."
         )
 
     __array__ = numpy
@@ -173,7 +174,7 @@ class Card(TorchDispatchMode):
         return result
 
     def _cross(self, func: Any, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]) -> None:
-        """Take account of a copy between host and card: Python waits for it, or it overlaps, from or to pinned memory."""
+        """Account for a copy between host and card: Python waits for it, or it overlaps, from or to pinned memory."""
         if not kwargs.get("non_blocking", func is aten.copy_.default and len(args) > 2 and args[2]):
             self.waits[str(func)] += 1
         elif not all(isinstance(t, OnCard) or t.is_pinned() for t in tensors):
@@ -341,13 +342,17 @@ def pretended_card(monkeypatch: Any, chip: str) -> Iterator[Card]:
     family, number = chip.split(":")
     capability = divmod(int(number), 10) if family == "cuda" else (9, 4)  # which PyTorch for AMD makes up, too
     properties = SimpleNamespace(
-        name=CHIPS[chip].name, major=capability[0], minor=capability[1], gcnArchName=f"{number}:sramecc+:xnack-", total_memory=MEMORY_BYTES,
-        multi_processor_count=4, shared_memory_per_block_optin=CHIPS[chip].shared_bytes, uuid="0",
+        name=CHIPS[chip].name, major=capability[0], minor=capability[1], gcnArchName=f"{number}:sramecc+:xnack-",
+        total_memory=MEMORY_BYTES, multi_processor_count=4, shared_memory_per_block_optin=CHIPS[chip].shared_bytes,
+        uuid="0",
     )  # fmt: skip
     answers = {
-        "_lazy_init": None, "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "set_device": None,
-        "get_device_name": CHIPS[chip].name, "get_device_capability": capability, "get_device_properties": properties, "get_arch_list": ["sm_60", "sm_90"],
-        "mem_get_info": (MEMORY_BYTES, MEMORY_BYTES), "get_per_process_memory_fraction": 1.0, "set_per_process_memory_fraction": None,
+        "_lazy_init": None, "is_available": True, "is_initialized": True,
+        "device_count": 1, "current_device": 0, "set_device": None,
+        "get_device_name": CHIPS[chip].name, "get_device_capability": capability,
+        "get_device_properties": properties, "get_arch_list": ["sm_60", "sm_90"],
+        "mem_get_info": (MEMORY_BYTES, MEMORY_BYTES),
+        "get_per_process_memory_fraction": 1.0, "set_per_process_memory_fraction": None,
         "memory_reserved": 0, "max_memory_reserved": 0, "empty_cache": None, "is_bf16_supported": CHIPS[chip].bf16,
     }  # fmt: skip
     for key, value in answers.items():

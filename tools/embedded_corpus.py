@@ -152,10 +152,11 @@ def _documents(skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
     for file, content in _read_files(Path(paths["stdlib"]), skipped):
         if (
             file.suffix == ".py"
+            # The reference comes as prose below.
             and file.parent.name != "pydoc_data"
             or file.suffix in PROSE_SUFFIXES
             and not _BOILERPLATE.search(file.name)
-        ):  # the reference comes as prose below
+        ):
             yield "Python Standard Library", content
     for topic in _reference():
         yield "Python Reference", topic

@@ -47,7 +47,8 @@ too large: for the card; host too small: for what lies there; changes the batch:
 cannot accumulate, so a step is one micro-batch."""
 LEGEND_OF_CARDS = """\
 GiB: what the card has for programs; card GiB, host GiB: what the choice takes of it, and of one machine's memory;
-micro: sequences of a micro-batch; days/1e9: days for a billion tokens. --gpu NAME says why, and shows the other methods."""
+micro: sequences of a micro-batch; days/1e9: days for a billion tokens. \
+--gpu NAME says why, and shows the other methods."""
 
 Nearest = tuple[str, Plan] | None
 
@@ -180,7 +181,8 @@ def show_scales(made: dict[int, Plan | None]) -> str:
             continue
         rows.append([
             f"{gpus}", p.name, gib(p.footprint.card_bytes), gib(p.host_bytes), f"{p.communication_bytes / 1e9:.1f}",
-            f"{p.time.communication:.2f}", speed(p), f"{p.tokens_per_s / alone.tokens_per_s:.1f}", days(p.days_per_billion_tokens),
+            f"{p.time.communication:.2f}", speed(p), f"{p.tokens_per_s / alone.tokens_per_s:.1f}",
+            days(p.days_per_billion_tokens),
         ])  # fmt: skip
     header = ["cards", "choice", "card GiB", "host GiB", "GB sent", "s waited", "tokens/s", "times one", "days/1e9"]
     return table(header, rows)

@@ -104,7 +104,7 @@ class Description(msgspec.Struct, kw_only=True):
     sources: list[Source]
 
     def is_of(self, inputs: Sequence[Path], file: Path) -> bool:
-        """Whether `file`, of which this tells, is from the folder of these inputs, or from some of them and no other."""
+        """Whether `file`, of which this tells, is from the folder of these inputs, or from some of them only."""
         names = {(path.name, path.stat().st_size) for path in inputs}
         ours = all((source.file, source.file_bytes) in names for source in self.sources)
         return ours or self.folder == folder_of(inputs, file)

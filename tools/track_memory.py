@@ -44,8 +44,8 @@ def track(
 ) -> dict[str, int]:
     """Return the bytes at the fullest moment of a training step, in all and as torch's tracker classifies them.
 
-    dtype, weights: "fp32", "bf16" or "fp16", of the computation and of the stored weights. accumulates: the gradients of a
-    micro-batch before it exist. What lies in host memory is left out.
+    dtype, weights: "fp32", "bf16" or "fp16", of the computation and of the stored weights. accumulates: the gradients
+    of a micro-batch before it exist. What lies in host memory is left out.
     """
     with FakeTensorMode(), mock.patch.object(kernels.cross_entropy, "_scaled", _scaled_in_place):
         default = torch.get_default_dtype()

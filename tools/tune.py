@@ -6,8 +6,8 @@
 
 A configuration whose tiles cannot fit the chip's shared memory is not compiled; one that spills, or does not fit after
 all, is not run; one whose results are wrong is refused. The winner replaces the old one in kernels/configs/<chip>.json
-where it is faster over all sizes together, with the figures that earned it under "measured"; kernels are launched by it,
-and a chip without one takes the nearest.
+where it is faster over all sizes together, with the figures that earned it under "measured"; kernels are launched by
+it, and a chip without one takes the nearest.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def compile_trials(
 def measure(
     trials: list[Trial], verify: Callable[[LaunchConfig], str], time: Callable[[LaunchConfig], tuple[float, ...]]
 ) -> list[Trial]:
-    """Verify, then time, what is not refused; one that is wrong is refused and never timed, as is one that does not run."""
+    """Verify, then time, what is not refused; what is wrong is refused and never timed, as is what does not run."""
     measured = []
     for trial in trials:
         refused, seconds = trial.refused, ()

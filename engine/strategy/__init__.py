@@ -1,6 +1,7 @@
 """How a training step is run: one small interface, one file for each way.
 
-The loop calls `set_lr`, `forward_backward`, `step`, and for a checkpoint `state` and `load_state`; it knows nothing of their inside.
+The loop calls `set_lr`, `forward_backward`, `step`, and for a checkpoint `state` and `load_state`; it knows
+nothing of their inside.
 """
 
 import os
@@ -21,8 +22,8 @@ from engine.model import GPT
 class StepResult:
     """grad_norm: global, before clipping. skipped: the gradients or the loss were not finite and nothing was updated.
 
-    Updates inside the backward pass come before the norm is known: there, parameters with finite gradients were updated.
-    rescaled: that was so because the loss scale was too large, and it is smaller now.
+    Updates inside the backward pass come before the norm is known: there, parameters with finite gradients were
+    updated. rescaled: that was so because the loss scale was too large, and it is smaller now.
     """
 
     grad_norm: float
@@ -50,7 +51,7 @@ class Strategy(Protocol):
         """Update the weights unless the gradients or `loss`, the mean over all processes, are not finite."""
 
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield, parameter by parameter, its name and whole fp32 `weight`, `exp_avg`, `exp_avg_sq`; all processes call it."""
+        """Yield each parameter's name and whole fp32 `weight`, `exp_avg`, `exp_avg_sq`; all processes call it."""
 
     def load_state(self, read: Callable[[str, str], Tensor]) -> None:
         """Take `read(parameter name, key)` for every parameter and key that `state` yields."""
@@ -90,5 +91,5 @@ def build(
 
 
 def give_memory(parameter: nn.Parameter, memory: Tensor) -> None:
-    """Make `memory` what a parameter is, in every module and optimizer group that has it; its shape may have had none."""
+    """Make `memory` what a parameter is, in every module and optimizer group with it; its shape may have had none."""
     torch.utils.swap_tensors(parameter, nn.Parameter(memory))

@@ -1,4 +1,4 @@
-"""Several processes, each with the whole model and all states: they share the tokens of a step and average gradients."""
+"""Several processes, each with the whole model and all states: they share a step's tokens and average gradients."""
 
 from collections.abc import Iterable
 

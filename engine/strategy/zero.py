@@ -120,19 +120,17 @@ class Zero:
         self.updates = 0
 
     def _place(self, model: GPT, weights: Iterable[tuple[str, Tensor]], settings: dict[str, Any]) -> None:
-        """Put the weights on the device in the compute dtype, for stage 3 partitioned, so that DeepSpeed copies nothing."""
+        """Put weights on the device in the compute dtype, for stage 3 partitioned, so that DeepSpeed copies nothing."""
         parameters, shared = dict(model.named_parameters()), None
         if self.stage == 3:
             deepspeed.init_distributed()  # takes the processes that are connected; else it counts only this one
             shared = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings)
         for name, weight in weights:
-            give_memory(
-                parameters[name], weight.to(self.device, self.dtype, copy=True)
-            )  # a file may lie behind `weight`
+            # A copy, since a file may lie behind `weight`.
+            give_memory(parameters[name], weight.to(self.device, self.dtype, copy=True))
             if shared:
-                shared._convert_to_zero_parameters(
-                    [parameters[name]]
-                )  # each process keeps its part; the whole is freed
+                # Each process keeps its part; the whole is freed.
+                shared._convert_to_zero_parameters([parameters[name]])
 
     def describe(self) -> str:
         moved = {
@@ -141,7 +139,10 @@ class Zero:
             "params": ", optimizer and parameters in host memory",
         }
         recomputed = f"; {self.recomputed}" if self.recomputed else ""
-        return f"DeepSpeed ZeRO stage {self.stage}{moved[self.offload]}, {self.engine.world_size} process{'es' * (self.engine.world_size > 1)}{recomputed}"
+        return (
+            f"DeepSpeed ZeRO stage {self.stage}{moved[self.offload]}, "
+            f"{self.engine.world_size} process{'es' * (self.engine.world_size > 1)}{recomputed}"
+        )
 
     def set_lr(self, lr: float) -> None:
         for group in self.engine.optimizer.param_groups:

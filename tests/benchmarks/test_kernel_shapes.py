@@ -1,4 +1,4 @@
-"""What is timed on a GPU is the kernel: each call keeps the fastest card busy for longer than Python takes to make it."""
+"""What is timed on a GPU is the kernel: each call keeps the fastest card busy longer than Python takes to make it."""
 
 import importlib.util
 import sys

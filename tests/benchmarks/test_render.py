@@ -25,7 +25,8 @@ def results():
     config = {"preset": "13m", "model": {}, "optimizer": {"batch_tokens": 2048}, "strategy": {}}
     common = {
         "benchmark": "throughput", "environment": ENVIRONMENT, "config": config, "dtype": "float32",
-        "n_parameters": 13_142_656, "processes": 1, "threads": 2, "gpu_memory_bytes": None, "card": None, "flops_per_token": 1, "peak_flops": None, "plan": None,
+        "n_parameters": 13_142_656, "processes": 1, "threads": 2, "gpu_memory_bytes": None, "card": None,
+        "flops_per_token": 1, "peak_flops": None, "plan": None,
     }  # fmt: skip
     slow = ROW | {"tokens_per_s": 1500.0, "step_bytes": 2400 << 20}
     cpu = common | {"results": {"pilesmith": ROW, "classic": slow, "liger": "not run: needs a GPU"}}
@@ -164,7 +165,8 @@ def tools_results():
     suite = {"benchmark": "suite", "seconds": 69.0, "parts": [part, late]}
     plan = {
         "gpu": "T4", "fits": True, "strategy": "stochastic", "title": "16-bit weights", "micro_batch_size": 1,
-        "host_bytes": 0, "peak_bytes": dict.fromkeys(PARTS, 0) | {"weights": 4 << 30, "context": 1 << 29}, "card_limit_bytes": 14 << 30, "tokens_per_s": 1234.5,
+        "host_bytes": 0, "peak_bytes": dict.fromkeys(PARTS, 0) | {"weights": 4 << 30, "context": 1 << 29},
+        "card_limit_bytes": 14 << 30, "tokens_per_s": 1234.5,
     }  # fmt: skip
     lacking = {"gpu": "GTX 1080 Ti", "fits": False} | dict.fromkeys(
         ("strategy", "micro_batch_size", "peak_bytes", "host_bytes", "tokens_per_s")

@@ -219,7 +219,8 @@ def test_only_files_with_tests_for_a_gpu_are_read():
 
 def test_correctness_counts_tests(tmp_path, validate):
     (tmp_path / "test_it.py").write_text(
-        "import pytest\ndef test_good(): pass\ndef test_bad(): assert 0, 'seven\\nof nine'\n@pytest.mark.skip\ndef test_skipped(): pass\n"
+        "import pytest\ndef test_good(): pass\ndef test_bad(): assert 0, 'seven\\nof nine'\n"
+        "@pytest.mark.skip\ndef test_skipped(): pass\n"
     )
     (tmp_path / "test_crash.py").write_text("import os\ndef test_crash(): os._exit(1)\n")
     file = tmp_path / "out.json"

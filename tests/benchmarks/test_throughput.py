@@ -24,19 +24,9 @@ TINY = {
     "optimizer": {"batch_tokens": 64},
 }
 FLAGS = [
-    "--preset",
-    "13m",
-    "--n_embd",
-    "32",
-    "--n_head",
-    "2",
-    "--block_size",
-    "16",
-    "--vocab_size",
-    "96",
-    "--batch_tokens",
-    "64",
-]
+    "--preset", "13m", "--n_embd", "32", "--n_head", "2",
+    "--block_size", "16", "--vocab_size", "96", "--batch_tokens", "64",
+]  # fmt: skip
 
 
 def tiny(name="gpt2", **model):
@@ -134,17 +124,9 @@ def test_contenders_have_our_parameters_and_operations(name, preset_name):
 def test_a_comparison_from_the_command_line(tmp_path, capsys, validate):
     file = tmp_path / "out.json"
     options = [
-        "--compare",
-        "classic,transformers-liger",
-        "--steps",
-        "3",
-        "--warmup",
-        "1",
-        "--gpu_memory",
-        "rtx3090",
-        "--out",
-        str(file),
-    ]
+        "--compare", "classic,transformers-liger", "--steps", "3", "--warmup", "1",
+        "--gpu_memory", "rtx3090", "--out", str(file),
+    ]  # fmt: skip
     assert throughput.main([*FLAGS, *options]) == 0
     payload = json.loads(file.read_text())
     validate(payload, "throughput")

@@ -155,13 +155,16 @@ for stage, offload, dtype in CASES:
         "model": dict(n_layer=6, n_head=4, n_embd=256, block_size=16, vocab_size=512, positions="rotary"),
         "optimizer": dict(batch_tokens=32 * processes.world_size, micro_batch_size=1),
         "strategy": dict(
-            strategy="zero", zero_stage=stage, offload=offload, device="cpu", deepspeed_config=SCALE, activation_checkpointing="none"
+            strategy="zero", zero_stage=stage, offload=offload, device="cpu", deepspeed_config=SCALE,
+            activation_checkpointing="none",
         ),
     })
     model, held = GPT.outline(config.model), Held()
     batch = Batch(torch.zeros(1, 16, dtype=torch.int64), torch.zeros(1, 16, dtype=torch.int64))
     with held:
-        strategy = zero.Zero(config, model, processes, torch.device("cpu"), DTYPES[dtype], 2, model.initial_weights(torch.Generator()))
+        strategy = zero.Zero(
+            config, model, processes, torch.device("cpu"), DTYPES[dtype], 2, model.initial_weights(torch.Generator())
+        )
         for _ in range(2):
             held.peak = held.now
             strategy.step(strategy.forward_backward([batch, batch]))

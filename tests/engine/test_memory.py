@@ -78,7 +78,7 @@ def test_there_is_a_plan_for_each_method_and_way_of_recomputing(classic):
 
 
 def test_what_is_kept_of_recomputed_blocks_trades_time_for_memory():
-    """On a card with room, at one micro-batch: keeping attention is faster and larger, host memory smaller and no faster."""
+    """With room, at one micro-batch: keeping attention is faster and larger, host memory smaller and no faster."""
     plans = plan(TWO_B, get("RTX 4090"), HOST, micro_batch_size=4)
     whole = {p.recompute.kind: p for p in plans if p.method.name == "stochastic" and p.recompute.layers == 24}
     assert whole["selective"].tokens_per_s > whole["blocks"].tokens_per_s >= whole["offloaded"].tokens_per_s

@@ -184,7 +184,7 @@ def test_python_waits_for_the_card_twice_a_step(chip, flags, small, monkeypatch)
 
 
 def streamed_steps(overlapping: bool) -> list[Tensor]:
-    """Weights and states after four steps, one of them skipped; `overlapping`: streamed, in more portions than slots."""
+    """Weights and states after four steps, one skipped; `overlapping`: streamed, in more portions than slots."""
     generator = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter((torch.randn(shape, generator=generator) * 0.02).cuda()) for shape in SHAPES]
     cls, options = (StreamedAdamW, {"portion": UNIT}) if overlapping else (AdamW, {})

@@ -1,4 +1,4 @@
-"""The training loop end to end on a CPU: it learns, resumes bit for bit, stops when asked, survives what is not finite."""
+"""The training loop end to end on a CPU: learns, resumes bit for bit, stops when asked, survives what is not finite."""
 
 import json
 import math
@@ -178,24 +178,9 @@ def test_a_loss_scale_grows_after_good_steps_and_stays_within_bounds():
     scale = LossScale(value=8.0, growth_interval=3, minimum=2.0, maximum=16.0)
     values = []
     for overflowed in [
-        False,
-        False,
-        True,
-        False,
-        False,
-        False,
-        False,
-        False,
-        False,
-        False,
-        False,
-        False,
-        True,
-        True,
-        True,
-        True,
-        True,
-    ]:
+        False, False, True, False, False, False, False, False, False,
+        False, False, False, True, True, True, True, True,
+    ]:  # fmt: skip
         scale.update(overflowed)
         values.append(scale.value)
     assert values == [8, 8, 4, 4, 4, 8, 8, 8, 16, 16, 16, 16, 8, 4, 2, 2, 2]

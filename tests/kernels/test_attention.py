@@ -130,7 +130,7 @@ def test_any_strides(path, kernel_path):
 
 @pytest.fixture
 def through_descriptors(triton_path, monkeypatch):
-    """through_descriptors(width): the kernels load tiles of that width by descriptors; returns whom these were made of."""
+    """through_descriptors(width): kernels load tiles of that width by descriptors; returns whom these were made of."""
     described, describe = [], attention_tiles.describe
     monkeypatch.setattr(attention_tiles, "describe", lambda *of: described.append(of[0].shape) or describe(*of))
     config = {"ROWS": 32, "KEYS": 16, "num_warps": 4, "num_stages": 2, "EDGE_STAGES": None, "TMA": 1}

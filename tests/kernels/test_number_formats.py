@@ -100,7 +100,7 @@ def test_random_bits_depend_on_key_step_and_element_alone():
 
 
 def test_random_bits_are_uniform_and_independent():
-    """Each bit, each pair of an element's bits, and the same bit of neighbours, near and far, of tensors and of steps."""
+    """Each bit, each pair of an element's bits, and the same bit of neighbours, near and far, of tensors, of steps."""
     bits = draws(5, GROUP, 1.0)
     coins = torch.stack(
         [(bits >> i & 1).float() for i in range(32)] + [(more_bits(bits) >> i & 1).float() for i in range(16)]
@@ -128,7 +128,7 @@ def test_groups_tensors_and_steps_are_independent():
 
 
 def test_a_rounding_says_nothing_of_another():
-    """The three roundings of an element's update: 10 upper bits of the first moment's, of the second's, the weight's."""
+    """The three roundings of an element's update: 10 upper bits of the first moment's, the second's, the weight's."""
     bits = draws(9, 8 * GROUP)
     parts = [bits >> 22 & 0x3FF, bits >> 10 & 0x3FF, more_bits(bits) >> 6]
     parts = [(p.view(-1).double() - 511.5) / 295.6 for p in parts]

@@ -254,18 +254,9 @@ def test_the_limit_counts_what_is_beside_the_tables_own(monkeypatch, capsys):
 
 def test_a_dry_run_compiles_for_a_chip_that_is_not_here(start, triton_here):
     flags = [
-        "--dry_run",
-        "--chip",
-        "cuda:86",
-        "--kernels",
-        "attention_forward",
-        "--cases",
-        "128",
-        "--limit",
-        "4",
-        "--workers",
-        "1",
-    ]
+        "--dry_run", "--chip", "cuda:86", "--kernels", "attention_forward",
+        "--cases", "128", "--limit", "4", "--workers", "1",
+    ]  # fmt: skip
     process = start("tools/tune.py", *flags)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output

@@ -1,4 +1,4 @@
-"""What compiled code needs and Numba has no name for: pointers, unaligned words, bit counts, two words or 64 bytes at once.
+"""What compiled code needs and Numba cannot name: pointers, unaligned words, bit counts, two words or 64 bytes at once.
 
 A pointer is indexed like an array; it has no bounds, no negative index and no reference count. Whoever takes one keeps
 its array alive. Passing arrays to small functions in a hot loop costs an atomic increment and decrement for each.

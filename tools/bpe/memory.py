@@ -27,7 +27,7 @@ HASH, HASH_2, HASH_3 = map(np.uint64, (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0
 
 
 class Tables(NamedTuple):
-    """What is only read, shared by all threads: what the vocabulary and Unicode say. Compiled code has pointers in it."""
+    """What is only read, shared by all threads: what vocabulary and Unicode say. Compiled code has pointers in it."""
 
     classes: np.ndarray  # uint8 (2**21,): class of each code point, and of whatever else four bytes may decode to
     byte_ids: np.ndarray  # uint16 (256,)
