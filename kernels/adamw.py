@@ -197,6 +197,7 @@ def _put(place: Tensor, values: Tensor, keep: Tensor | None) -> None:
 
 
 TILE = {"ROWS": 32, "num_warps": 4}
+ODD_TILE = {"ROWS": 16, "num_warps": 4}  # of tensors whose addresses or sizes allow no wide loads
 
 
 @triton.jit
@@ -328,8 +329,8 @@ def _adamw_triton(parameters: list[Parameter], *, lr, betas, eps, weight_decay, 
             continue
         of_all, device = some[0], some[0].weight.device
         weight, moments = FORMATS[of_all.weight.dtype], FORMATS[of_all.exp_avg.dtype]
-        case = launch_case(weight, of_all.residual is not None, moments)
-        launch = launch_config(chip(device), "adamw", case, TILE)
+        case = launch_case(weight, of_all.residual is not None, moments, alignment)
+        launch = launch_config(chip(device), "adamw", case, TILE if alignment == 16 else ODD_TILE)
         programs = tuple(triton.cdiv(p.weight.numel(), launch["ROWS"] * BLOCK) for p in some)
         _adamw_kernel[(sum(programs),)](
             _tensor_of_program(programs, device),
@@ -355,9 +356,9 @@ def _adamw_triton(parameters: list[Parameter], *, lr, betas, eps, weight_decay, 
         )
 
 
-def launch_case(weight: str, residual: bool, moments: str) -> str:
+def launch_case(weight: str, residual: bool, moments: str, alignment: int) -> str:
     """Key into kernels/configs, such as "bf16_residual_moments_int8"."""
-    return f"{weight}{'_residual' if residual else ''}_moments_{moments}"
+    return f"{weight}{'_residual' if residual else ''}_moments_{moments}{'' if alignment == 16 else '_odd'}"
 
 
 def _table(parameters: list[Parameter], programs: tuple[int, ...], device: torch.device) -> Tensor:
@@ -391,10 +392,11 @@ def compile_cases() -> list[Case]:
     for weight, residual in (("bf16", True), ("fp16", True), ("bf16", False), ("fp16", False), ("fp32", False)):
         for moments in ("int8", "bf16", "fp32"):
             form = {"WEIGHT": weight, "RESIDUAL": residual, "GRAD": weight, "MOMENTS": moments}
-            label = launch_case(weight, residual, moments)
-            case = Case(
-                op="adamw", label=label, kernel=_adamw_kernel, signature=pointers | dict.fromkeys(numbers, "fp32"),
-                constants=form | {"ALIGNED": 16, "BLOCK": BLOCK}, targets=of_format[weight],
-            )  # fmt: skip
-            cases += as_launched(case, "adamw", [label], TILE)
+            for alignment, tile in ((16, TILE), (1, ODD_TILE)):
+                label = launch_case(weight, residual, moments, alignment)
+                case = Case(
+                    op="adamw", label=label, kernel=_adamw_kernel, signature=pointers | dict.fromkeys(numbers, "fp32"),
+                    constants=form | {"ALIGNED": alignment, "BLOCK": BLOCK}, targets=of_format[weight],
+                )  # fmt: skip
+                cases += as_launched(case, "adamw", [label], tile)
     return cases

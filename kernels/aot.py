@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
@@ -76,7 +76,10 @@ def with_launch(case: Case, config: LaunchConfig) -> Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What one configuration costs on one chip. error: why it did not compile, else empty."""
+    """What one configuration costs on one chip.
+
+    load_bytes: the widest load of a thread from global memory, on NVIDIA. error: why it did not compile, else empty.
+    """
 
     op: str
     label: str
@@ -88,6 +91,7 @@ class Row:
     spills: int = 0
     shared_bytes: int = 0
     shared_limit_bytes: int = 0
+    load_bytes: int = 0
     tensor_cores: bool = False
     error: str = ""
 
@@ -180,11 +184,14 @@ def _nvidia_cost(compiled) -> dict[str, object]:
         f.write(compiled.asm["cubin"])
         f.flush()
         text = subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True, check=True)
-    usage = text.stdout + text.stderr
+    usage, ptx = text.stdout + text.stderr, compiled.asm["ptx"]
+    loads = re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
+    copies = [16] * ("cp.async.cg" in ptx or "cp.async.bulk" in ptx)
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "tensor_cores": "mma" in compiled.asm["ptx"],
+        "load_bytes": max([int(count or 1) * int(bits) // 8 for count, bits in loads] + copies, default=0),
+        "tensor_cores": "mma" in ptx,
     }
 
 
@@ -240,6 +247,7 @@ def serve() -> None:
 
 def _cached(case: Case, target: str, cache: Path) -> Row:
     what = [_unwrap(case.kernel).cache_key, triton.__version__, target, sorted(case.signature.items())]
+    what += [[field.name for field in fields(Row)]]
     what += [sorted((k, str(v)) for k, v in case.constants.items()), case.divisible_by_16]
     what += [case.num_warps, case.num_stages, CHIPS[target].shared_bytes, case.op, case.label]
     file = cache / (hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32] + ".json")

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kernels.attention_tiles import (
-    LOG2_E,
     key_spans,
     launch_settings,
     load_tile,
@@ -18,7 +17,7 @@ from kernels.attention_tiles import (
     unit_stride,
     visible,
 )
-from kernels.dispatch import custom_op, tl, triton, wrap_triton
+from kernels.dispatch import LOG2_E, custom_op, tl, triton
 
 
 @triton.jit
@@ -184,7 +183,7 @@ def backward_kv_kernel(
     store_tile(dv + dense, groups * D, T - first, acc_v, KEYS, D, BLOCK_D)
 
 
-@custom_op("attention_backward")
+@custom_op("attention_backward", opaque=True)
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, out: Tensor, lse: Tensor,
     causal: bool, scale: float,
@@ -199,7 +198,7 @@ def attention_backward(
     tensors = {"q": q, "k": k, "v": v, "grad": grad}
     numbers = {"T": T, "H": H, "scale": scale, "scale_log2": scale * LOG2_E}
     config, arguments = launch_settings("attention_backward_q", causal, doc_start, **tensors)
-    wrap_triton(backward_q_kernel)[(triton.cdiv(T, config["ROWS"]), H, B)](
+    backward_q_kernel[(triton.cdiv(T, config["ROWS"]), H, B)](
         doc_start=doc_start, out=out, lse=lse, delta=delta, dq=dq, **numbers, **arguments
     )
     doc_end = None
@@ -207,7 +206,7 @@ def attention_backward(
         keys = torch.arange(T, dtype=doc_start.dtype, device=q.device).expand(B, T).contiguous()
         doc_end = torch.searchsorted(doc_start.contiguous(), keys, right=True, out_int32=True)
     config, arguments = launch_settings("attention_backward_kv", causal, doc_start, **tensors)
-    wrap_triton(backward_kv_kernel)[(triton.cdiv(T, config["KEYS"]), G, B)](
+    backward_kv_kernel[(triton.cdiv(T, config["KEYS"]), G, B)](
         doc_end=doc_end, lse=lse, delta=delta, dk=dk, dv=dv, **numbers, **arguments
     )
     return dq, dk, dv

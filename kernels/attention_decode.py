@@ -9,8 +9,8 @@ from torch import Tensor
 from kernels.aot import Case, triton_targets
 from kernels.attention import check_heads, sdpa
 from kernels.attention_forward import attend_span
-from kernels.attention_tiles import FLOOR, LOG2_E, element_case, offset, takes
-from kernels.dispatch import backend, chip, custom_op, interpreting, processors, tl, triton, wrap_triton
+from kernels.attention_tiles import FLOOR, element_case, offset, takes
+from kernels.dispatch import LOG2_E, backend, chip, custom_op, interpreting, processors, tl, triton, wrap_triton
 from kernels.launch_configs import launch_config
 
 MAX_SPLITS = 64

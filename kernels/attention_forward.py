@@ -14,7 +14,6 @@ from kernels.aot import Case, triton_targets
 from kernels.attention_backward import attention_backward, backward_kv_kernel, backward_q_kernel
 from kernels.attention_tiles import (
     FLOOR,
-    LOG2_E,
     element_case,
     key_spans,
     launch_settings,
@@ -26,7 +25,7 @@ from kernels.attention_tiles import (
     unit_stride,
     visible,
 )
-from kernels.dispatch import CHIPS, custom_op, tl, triton, wrap_triton
+from kernels.dispatch import CHIPS, LOG2_E, custom_op, tl, triton
 from kernels.launch_configs import launch_config
 
 
@@ -104,7 +103,7 @@ def forward_kernel(
     tl.store(lse + rows, m + tl.math.log2(l), mask=rows < T)
 
 
-@custom_op("attention")
+@custom_op("attention", opaque=True)
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -114,7 +113,7 @@ def attention_forward(
     out = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     config, arguments = launch_settings("attention_forward", causal, doc_start, q=q, k=k, v=v)
-    wrap_triton(forward_kernel)[(triton.cdiv(T, config["ROWS"]), H, B)](
+    forward_kernel[(triton.cdiv(T, config["ROWS"]), H, B)](
         doc_start=doc_start, out=out, lse=lse, T=T, H=H, scale_log2=scale * LOG2_E, **arguments
     )
     return out, lse

@@ -1,6 +1,5 @@
 """What the attention kernels share: tiles, the spans of keys they walk over, their launch and their compile cases."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,6 @@ from kernels.aot import Case
 from kernels.dispatch import CHIPS, TensorDescriptor, chip, interpreting, tl, triton
 from kernels.launch_configs import LaunchConfig, launch_config
 
-LOG2_E = math.log2(math.e)
 # The running maximum starts here instead of at -inf, so that a row that sees nothing yet gives exp2(-inf) = 0, not NaN.
 FLOOR = tl.constexpr(-1.0e30)
 TILE_OF = {"q": "ROWS", "k": "KEYS", "v": "KEYS", "grad": "ROWS"}  # how many rows of each tensor a kernel loads at once
@@ -133,7 +131,7 @@ def launch_settings(
     width = max(16, triton.next_power_of_2(D))
     config = {"TMA": 0} | launch_config(chip(q.device), kernel, width)
     if config["TMA"] and not all(map(describable, tensors.values())):
-        config = launch_config(chip(q.device), f"{kernel}_pointers", width, config) | {"TMA": 0}
+        config = launch_config(chip(q.device), f"{kernel}_pointers", width) | {"TMA": 0}
     strides = {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("bth")}
     if config["TMA"]:
         tensors = {name: describe(x, config[TILE_OF[name]], width) for name, x in tensors.items()}
@@ -148,9 +146,9 @@ def launch_settings(
 
 
 def describable(x: Tensor) -> bool:
-    """Whether a descriptor can be made: rows at multiples of 16 bytes, and an address, which a traced graph lacks."""
+    """Whether a descriptor can be made: of something, at an address and with rows at multiples of 16 bytes."""
     steps = (stride * x.element_size() for stride in x.stride()[:3])
-    return type(x) is Tensor and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+    return x.numel() > 0 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
 
 
 def describe(x: Tensor, rows: int, width: int) -> TensorDescriptor:

@@ -8,6 +8,7 @@ work without Triton.
 """
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ except ImportError:
 
     triton = tl = TensorDescriptor = _Absent()  # type: ignore[assignment]
 
+LOG2_E = math.log2(math.e)  # kernels compute powers of 2: exp(x) is 2^(x log2(e))
 TRITON_PRESENT = hasattr(triton, "__version__")
 # What `@triton.jit` sees at import decides what kernels are, so this is read at the same moment, and a constant after.
 _INTERPRETING = TRITON_PRESENT and triton.knobs.runtime.interpret
@@ -248,18 +250,21 @@ def _decide(op: str, device: torch.device) -> tuple[str, str]:
     return "triton", f"Triton {triton.__version__} on {here.name} ({here.target})"
 
 
-def custom_op(name: str, *, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], torch.library.CustomOpDef]:
+def custom_op(
+    name: str, *, mutates_args: tuple[str, ...] = (), opaque: bool = False
+) -> Callable[[Callable], torch.library.CustomOpDef]:
     """Registers a function that launches Triton kernels as the op pilesmith::`name`.
 
-    The function's type hints are the schema; kernels inside are launched as `wrap_triton(kernel)[grid](...)`.
-    The result has `register_fake` (always give one) and `register_autograd`, as torch.library has them. On a GPU the
-    op is a `triton_op`, so that Inductor sees the kernels; under the interpreter, where that cannot work, an opaque
-    `custom_op`. Neither breaks a `fullgraph` compile. Outputs must not alias inputs.
+    The function's type hints are the schema; kernels inside are launched as `wrap_triton(kernel)[grid](...)`, those of
+    an opaque one as they are. The result has `register_fake` (always give one) and `register_autograd`, as
+    torch.library has them. On a GPU the op is a `triton_op`, so that Inductor sees the kernels; under the interpreter,
+    where that cannot work, and where the function must see real tensors with real addresses (`opaque`), a `custom_op`.
+    Neither breaks a `fullgraph` compile. Outputs must not alias inputs.
     """
 
     def register(function: Callable) -> torch.library.CustomOpDef:
-        opaque = interpreting() or not TRITON_PRESENT
-        make = torch.library.custom_op if opaque else torch.library.triton_op
+        hidden = opaque or interpreting() or not TRITON_PRESENT
+        make = torch.library.custom_op if hidden else torch.library.triton_op
         return make(f"pilesmith::{name}", function, mutates_args=mutates_args)
 
     return register

@@ -24,7 +24,8 @@ def launch_config(here: Chip, kernel: str, case: int | str, default: LaunchConfi
     """Tile sizes, num_warps and num_stages of a kernel: what kernels/configs/ says, else `default`.
 
     case: what a kernel's configurations are told apart by, such as the width of its tile. A chip without a file of its
-    own takes that of the newest older chip of its family whose shared memory is no larger. KeyError without either.
+    own takes that of the newest older chip of its family whose shared memory is no larger, one that is older than all
+    the oldest's. KeyError without either.
     """
     trial = _trials.get((kernel, str(case)))
     found = trial or config_table(config_target(here)).get(kernel, {}).get(str(case), default)
@@ -84,7 +85,16 @@ _tag_compiled_graphs()
 @functools.cache
 def config_target(here: Chip) -> str:
     """The chip whose file serves `here`: its own, or the nearest's."""
-    family = here.target.split(":")[0]
-    older = [t for t in config_targets() if t.split(":")[0] == family and t <= here.target]
+    family = sorted((t for t in config_targets() if _family(t) == _family(here.target)), key=_age)
+    older = [t for t in family if _age(t) <= _age(here.target)]
     fitting = [t for t in older if CHIPS[t].shared_bytes <= here.shared_bytes]
-    return max(fitting or older or [t for t in config_targets() if t.startswith(family)])
+    return (fitting or older or family[:1])[-1]
+
+
+def _family(target: str) -> str:
+    return target.partition(":")[0]
+
+
+def _age(target: str) -> int:
+    """The number in a target's name, which grows from one chip to the next: AMD's is hexadecimal."""
+    return int("0" + target.partition(":")[2].removeprefix("gfx"), 16)

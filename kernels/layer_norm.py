@@ -12,7 +12,6 @@ from kernels.dispatch import CHIPS, backend, chip, custom_op, tl, triton, wrap_t
 from kernels.launch_configs import launch_config
 from kernels.layer_norm_wide import (
     WIDE_SUMS_TILE,
-    WIDE_TILE,
     backward_wide,
     backward_wide_kernel,
     backward_wide_sums_kernel,
@@ -20,6 +19,7 @@ from kernels.layer_norm_wide import (
 )
 from kernels.rows import (
     COLUMN_SUMS_TILE,
+    WIDE_LAUNCH,
     WIDEST_TILE,
     column_sums,
     column_sums_kernel,
@@ -166,13 +166,13 @@ def _layer_norm_op(
     wide = n_cols > WIDEST_TILE
     kernel = forward_wide_kernel if wide else _forward_kernel  # so that torch.compile sees which kernels there are
     if wide:
-        launch = WIDE_TILE | {"num_warps": 8}
+        launch = WIDE_LAUNCH
     else:
         rows, block, num_warps = row_tile(n_cols)
         default = {"ROWS": rows, "num_warps": num_warps}
         case = tile_case(block, y.element_size())
         launch = {"BLOCK": block} | launch_config(chip(x.device), "layer_norm_forward", case, default)
-    wrap_triton(kernel)[(triton.cdiv(n_rows, launch["ROWS"]),)](
+    wrap_triton(kernel)[(triton.cdiv(n_rows, launch.get("ROWS", 1)),)](
         x,
         residual,
         weight,
@@ -318,8 +318,8 @@ def compile_cases() -> list[Case]:
                 )  # fmt: skip
                 cases += as_launched(backward, "layer_norm_backward", keys, launch | {"STAGES": stages})
         for kernel, constants, num_warps in (
-            (forward_wide_kernel, WIDE_TILE, 8),
-            (backward_wide_kernel, {"BLOCK": WIDE_TILE["BLOCK"]}, 8),
+            (forward_wide_kernel, {"BLOCK": WIDE_LAUNCH["BLOCK"]}, WIDE_LAUNCH["num_warps"]),
+            (backward_wide_kernel, {"BLOCK": WIDE_LAUNCH["BLOCK"]}, WIDE_LAUNCH["num_warps"]),
             (backward_wide_sums_kernel, {"SUMS": 2, **WIDE_SUMS_TILE}, 4),
             (column_sums_kernel, COLUMN_SUMS_TILE, 4),
         ):

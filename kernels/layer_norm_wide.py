@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import tl, triton, wrap_triton
+from kernels.rows import WIDE_LAUNCH
 
-WIDE_TILE = {"ROWS": 1, "BLOCK": 4096}
 WIDE_SUMS_TILE = {"ROWS": 8, "BLOCK": 512}
 
 
@@ -37,10 +37,9 @@ def forward_wide_kernel(
     n_rows,
     n_cols,
     eps,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`layer_norm._forward_kernel` for rows that do not fit a tile: one program a row (ROWS is 1), three walks over it.
+    """`layer_norm._forward_kernel` for rows that do not fit a tile: one program a row, three walks over it.
 
     Each walk adds the residual anew: a sum that other threads have stored is not sure to be there for a load (on AMD a
     barrier does not wait for stores to global memory).
@@ -139,9 +138,10 @@ def backward_wide_sums_kernel(
     """The sums over rows for weight and bias, a block of columns and every few rows a program."""
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     program = tl.program_id(1)
-    grad_weight = tl.zeros((BLOCK,), tl.float32)
-    grad_bias = tl.zeros((BLOCK,), tl.float32)
-    for start in range(program * ROWS, n_rows, tl.num_programs(1) * ROWS):
+    # Added up over the rows of a tile only at the end: inside the loop each sum would wait for its loads.
+    grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+    grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in tl.range(program * ROWS, n_rows, tl.num_programs(1) * ROWS):
         rows = (start + tl.arange(0, ROWS)).to(tl.int64)
         mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
         x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -149,12 +149,13 @@ def backward_wide_sums_kernel(
         grad_y = grad_y.to(tl.float32)
         mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
-        grad_weight += tl.sum(grad_y * (x - mean) * rstd, axis=0)
-        grad_bias += tl.sum(grad_y, axis=0)
+        grad_weight += grad_y * (x - mean) * rstd
+        if SUMS == 2:
+            grad_bias += grad_y
     partial_ptr += program.to(tl.int64) * SUMS * n_cols
-    tl.store(partial_ptr + cols, grad_weight, mask=cols < n_cols)
+    tl.store(partial_ptr + cols, tl.sum(grad_weight, axis=0), mask=cols < n_cols)
     if SUMS == 2:
-        tl.store(partial_ptr + n_cols + cols, grad_bias, mask=cols < n_cols)
+        tl.store(partial_ptr + n_cols + cols, tl.sum(grad_bias, axis=0), mask=cols < n_cols)
 
 
 def backward_wide(
@@ -181,8 +182,7 @@ def backward_wide(
         grad_sum.stride(0) if grad_sum is not None else 0,
         x.stride(0),
         n_cols,
-        BLOCK=WIDE_TILE["BLOCK"],
-        num_warps=8,
+        **WIDE_LAUNCH,
     )
     programs = min(32, triton.cdiv(n_rows, WIDE_SUMS_TILE["ROWS"]))
     partial = x.new_empty((programs, sums, n_cols), dtype=torch.float32)

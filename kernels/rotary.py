@@ -6,7 +6,7 @@ from torch import Tensor
 from kernels.aot import Case, as_launched
 from kernels.dispatch import backend, chip, tl, triton
 from kernels.launch_configs import launch_config
-from kernels.rows import tile_case
+from kernels.rows import shipped_dtypes, tile_case
 
 
 def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, *, n_head: int, head_dim: int) -> Tensor:
@@ -119,9 +119,10 @@ def _rotate(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, n_head: int, head_
 
 
 def compile_cases() -> list[Case]:
-    """Head widths of the presets, in both formats to train in."""
+    """Head widths of the presets, in the formats that each chip trains in."""
     cases = []
-    for dtype, itemsize in (("fp16", 2), ("fp32", 4)):
+    for dtype, targets in shipped_dtypes("rotary"):
+        itemsize = 4 if dtype == "fp32" else 2
         for D, half in ((16, 8), (64, 32), (80, 64), (128, 64), (256, 128)):
             case = Case(
                 op="rotary",
@@ -133,6 +134,7 @@ def compile_cases() -> list[Case]:
                 },
                 constants={"D": D, "BLOCK_D": half},
                 divisible_by_16=("T",),
+                targets=targets,
             )  # fmt: skip
             launch = {"HEADS": max(1, min(32, 1024 // half)), "num_warps": 4}
             cases += as_launched(case, "rotary", [tile_case(D, itemsize)], launch)

@@ -4,11 +4,14 @@ import torch
 from torch import Tensor
 
 from kernels.aot import triton_targets
-from kernels.dispatch import CHIPS, interpreting, tl, triton, wrap_triton
+from kernels.dispatch import CHIPS, interpreting, processors, tl, triton, wrap_triton
 
 WIDEST_TILE = 8192
 GPT_WIDTHS = (768, 1024, 1280, 1600, 2048, 2560)
 WARPS_PER_MULTIPROCESSOR = 16
+# Beside its stages a program holds what CUDA keeps for itself, 1 KiB, and what reductions exchange.
+OTHER_SHARED_BYTES = 1280
+WIDE_LAUNCH = {"BLOCK": 4096, "num_warps": 8}  # of rows that do not fit a tile: one program a row
 
 
 def row_tile(width: int) -> tuple[int, int, int]:
@@ -37,12 +40,13 @@ def persistent_programs(device: torch.device, num_warps: int) -> int:
     """How many programs keep a device busy when each walks over many rows: 16 warps a multiprocessor."""
     if interpreting():
         return 3
-    return WARPS_PER_MULTIPROCESSOR // num_warps * torch.cuda.get_device_properties(device).multi_processor_count
+    return WARPS_PER_MULTIPROCESSOR // num_warps * processors(device)
 
 
 def pipeline_stages(shared_bytes: int, bytes_per_stage: int, num_warps: int) -> int:
     """How many iterations of a persistent loop to keep in flight; n of them hold n - 1 in shared memory."""
-    return min(4, 1 + shared_bytes * num_warps // WARPS_PER_MULTIPROCESSOR // bytes_per_stage)
+    for_stages = shared_bytes * num_warps // WARPS_PER_MULTIPROCESSOR - OTHER_SHARED_BYTES
+    return min(4, 1 + max(0, for_stages) // bytes_per_stage)
 
 
 @triton.jit
@@ -57,12 +61,14 @@ def column_sums_kernel(
 ):
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     which = tl.program_id(1)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, n_rows, ROWS):
+    # Added up over the rows of a tile only at the end: inside the loop each sum would wait for its loads.
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in tl.range(0, n_rows, ROWS, num_stages=4):
         rows = start + tl.arange(0, ROWS)
         mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
         offsets = (rows[:, None].to(tl.int64) * tl.num_programs(1) + which) * n_cols + cols[None, :]
-        total += tl.sum(tl.load(partial_ptr + offsets, mask=mask, other=0.0), axis=0)
+        total += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
+    total = tl.sum(total, axis=0)
     if which == 0:
         tl.store(first_ptr + cols, total.to(first_ptr.dtype.element_ty), mask=cols < n_cols)
     else:
@@ -70,7 +76,7 @@ def column_sums_kernel(
             tl.store(second_ptr + cols, total.to(second_ptr.dtype.element_ty), mask=cols < n_cols)
 
 
-COLUMN_SUMS_TILE = {"ROWS": 32, "BLOCK": 32}
+COLUMN_SUMS_TILE = {"ROWS": 64, "BLOCK": 32}
 
 
 def column_sums(partial: Tensor, first: Tensor, second: Tensor | None = None) -> None:

@@ -4,11 +4,17 @@ import torch
 from torch import Tensor
 
 from kernels.aot import Case, as_launched
-from kernels.dispatch import backend, chip, custom_op, tl, triton, wrap_triton
+from kernels.dispatch import LOG2_E, backend, chip, custom_op, tl, triton, wrap_triton
 from kernels.launch_configs import launch_config
-from kernels.rows import WIDEST_TILE, contiguous_rows, row_tile, shipped_dtypes, tile_case, tiles_of_gpt_widths
-
-LOG2_E = 1.4426950408889634
+from kernels.rows import (
+    WIDE_LAUNCH,
+    WIDEST_TILE,
+    contiguous_rows,
+    row_tile,
+    shipped_dtypes,
+    tile_case,
+    tiles_of_gpt_widths,
+)
 
 
 def softmax(x: Tensor, *, causal: bool = False, temperature: float = 1.0) -> Tensor:
@@ -22,7 +28,7 @@ def softmax(x: Tensor, *, causal: bool = False, temperature: float = 1.0) -> Ten
         raise ValueError(f"softmax: temperature must be above 0, got {temperature}")
     if backend("softmax", x.device) == "torch":
         return _softmax_torch(x, causal, temperature)
-    queries = x.shape[-2] if causal else 0
+    queries = x.shape[-2] if causal else 0  # 0: no mask
     return _softmax_op(contiguous_rows(x), queries, 1 / temperature).view(x.shape)
 
 
@@ -46,10 +52,14 @@ def _softmax_torch(x: Tensor, causal: bool, temperature: float) -> Tensor:
 
 @triton.jit
 def _visible(rows, n_cols, n_queries):
-    """How many columns each row keeps; n_queries is 0 without a causal mask."""
-    if n_queries > 0:
-        return tl.maximum(tl.minimum(rows % n_queries + 1 + n_cols - n_queries, n_cols), 0)
-    return rows * 0 + n_cols
+    """How many columns each row keeps behind the causal mask."""
+    return tl.maximum(tl.minimum(rows % n_queries + 1 + n_cols - n_queries, n_cols), 0).to(tl.int32)
+
+
+@triton.jit
+def _read(cols, n_cols, visible):
+    """The mask of loads: columns that no row sees are not read, but for the rest of 16, which loads take at once."""
+    return (cols < n_cols) & (cols < tl.cdiv(visible, 16) * 16)
 
 
 @triton.jit
@@ -61,15 +71,20 @@ def _forward_kernel(
     n_cols,
     n_queries,
     scale,  # log2(e) / temperature
+    CAUSAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
     mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-    visible = mask & (cols[None, :] < _visible(rows, n_cols, n_queries)[:, None])
-    # Columns behind the mask are not even read.
-    x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=visible, other=float("-inf")).to(tl.float32)
+    read = mask
+    if CAUSAL:
+        visible = _visible(rows, n_cols, n_queries)
+        read = mask & _read(cols, n_cols, tl.max(visible, axis=0))[None, :]
+    x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=read, other=float("-inf")).to(tl.float32)
+    if CAUSAL:
+        x = tl.where(cols[None, :] < visible[:, None], x, float("-inf"))
     x *= scale
     largest = tl.max(x, axis=1)
     largest = tl.where(largest == float("-inf"), 0.0, largest)
@@ -77,6 +92,18 @@ def _forward_kernel(
     total = tl.sum(p, axis=1)
     p = p * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     tl.store(p_ptr + rows[:, None] * n_cols + cols[None, :], p.to(p_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scores(x_ptr, cols, n_cols, visible, CAUSAL: tl.constexpr):
+    """fp32 values of a row, -inf from `visible` on."""
+    read = cols < n_cols
+    if CAUSAL:
+        read = _read(cols, n_cols, visible)
+    x = tl.load(x_ptr + cols, mask=read, other=float("-inf")).to(tl.float32)
+    if CAUSAL:
+        x = tl.where(cols < visible, x, float("-inf"))
+    return x
 
 
 @triton.jit
@@ -88,19 +115,21 @@ def _forward_wide_kernel(
     n_cols,
     n_queries,
     scale,
-    ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`_forward_kernel` for rows that do not fit a tile: one program a row (ROWS is 1), two walks over it."""
+    """`_forward_kernel` for rows that do not fit a tile: one program a row, two walks over it."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
     p_ptr += row * n_cols
-    visible = _visible(row, n_cols, n_queries)
+    visible = n_cols
+    if CAUSAL:
+        visible = _visible(row, n_cols, n_queries)
     largest = -float("inf")
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n_cols, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + cols, mask=cols < visible, other=float("-inf")).to(tl.float32) * scale
+        x = _scores(x_ptr, cols, n_cols, visible, CAUSAL) * scale
         larger = tl.maximum(largest, tl.max(x, axis=0))
         base = tl.where(larger == float("-inf"), 0.0, larger)
         total = total * tl.exp2(largest - base) + tl.exp2(x - base)
@@ -110,7 +139,7 @@ def _forward_wide_kernel(
     inverse = 1.0 / tl.where(whole == 0.0, 1.0, whole)
     for start in range(0, n_cols, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + cols, mask=cols < visible, other=float("-inf")).to(tl.float32) * scale
+        x = _scores(x_ptr, cols, n_cols, visible, CAUSAL) * scale
         tl.store(p_ptr + cols, (tl.exp2(x - base) * inverse).to(p_ptr.dtype.element_ty), mask=cols < n_cols)
 
 
@@ -124,18 +153,36 @@ def _backward_kernel(
     n_cols,
     n_queries,
     scale,  # 1 / temperature
+    CAUSAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
     mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-    visible = mask & (cols[None, :] < _visible(rows, n_cols, n_queries)[:, None])
-    p = tl.load(p_ptr + rows[:, None] * n_cols + cols[None, :], mask=visible, other=0.0).to(tl.float32)
-    grad_p = tl.load(grad_p_ptr + rows[:, None] * grad_p_stride + cols[None, :], mask=visible, other=0.0)
-    grad_p = grad_p.to(tl.float32)
+    read = mask
+    if CAUSAL:
+        visible = _visible(rows, n_cols, n_queries)
+        read = mask & _read(cols, n_cols, tl.max(visible, axis=0))[None, :]
+    p = tl.load(p_ptr + rows[:, None] * n_cols + cols[None, :], mask=read, other=0.0).to(tl.float32)
+    grad_p = tl.load(grad_p_ptr + rows[:, None] * grad_p_stride + cols[None, :], mask=read, other=0.0).to(tl.float32)
+    if CAUSAL:  # where p is 0, which does not silence a NaN
+        grad_p = tl.where(cols[None, :] < visible[:, None], grad_p, 0.0)
     grad_x = p * (grad_p - tl.sum(p * grad_p, axis=1)[:, None]) * scale
     tl.store(grad_x_ptr + rows[:, None] * n_cols + cols[None, :], grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _pair(p_ptr, grad_p_ptr, cols, n_cols, visible, CAUSAL: tl.constexpr):
+    """fp32 probabilities of a row and their gradients, 0 from `visible` on."""
+    read = cols < n_cols
+    if CAUSAL:
+        read = _read(cols, n_cols, visible)
+    p = tl.load(p_ptr + cols, mask=read, other=0.0).to(tl.float32)
+    grad_p = tl.load(grad_p_ptr + cols, mask=read, other=0.0).to(tl.float32)
+    if CAUSAL:
+        grad_p = tl.where(cols < visible, grad_p, 0.0)
+    return p, grad_p
 
 
 @triton.jit
@@ -148,35 +195,34 @@ def _backward_wide_kernel(
     n_cols,
     n_queries,
     scale,
-    ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """`_backward_kernel` for rows that do not fit a tile: one program a row, two walks over it."""
     row = tl.program_id(0).to(tl.int64)
     grad_p_ptr += row * grad_p_stride
     p_ptr += row * n_cols
     grad_x_ptr += row * n_cols
-    visible = _visible(row, n_cols, n_queries)
+    visible = n_cols
+    if CAUSAL:
+        visible = _visible(row, n_cols, n_queries)
     along = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n_cols, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        p = tl.load(p_ptr + cols, mask=cols < visible, other=0.0).to(tl.float32)
-        along += p * tl.load(grad_p_ptr + cols, mask=cols < visible, other=0.0).to(tl.float32)
+        p, grad_p = _pair(p_ptr, grad_p_ptr, cols, n_cols, visible, CAUSAL)
+        along += p * grad_p
     average = tl.sum(along, axis=0)
     for start in range(0, n_cols, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        p = tl.load(p_ptr + cols, mask=cols < visible, other=0.0).to(tl.float32)
-        grad_p = tl.load(grad_p_ptr + cols, mask=cols < visible, other=0.0).to(tl.float32)
+        p, grad_p = _pair(p_ptr, grad_p_ptr, cols, n_cols, visible, CAUSAL)
         grad_x = p * (grad_p - average) * scale
         tl.store(grad_x_ptr + cols, grad_x.to(grad_x_ptr.dtype.element_ty), mask=cols < n_cols)
 
 
-WIDE_TILE = {"ROWS": 1, "BLOCK": 4096}
-
-
 def _launch(kernel: str, p: Tensor) -> tuple[bool, dict[str, int]]:
-    """Whether a row of p is too wide for one tile, and the launch's constants."""
+    """Whether a row of p is too wide for one tile, and the launch's constants; one row a program without ROWS."""
     if p.shape[1] > WIDEST_TILE:
-        return True, WIDE_TILE | {"num_warps": 8}
+        return True, WIDE_LAUNCH
     rows, block, num_warps = row_tile(p.shape[1])
     default = {"ROWS": rows, "num_warps": num_warps}
     tuned = launch_config(chip(p.device), kernel, tile_case(block, p.element_size()), default)
@@ -189,8 +235,9 @@ def _softmax_op(x: Tensor, n_queries: int, scale: float) -> Tensor:
     p = x.new_empty(x.shape)
     wide, launch = _launch("softmax_forward", p)
     kernel = _forward_wide_kernel if wide else _forward_kernel
-    grid = (triton.cdiv(n_rows, launch["ROWS"]),)
-    wrap_triton(kernel)[grid](x, p, x.stride(0), n_rows, n_cols, n_queries, scale * LOG2_E, **launch)
+    grid = (triton.cdiv(n_rows, launch.get("ROWS", 1)),)
+    numbers = n_rows, n_cols, n_queries, scale * LOG2_E
+    wrap_triton(kernel)[grid](x, p, x.stride(0), *numbers, CAUSAL=n_queries > 0, **launch)
     return p
 
 
@@ -205,8 +252,9 @@ def _softmax_backward_op(grad_p: Tensor, p: Tensor, n_queries: int, scale: float
     grad_x = p.new_empty(p.shape)
     wide, launch = _launch("softmax_backward", p)
     kernel = _backward_wide_kernel if wide else _backward_kernel
-    grid = (triton.cdiv(n_rows, launch["ROWS"]),)
-    wrap_triton(kernel)[grid](grad_p, p, grad_x, grad_p.stride(0), n_rows, n_cols, n_queries, scale, **launch)
+    grid = (triton.cdiv(n_rows, launch.get("ROWS", 1)),)
+    numbers = n_rows, n_cols, n_queries, scale
+    wrap_triton(kernel)[grid](grad_p, p, grad_x, grad_p.stride(0), *numbers, CAUSAL=n_queries > 0, **launch)
     return grad_x
 
 
@@ -240,13 +288,16 @@ def compile_cases() -> list[Case]:
             "divisible_by_16": ("n_cols", "x_stride", "grad_p_stride"),
             "targets": targets,
         }
-        shapes = [("_".join(map(str, w)), r, b, n) for (r, b, n), w in tiles_of_gpt_widths().items()]
-        for name, rows, block, num_warps in shapes:
-            keys, launch = [tile_case(block, 4 if dtype == "fp32" else 2)], {"ROWS": rows, "num_warps": num_warps}
-            for step, kernel in (("forward", _forward_kernel), ("backward", _backward_kernel)):
-                case = Case(label=f"{step}_{name}_{dtype}", kernel=kernel, constants={"BLOCK": block}, **common)
-                cases += as_launched(case, f"softmax_{step}", keys, launch)
-        for step, kernel in (("forward", _forward_wide_kernel), ("backward", _backward_wide_kernel)):
-            label = f"{step}_wide_{dtype}"
-            cases.append(Case(label=label, kernel=kernel, constants=WIDE_TILE, num_warps=8, **common))
+        for mask, causal in (("", False), ("_causal", True)):
+            for (rows, block, num_warps), widths in tiles_of_gpt_widths().items():
+                name = "_".join(map(str, widths))
+                keys, launch = [tile_case(block, 4 if dtype == "fp32" else 2)], {"ROWS": rows, "num_warps": num_warps}
+                constants = {"BLOCK": block, "CAUSAL": causal}
+                for step, kernel in (("forward", _forward_kernel), ("backward", _backward_kernel)):
+                    case = Case(label=f"{step}{mask}_{name}_{dtype}", kernel=kernel, constants=constants, **common)
+                    cases += as_launched(case, f"softmax_{step}", keys, launch)
+            for step, kernel in (("forward", _forward_wide_kernel), ("backward", _backward_wide_kernel)):
+                label, launch = f"{step}{mask}_wide_{dtype}", dict(WIDE_LAUNCH)
+                constants = {"BLOCK": launch.pop("BLOCK"), "CAUSAL": causal}
+                cases.append(Case(label=label, kernel=kernel, constants=constants, **launch, **common))
     return cases

@@ -1,10 +1,27 @@
-"""Launch configurations: a graph that was compiled with others is not taken from disk."""
+"""Launch configurations: which file serves a chip, and that graphs compiled with others are not taken from disk."""
 
 import shutil
 
+import pytest
 import torch
 
 from kernels import launch_configs
+from kernels.dispatch import CHIPS
+
+
+@pytest.mark.parametrize(
+    "target, file",
+    [
+        ("cuda:90", "cuda:90"),
+        ("cuda:89", "cuda:86"),
+        ("cuda:75", "cuda:80"),
+        ("hip:gfx90a", "hip:gfx942"),
+        ("cpu", "cpu"),
+    ],
+)
+def test_a_chip_without_a_file_takes_its_nearest_elders_or_the_oldest(target, file):
+    """Never one of a newer chip, which may ask for what it has not."""
+    assert launch_configs.config_target(CHIPS[target]) == file
 
 
 def test_compiled_graphs_are_told_apart_by_the_launch_configurations_they_were_made_with(monkeypatch, tmp_path):

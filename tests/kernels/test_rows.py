@@ -40,7 +40,8 @@ def test_pipeline_fits_the_shared_memory_of_every_chip():
             rows, columns, num_warps = row_tile(width)
             bytes_per_stage = 3 * rows * columns * 2
             stages = pipeline_stages(chip.shared_bytes, bytes_per_stage, num_warps)
-            assert stages >= 1 and (stages - 1) * bytes_per_stage * 16 // num_warps <= chip.shared_bytes
+            taken = (stages - 1) * bytes_per_stage + 1024  # of which CUDA takes 1 KiB for each program
+            assert stages == 1 or 16 // num_warps * taken <= chip.shared_bytes + 1024
 
 
 @pytest.fixture(scope="module")

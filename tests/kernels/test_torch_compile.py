@@ -129,10 +129,10 @@ def test_on_a_gpu_the_compiler_sees_every_kernel():
     done = subprocess.run([sys.executable, "-c", GPU_TRACE, __file__], env=environment, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
-    # The loss chooses its chunks at run time; every other op must be open to the compiler.
-    assert {line for line in lines if line.startswith("opaque")} <= {"opaque pilesmith.linear_cross_entropy.default"}
+    # The loss chooses its chunks at run time, attention describes real addresses; every other op is open.
+    opaque = {f"opaque pilesmith.{op}.default" for op in ("linear_cross_entropy", "attention", "attention_backward")}
+    assert {line for line in lines if line.startswith("opaque")} <= opaque
     assert "assuming every input is mutated" not in done.stderr
     # By their sources a compiled graph on disk is known to be stale.
     kernels_by_op = dict(line.split()[1:] for line in lines if line.startswith("op "))
-    assert len(kernels_by_op) == 9 and "0" not in kernels_by_op.values(), kernels_by_op
-    assert lines.count("kernel lse out") == lines.count("kernel delta dq") == lines.count("kernel dk dv") == 2
+    assert len(kernels_by_op) == 7 and "0" not in kernels_by_op.values(), kernels_by_op

@@ -235,6 +235,26 @@ def test_the_winner_is_kept_and_launched(own_configs):
     assert written["measured"] == {"attention_forward": {"64": {"gain": 1.2, "device": "RTX 4090"}}}  # not another's
 
 
+@pytest.mark.parametrize("kernel", ["attention_forward", "attention_backward_q", "attention_backward_kv"])
+@pytest.mark.parametrize("tma", [0, 1])
+def test_a_candidate_is_compiled_with_its_own_tiles_and_way_to_load_them(kernel, tma):
+    config = {"ROWS": 32, "KEYS": 16, "num_warps": 4, "num_stages": 2, "EDGE_STAGES": None, "TMA": tma}
+    case = TUNABLE[kernel].to_compile(config, "64", "cuda:90")
+    assert case.signature["k"] == ("tensordesc<bf16[1,1,16,64]>" if tma else "*bf16")
+    assert (case.constants["ROWS"], case.constants["KEYS"], case.constants["TMA"]) == (32, 16, tma)
+
+
+def test_what_was_tuned_can_be_tuned_again(own_configs):
+    """Once its table has a format of AdamW, its compile case is labelled with the chip."""
+    chip, tunable = CHIPS["cuda:86"], TUNABLE["adamw"]
+    table = {"adamw": {"bf16_residual_moments_int8": {"ROWS": 8, "num_warps": 4}}}
+    (own_configs / "cuda_86.json").write_text(json.dumps({}))
+    before = tunable.cases(chip)
+    launch_configs.write_config_table("cuda:86", table)
+    assert sorted(tunable.cases(chip)) == sorted(before) and "bf16_residual_moments_int8" in tunable.usual(chip)
+    assert tunable.current("bf16_residual_moments_int8", chip)["ROWS"] == 8
+
+
 def test_candidates_are_thinned_evenly():
     assert spread([{"ROWS": n} for n in range(10)], 3) == [{"ROWS": 0}, {"ROWS": 3}, {"ROWS": 6}]
     assert len(spread([{"ROWS": n} for n in range(10)], None)) == 10

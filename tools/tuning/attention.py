@@ -14,7 +14,7 @@ from kernels.attention_decode import decode_kernel
 from kernels.attention_forward import KERNELS
 from kernels.attention_tiles import element_case
 from kernels.dispatch import CHIPS, Chip
-from kernels.launch_configs import LaunchConfig
+from kernels.launch_configs import LaunchConfig, use_launch_config
 from tools.tuning.cases import SHORT, Problem, Timed, Tunable, random, timed_backward, timed_forward, wrong
 
 WIDTHS = (16, 32, 64, 128, 256)
@@ -54,6 +54,12 @@ class Attention(Tunable):
         if self.new_tokens:
             return element_case(self.kernel, decode_kernel, target, dtype, width, shared=4, D=width)
         return element_case(self.kernel, KERNELS[self.kernel], target, dtype, width, docs=True, D=width)
+
+    def to_compile(self, config: LaunchConfig, case: str, target: str) -> Case:
+        """A candidate's tiles and TMA are in the signature, too: a case is made anew from it."""
+        with use_launch_config(self.kernel, case, config):
+            made = self.shipped(case, target)
+        return replace(made, label=" ".join(f"{k}={v}" for k, v in config.items()))
 
     def wrong(self, case: str, device: torch.device, dtype: torch.dtype, lengths: tuple[int, ...] = LENGTHS) -> str:
         """Odd lengths, shared heads, documents, full tiles."""
