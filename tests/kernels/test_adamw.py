@@ -210,10 +210,10 @@ def test_all_tensors_of_a_group_go_in_one_launch(triton_path, monkeypatch):
 
 
 def test_offsets_past_two_to_the_31(triton_path, monkeypatch):
-    """A tensor that begins 2^33 elements before the memory that is there, its first 2^22 programs left out."""
+    """A tensor that begins 2^33 elements before the memory that is there, its first 2^23 programs left out."""
     here, far = (Parameters(draw([(5000,)]), "bf16 residual", "int8") for _ in range(2))
-    skipped, widths = 1 << 22, {0: 2, 1: 2, 2: 1, 3: 1, 5: 2}
-    launch, elements = module._adamw_kernel, (1 << 22) * module.TILE["ROWS"] * BLOCK
+    skipped, widths = 1 << 23, {0: 2, 1: 2, 2: 1, 3: 1, 5: 2}
+    launch, elements = module._adamw_kernel, skipped * module.ODD_TILE["ROWS"] * BLOCK
 
     class Shifted:
         def __getitem__(self, grid):
