@@ -61,7 +61,7 @@ def _clock(config: pytest.Config) -> Callable[[], float]:
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict[str, Any]) -> None:
     """Say where it was measured as every other result does; leave out single rounds and the machine's own name."""
     output_json["benchmark"] = "pytest-benchmark"
-    output_json["environment"] = environment()
+    output_json["environment"] = environment(choose_device("auto")[0])
     cpu = output_json["machine_info"]["cpu"]
     output_json["machine_info"] = {"cpu": {key: cpu[key] for key in ("brand_raw", "count") if key in cpu}}
     for case in output_json["benchmarks"]:

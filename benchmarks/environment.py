@@ -9,19 +9,22 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.whole_file import whole_file
 
 PACKAGES = ("torch", "triton", "deepspeed", "numpy", "numba", "tiktoken", "transformers", "liger-kernel")
 RESULTS = Path(__file__).parent / "results"
 
 
-def environment() -> dict[str, Any]:
-    """Return device, usable cores, versions, commit (and whether the tree had changes on top of it) and date."""
-    import torch
+def environment(device: torch.device = torch.device("cpu")) -> dict[str, Any]:
+    """Return usable cores, versions, commit (and whether the tree had changes on top of it), date, and the GPU.
 
+    device: what did the work. Only where it is a GPU is one told, whatever else the machine has.
+    """
     gpu = None
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
         versions = {"cuda": torch.version.cuda, "hip": torch.version.hip}
         gpu = {"name": properties.name, "memory_bytes": properties.total_memory} | versions
     return {

@@ -145,14 +145,16 @@ def main(arguments: list[str] | None = None) -> int:
     base: Config = from_dict(merge(preset(BASES[kind]["preset"]), BASES[kind], overrides))
     payload: dict[str, Any] = {
         "benchmark": "scaling",
-        "environment": environment(),
+        "environment": environment(device),
         "config": dataclasses.asdict(base),
         "dtype": str(dtype).removeprefix("torch."),
         "axes": {},
         "paper": {"preset": PAPER_PRESET, "batch_tokens": PAPER_TOKENS, "rows": []},
     }
     for axis, points in planned.items():
-        measured = dict(compare({str(value): job for value, job in points.items()}, options.warmup, options.steps))
+        measured = dict(
+            compare({str(value): job for value, job in points.items()}, device, options.warmup, options.steps)
+        )
         payload["axes"][axis] = [row(value, measured[str(value)], job, peak) for value, job in points.items()]
         for r in payload["axes"][axis]:
             print(f"{axis:12}{r['value']:>6} {r.get('failed') or human(r['tokens_per_s']) + ' tokens/s'}", flush=True)

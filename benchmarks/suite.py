@@ -151,6 +151,11 @@ def gpu_tests() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in files]
 
 
+def here_and_now() -> dict[str, Any]:
+    """Return the environment of parts that take a GPU where they see one."""
+    return environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def read(file: Path) -> dict[str, Any] | None:
     """Return what a result file holds; None where it is not there, or cannot be read."""
     try:
@@ -238,7 +243,7 @@ def correctness(arguments: list[str], file: Path) -> int:
     Interrupted, it passes that on, and counts what its processes still report. Return 1 if it could not finish.
     """
     files, options = [a for a in arguments if a.endswith(".py")], [a for a in arguments if not a.endswith(".py")]
-    began, here, waiting = time.perf_counter(), environment(), shares(files)
+    began, here, waiting = time.perf_counter(), here_and_now(), shares(files)
     payload: dict[str, Any] = {
         "benchmark": "correctness", "environment": here, "command": f"pytest {shlex.join(arguments)}",
         "passed": 0, "failed": 0, "skipped": 0, "seconds": 0.0, "failures": [],
@@ -312,7 +317,7 @@ def suite(todo: list[Part], folder: Path, name: str, again: bool, seconds: float
     Return 1 if any went wrong.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    began, here = time.perf_counter(), environment()
+    began, here = time.perf_counter(), here_and_now()
     rows = rows_before(folder / f"{name}.json", here)
     wrong = {key for key, row in rows.items() if row["status"] in WRONG}
 
@@ -387,6 +392,8 @@ def main(arguments: list[str] | None = None) -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         print(f"not installed: {', '.join(missing)}; what needs them says so in its result", flush=True)
+    if options.cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the parts of a rehearsal take no GPU either
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the part that runs is ended with us
     return suite(todo, folder, f"suite-{device}", options.again, 60 * options.minutes)
 

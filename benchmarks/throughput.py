@@ -188,9 +188,11 @@ def timed_step(step: Step, batches: list[Batch]) -> tuple[float, float]:
     return time.perf_counter() - began, loss
 
 
-def compare(jobs: dict[str, Job], warmup: int, steps: int) -> Iterator[tuple[str, Measured | str]]:
+def compare(
+    jobs: dict[str, Job], device: torch.device, warmup: int, steps: int
+) -> Iterator[tuple[str, Measured | str]]:
     """Yield what was measured of each job, or why nothing was. On a CPU they take turns, on a GPU they follow."""
-    if not torch.cuda.is_available():
+    if device.type == "cpu":
         yield from take_turns(jobs, warmup, steps, ROUNDS).items()
         return
     for name, job in jobs.items():
@@ -341,7 +343,7 @@ def main(arguments: list[str] | None = None) -> int:
     jobs = {name: Job(name, config, gpu_memory, card, options.processes) for name in dict.fromkeys(wanted)}
     payload = {
         "benchmark": "throughput",
-        "environment": environment(),
+        "environment": environment(device),
         "config": config.to_dict(),
         "dtype": str(dtype).removeprefix("torch."),
         "n_parameters": n_parameters,
@@ -356,7 +358,7 @@ def main(arguments: list[str] | None = None) -> int:
         "kernels": {},
         "results": {},
     }
-    for contender, measured in compare(jobs, options.warmup, options.steps):
+    for contender, measured in compare(jobs, device, options.warmup, options.steps):
         if isinstance(measured, Measured):
             payload["results"][contender] = summarise(measured, peak and peak * options.processes, flops)
         else:

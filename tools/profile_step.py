@@ -106,7 +106,7 @@ def measure(
     peaks = find_peaks(device, dtype)
     return {
         "benchmark": "profile",
-        "environment": environment(),
+        "environment": environment(device),
         "config": config.to_dict(),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

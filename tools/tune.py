@@ -194,8 +194,9 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     chip = CHIPS[options.chip] if options.chip else dispatch.chip(device)
     print(f"{chip.name} ({chip.target}), {chip.shared_bytes >> 10} KiB of shared memory a block")
+    worker = torch.device("cpu") if options.dry_run else device
     payload = {
-        "benchmark": "tune", "environment": environment(), "chip": chip.name, "target": chip.target,
+        "benchmark": "tune", "environment": environment(worker), "chip": chip.name, "target": chip.target,
         "dry_run": options.dry_run, "limit": options.limit, "searches": [],
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
@@ -312,7 +313,7 @@ def tune(
         best, gain = before, 1.0
     else:
         print(f"  {gain:.2f} times the speed of the table's own" if gain else "  the table's own does not run here")
-    where = environment()
+    where = environment(device)
     figures = {
         "seconds": list(best.seconds),
         "before_s": list(before.seconds) if before else None,

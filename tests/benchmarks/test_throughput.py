@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import contenders, meters, throughput
 from benchmarks.contenders import CONTENDERS, Unsupported, some_weights
+from benchmarks.environment import environment
 from benchmarks.throughput import Job, Measured, random_batches, summarise
 from engine.cards import get
 from engine.command_line import parse
@@ -145,7 +146,7 @@ def test_a_contender_that_is_not_installed_takes_no_process(monkeypatch):
     monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: name != "liger_kernel" or None)
     monkeypatch.setattr(throughput, "Running", None)
     job = Job("transformers-liger", from_dict(merge(preset("gpt2"), TINY)))
-    assert dict(throughput.compare({"it": job}, 1, 1)) == {"it": "not run: liger-kernel is not installed"}
+    assert dict(throughput.compare({"it": job}, CPU, 1, 1)) == {"it": "not run: liger-kernel is not installed"}
     assert contenders.not_installed("transformers") == contenders.not_installed("pytorch") == ""
 
 
@@ -153,7 +154,7 @@ def test_a_contender_that_cannot_compile_is_named_and_why(tmp_path, monkeypatch)
     monkeypatch.setenv("CXX", "/nowhere/c++")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     config = from_dict(merge(preset("gpt2"), TINY))
-    outcome = dict(throughput.compare({"it": Job("pytorch-compiled", config, threads=1)}, warmup=1, steps=1))["it"]
+    outcome = dict(throughput.compare({"it": Job("pytorch-compiled", config, threads=1)}, CPU, warmup=1, steps=1))["it"]
     assert outcome.startswith("failed: InductorError: InvalidCxxCompiler: No working C++ compiler")
 
 
@@ -268,7 +269,7 @@ def test_energy_is_nvmls(monkeypatch):
 def test_two_processes_share_a_batch():
     config = from_dict(merge(preset("gpt2"), TINY, {"optimizer": {"micro_batch_size": 1}}))
     job = Job("pilesmith", config, processes=2, threads=1)
-    measured = dict(throughput.compare({"two": job}, warmup=1, steps=1))["two"]
+    measured = dict(throughput.compare({"two": job}, CPU, warmup=1, steps=1))["two"]
     assert isinstance(measured, Measured) and len(measured.steps) == 1
     assert measured.config.strategy.strategy == "zero"
 
@@ -297,3 +298,14 @@ def test_summary():
     assert (row["peak_bytes"], row["reserved_bytes"], row["step_bytes"]) == (10, 30, 7)
     assert row["losses"] == [6.0, 5.0, 4.0, 3.0, 2.0] and row["micro_batch_size"] == 4
     assert row["step_s_quartiles"] == [1.5, 2.0, 3.0]
+
+
+def test_a_result_on_a_cpu_names_no_gpu_that_was_not_used(monkeypatch):
+    """On a machine with a GPU, `--device cpu`: no GPU in the file, and the contenders take turns."""
+    gpu = SimpleNamespace(name="H100", total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert environment(CPU)["gpu"] is None and environment()["gpu"] is None
+    assert environment(torch.device("cuda", 0))["gpu"]["name"] == "H100"
+    monkeypatch.setattr(throughput, "take_turns", lambda jobs, warmup, steps, rounds: {"it": f"{rounds} rounds"})
+    assert dict(throughput.compare({"it": None}, CPU, 1, 1)) == {"it": f"{throughput.ROUNDS} rounds"}
