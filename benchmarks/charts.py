@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.chart_style import OTHERS, OURS, PARTS, log_rates, plain, readable_on
 from benchmarks.charts_of_tools import draw_plan, draw_suite, draw_tune, plan_data, suite_data, tune_data
-from benchmarks.reading import Results, cases, device_name, of_kind
+from benchmarks.reading import Results, cases, contender_name, device_name, of_kind
 from engine import cards
 from engine.report import human
 
@@ -34,7 +34,7 @@ def throughput_data(results: Results) -> Any:
     panels = []
     for result in of_kind(results, "throughput").values():
         rows = [
-            [name, r["tokens_per_s"], max(0, r["step_bytes"])]
+            [contender_name(name, r, result), r["tokens_per_s"], max(0, r["step_bytes"])]
             for name, r in result["results"].items()
             if isinstance(r, dict)
         ]

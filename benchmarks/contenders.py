@@ -6,6 +6,7 @@ backward, clipping, update. Only ours runs in several processes.
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,13 +15,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.classic import ClassicGPT
-from engine.config import Config
+from engine.config import Config, ModelConfig
 from engine.data import Batch
 from engine.distributed import Processes
-from engine.model import GPT, rotary_tables
+from engine.model import GPT, flops_per_token, rotary_tables
 from engine.strategy import build
 
-Step = Callable[[list[Batch]], Tensor]  # one optimizer step over these micro-batches; returns the mean loss
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step over micro-batches, `take`, which returns their mean loss; and what its model is.
+
+    n_parameters: trained numbers, tied ones once; flops_per_token: as engine.model counts them, of this model; differs:
+    how it is another model than ours, in the words of a table, such as "untied head, ReLU".
+    """
+
+    take: Callable[[list[Batch]], Tensor]
+    model: nn.Module
+    n_parameters: int
+    flops_per_token: int
+    differs: str = ""
+
+    def __call__(self, batches: list[Batch]) -> Tensor:
+        return self.take(batches)
 
 
 class Unsupported(Exception):
@@ -29,6 +46,7 @@ class Unsupported(Exception):
 
 def pilesmith(config: Config, device: torch.device, dtype: torch.dtype, grad_accum: int, processes: Processes) -> Step:
     model = GPT.outline(config.model)
+    n_parameters = model.num_parameters()  # before it is cut up
     strategy = build(config, model, processes, device, dtype, grad_accum, some_weights(model, config.seed))
 
     def step(batches: list[Batch]) -> Tensor:
@@ -37,7 +55,7 @@ def pilesmith(config: Config, device: torch.device, dtype: torch.dtype, grad_acc
         strategy.step(loss)
         return loss
 
-    return step
+    return Step(step, model, n_parameters, flops_per_token(config.model, n_parameters))
 
 
 def some_weights(model: GPT, seed: int) -> Iterator[tuple[str, Tensor]]:
@@ -142,9 +160,12 @@ def classic(config: Config, device: torch.device, dtype: torch.dtype, grad_accum
             **{k: getattr(shape, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
         )
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr)
-    return _plain_step(
-        model, config, dtype, optimizer=optimizer, clip=0.0, loss=lambda b: model(b.tokens, b.targets)[1]
-    )
+    step = _plain_step(
+        model, config, dtype, optimizer=optimizer, clip=0.0, loss=lambda b: model(b.tokens, b.targets)[1],
+        shape=replace(shape, tie_head=False),
+    )  # fmt: skip
+    differs = {"untied head": shape.tie_head, "ReLU": shape.activation != "relu"}
+    return replace(step, differs=", ".join(words for words, true in differs.items() if true))
 
 
 def transformers(
@@ -214,8 +235,12 @@ def _plain_step(
     optimizer: torch.optim.Optimizer | None = None,
     clip: float | None = None,
     loss: Callable[[Batch], Tensor] | None = None,
+    shape: ModelConfig | None = None,
 ) -> Step:
-    """Return the ordinary loop's step: autocast in 16 bits, loss scaling in fp16, fused AdamW, clipping."""
+    """Return the ordinary loop's step: autocast in 16 bits, loss scaling in fp16, fused AdamW, clipping.
+
+    shape: the model's, where it is not the configuration's.
+    """
     device = next(model.parameters()).device
     options = config.optimizer
     if optimizer is None:
@@ -243,8 +268,8 @@ def _plain_step(
         optimizer.zero_grad(set_to_none=True)
         return total
 
-    step.model = model
-    return step
+    n_parameters = sum(p.numel() for p in model.parameters())
+    return Step(step, model, n_parameters, flops_per_token(shape or config.model, n_parameters))
 
 
 CONTENDERS: dict[str, Callable[[Config, torch.device, torch.dtype, int, Processes], Step]] = {

@@ -41,6 +41,13 @@ def device_name(result: dict[str, Any]) -> str:
     return gpu["name"].removeprefix("NVIDIA ") if gpu else f"{environment['cpu']}, {environment['cores']} cores"
 
 
+def contender_name(name: str, row: dict[str, Any], result: dict[str, Any]) -> str:
+    """Return "classic (163M, untied head, ReLU)" where a row's model is not the one that the file is about."""
+    size = human(row.get("n_parameters", result["n_parameters"]))
+    differs = [size] * (size != human(result["n_parameters"])) + list(filter(None, [row.get("differs")]))
+    return f"{name} ({', '.join(differs)})" if differs else name
+
+
 def source(name: str, result: dict[str, Any], base: str) -> str:
     """Return a line that says where a table's numbers come from."""
     environment = result["environment"]

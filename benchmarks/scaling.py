@@ -90,7 +90,7 @@ def row(value: int, measured: Measured | str, job: Job, peak: float | None) -> d
     about = {"value": value, "n_parameters": n, "flops_per_token": flops, "threads": job.threads}
     if isinstance(measured, str):
         return about | {"failed": measured}
-    result = summarise(measured, peak, flops)
+    result = summarise(measured, peak)
     return about | {
         key: result[key] for key in ("tokens_per_s", "step_s", "step_s_quartiles", "steps", "mfu", "step_bytes")
     }

@@ -12,6 +12,7 @@ from benchmarks.reading import (
     Results,
     cases,
     clocked,
+    contender_name,
     device_name,
     mib,
     nothing,
@@ -55,7 +56,7 @@ def throughput_rows(result: dict[str, Any]) -> str:
             continue
         low, _, high = row["step_s_quartiles"]
         rows.append([
-            name, f"{row['tokens_per_s']:,.0f}",
+            contender_name(name, row, result), f"{row['tokens_per_s']:,.0f}",
             f"{seconds(row['step_s'])} ({seconds(low)} to {seconds(high)}){_retries(row)}",
             f"{row['mfu']:.1%}" if row["mfu"] else "-", mib(row["peak_bytes"]), mib(max(0, row["step_bytes"])),
             f"{ours['tokens_per_s'] / row['tokens_per_s']:.2f}" if isinstance(ours, dict) and row is not ours else "-",

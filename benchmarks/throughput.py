@@ -9,10 +9,11 @@ memory do not depend on them, and the loss falls as they are learnt by heart. Wi
 named one would: its memory, its number format, the kernels that dispatch gives it, PyTorch's fused attention as far as
 it has one, and the plan made for it.
 MFU is tokens/s times (6 N + 12 n_layer n_embd T) FLOPs a token (PaLM, 2022; attention in full, though a causal kernel
-does half) over the chip's dense peak in the dtype used; a chip whose peak is not known has none. The peak memory is
-that of tensors on a GPU and of the whole process on a CPU; "of a step" is what a step adds to what is held between
-steps. Energy is NVML's. Each contender has a process of its own, and on a CPU they take turns, so that what disturbs
-the machine disturbs them alike. Where another's micro-batch does not fit a GPU it gets smaller ones.
+does half) of the contender's own model, over the chip's dense peak in the dtype used; a chip whose peak is not known
+has none. Where that model is another, as the classic beside `gpt2`, its row says how. The peak memory is that of
+tensors on a GPU and of the whole process on a CPU; "of a step" is what a step adds to what is held between steps.
+Energy is NVML's. Each contender has a process of its own, and on a CPU they take turns, so that what disturbs the
+machine disturbs them alike. Where another's micro-batch does not fit a GPU it gets smaller ones.
 """
 
 import argparse
@@ -89,15 +90,18 @@ class Measured:
     """What a job's first process told.
 
     config: with the open choices made; plan: the planner's bytes by part, on a card; kernels: op -> backend; losses: of
-    the steps before the timed ones; steps: (seconds, loss) of each timed step; memory: `step_bytes`, `peak_bytes`,
-    `reserved_bytes`; energy_j: joules of all timed steps; alloc_retries: how often in them memory was unmapped to make
-    room, which takes long.
+    the steps before the timed ones; n_parameters, flops_per_token, differs: as a `Step` has them; steps: (seconds,
+    loss) of each timed step; memory: `step_bytes`, `peak_bytes`, `reserved_bytes`; energy_j: joules of all timed steps;
+    alloc_retries: how often in them memory was unmapped to make room, which takes long.
     """
 
     config: Config
     plan: dict[str, Any] | None
     kernels: dict[str, str]
     losses: list[float]
+    n_parameters: int
+    flops_per_token: int
+    differs: str = ""
     step_bytes: int = 0
     peak_bytes: int = 0
     reserved_bytes: int = 0
@@ -147,7 +151,8 @@ def measure(job: Job, rank: int, port: int, channel: Connection) -> None:
         step = CONTENDERS[job.contender](config, device, dtype, grad_accum, processes)
         forget_peak(device)
         losses = [step(batches).item() for _ in range(channel.recv())]
-        measured = Measured(config, plan and describe(plan), kernels, losses)
+        about = {"n_parameters": step.n_parameters, "flops_per_token": step.flops_per_token, "differs": step.differs}
+        measured = Measured(config, plan and describe(plan), kernels, losses, **about)
         measured.saw(**peak_bytes(device))  # the first step makes the moments: it may need more than any other
         measured.step_bytes = step_bytes(lambda: losses.append(step(batches).item()), device)
         channel.send(measured)
@@ -264,20 +269,22 @@ class Running:
                 channel.send(steps)
 
 
-def summarise(measured: Measured, peak_flops_s: float | None, flops: int) -> dict[str, Any]:
-    """Return what the result file says of a contender; energy only where the GPU counts it."""
+def summarise(measured: Measured, peak_flops_s: float | None) -> dict[str, Any]:
+    """Return what the result file says of a contender: MFU by its own FLOPs, energy where the GPU counts it."""
     seconds = [s for s, _ in measured.steps]
     median, batch_tokens = statistics.median(seconds), measured.config.optimizer.batch_tokens
     tokens_per_s = batch_tokens / median
     energy = measured.energy_j
     return {
+        "n_parameters": measured.n_parameters,
+        "differs": measured.differs,
         "tokens_per_s": tokens_per_s,
         "step_s": median,
         "step_s_quartiles": statistics.quantiles(seconds, n=4, method="inclusive")
         if len(seconds) > 1
         else [median] * 3,
         "steps": len(seconds),
-        "mfu": tokens_per_s * flops / peak_flops_s if peak_flops_s else None,
+        "mfu": tokens_per_s * measured.flops_per_token / peak_flops_s if peak_flops_s else None,
         "tokens_per_j": len(seconds) * batch_tokens / energy if energy else None,
         "peak_bytes": measured.peak_bytes,
         "reserved_bytes": measured.reserved_bytes,
@@ -360,7 +367,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     for contender, measured in compare(jobs, device, options.warmup, options.steps):
         if isinstance(measured, Measured):
-            payload["results"][contender] = summarise(measured, peak and peak * options.processes, flops)
+            payload["results"][contender] = summarise(measured, peak and peak * options.processes)
         else:
             payload["results"][contender] = measured
         if contender == "pilesmith" and isinstance(measured, Measured):

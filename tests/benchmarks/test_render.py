@@ -72,6 +72,16 @@ def test_a_table_holds_the_files_figures(results):
     )
 
 
+def test_another_model_than_ours_is_told_apart(results):
+    """Files from before a contender's size was kept render as they did: the test above."""
+    classic = {"n_parameters": 163_132_032, "differs": "untied head, ReLU"}
+    result = results["throughput-13m-cpu"]
+    result["results"]["classic"] |= classic
+    assert "| classic (163M, untied head, ReLU) | 1,500 |" in tables.throughput(results, "", "throughput-13m-cpu")
+    result["results"]["classic"] |= {"n_parameters": result["n_parameters"] + 1, "differs": ""}
+    assert "| classic | 1,500 |" in tables.throughput(results, "", "throughput-13m-cpu")
+
+
 def test_a_profiled_step_is_told_from_one_without_the_profiler():
     part = {"part": "matmul", "share": 1.0, "forward_s": 1.0, "backward_s": 0.9, "seconds": 1.9}
     config = {"preset": "13m", "optimizer": {"batch_tokens": 2048}}

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import contenders, meters, throughput
-from benchmarks.contenders import CONTENDERS, Unsupported, some_weights
+from benchmarks.contenders import CONTENDERS, Step, Unsupported, some_weights
 from benchmarks.environment import environment
 from benchmarks.throughput import Job, Measured, random_batches, summarise
 from engine.cards import get
@@ -105,21 +105,22 @@ def test_the_interpreter_is_never_timed(monkeypatch):
 @pytest.mark.parametrize("name", ["transformers", "pytorch", "classic"])
 @pytest.mark.parametrize("preset_name", ["gpt2", "2b"])
 def test_contenders_have_our_parameters_and_operations(name, preset_name):
-    """Within a hundredth: the classic's heads and output have a bias of their own, and its output is not tied."""
+    """Within a hundredth, but for an output that is not tied; then the step says so, and counts its own."""
     config = tiny(preset_name, n_embd=64)
     if name == "classic" and config.model.positions != "learned":
         return
     ours = GPT.outline(config.model)
     step = CONTENDERS[name](config, CPU, torch.float32, 1, Processes())
-    head = config.model.vocab_size * (config.model.n_embd + 1) if name == "classic" and config.model.tie_head else 0
-    n = sum(p.numel() for p in step.model.parameters()) - head
-    assert n == pytest.approx(ours.num_parameters(), rel=0.01)
+    untied = name == "classic" and config.model.tie_head
+    head = config.model.vocab_size * (config.model.n_embd + 1) if untied else 0
+    assert step.n_parameters - head == pytest.approx(ours.num_parameters(), rel=0.01)
+    assert step.differs == ("untied head, ReLU" if untied else "")
     batches = random_batches(config, config.optimizer.micro_batch_size, 1, seed=1)
     with FlopCounterMode(display=False) as theirs:
         step(batches)
     tokens, products = batches[0].tokens.numel(), theirs.get_total_flops()
-    flops = tokens * flops_per_token(config.model, ours.num_parameters())
-    assert products == pytest.approx(flops, rel=0.1)
+    assert products == pytest.approx(tokens * step.flops_per_token, rel=0.1)
+    assert step.flops_per_token == pytest.approx(flops_per_token(config.model, ours.num_parameters()), rel=0.1)
 
 
 def test_a_comparison_from_the_command_line(tmp_path, capsys, validate):
@@ -133,6 +134,8 @@ def test_a_comparison_from_the_command_line(tmp_path, capsys, validate):
     validate(payload, "throughput")
     assert payload["results"]["transformers-liger"].startswith("not run: ")  # not installed, or here on a CPU
     assert payload["results"]["pilesmith"]["alloc_retries"] == 0
+    sizes = [payload["results"][name]["n_parameters"] for name in ("pilesmith", "classic")]
+    assert sizes == [payload["n_parameters"]] * 2 and payload["results"]["classic"]["differs"] == ""
     assert payload["kernels"]["attention"] == "torch" and payload["card"] is None
     assert payload["results"]["pilesmith"]["steps"] == payload["results"]["classic"]["steps"] == 3
     losses = payload["results"]["pilesmith"]["losses"]
@@ -186,7 +189,7 @@ def test_a_pretended_card_has_its_own_fused_attention(card, fused, monkeypatch):
             seen.append(tuple(on() for on, _ in switches))
             return torch.zeros(())
 
-        return step
+        return Step(step, None, 1, 1)
 
     monkeypatch.setitem(CONTENDERS, "it", contender)
     monkeypatch.setattr(throughput.os, "environ", dict(throughput.os.environ))
@@ -206,7 +209,7 @@ def test_retried_allocations_are_those_of_the_timed_steps(monkeypatch):
     monkeypatch.setattr(throughput.os, "environ", dict(throughput.os.environ))
     job = Job("pilesmith", from_dict(merge(preset("gpt2"), TINY)), threads=torch.get_num_threads())
     throughput.measure(job, 0, 0, SimpleNamespace(recv=lambda: next(asked), send=sent.append))
-    assert summarise(sent[-1], None, 1)["alloc_retries"] == 2 + 3
+    assert summarise(sent[-1], None)["alloc_retries"] == 2 + 3
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": 4})
     assert meters.alloc_retries(torch.device("cuda")) == 4 and meters.alloc_retries(CPU) == 0
 
@@ -290,10 +293,12 @@ def test_mistakes_are_said(flags, message, capsys):
 
 
 def test_summary():
-    measured = Measured(tiny(), None, {}, [6.0, 5.0], 7, steps=[(2.0, 4.0), (1.0, 3.0), (4.0, 2.0)], energy_j=30.0)
+    measured = Measured(
+        tiny(), None, {}, [6.0, 5.0], 9, 10, step_bytes=7, steps=[(2.0, 4.0), (1.0, 3.0), (4.0, 2.0)], energy_j=30.0
+    )
     measured.saw(10, 20)
     measured.saw(8, 30)
-    row = summarise(measured, peak_flops_s=640.0, flops=10)
+    row = summarise(measured, peak_flops_s=640.0)
     assert row["tokens_per_s"] == 32.0 and row["mfu"] == 0.5 and row["tokens_per_j"] == pytest.approx(6.4)
     assert (row["peak_bytes"], row["reserved_bytes"], row["step_bytes"]) == (10, 30, 7)
     assert row["losses"] == [6.0, 5.0, 4.0, 3.0, 2.0] and row["micro_batch_size"] == 4
