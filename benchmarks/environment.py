@@ -15,6 +15,7 @@ from engine.whole_file import whole_file
 
 PACKAGES = ("torch", "triton", "deepspeed", "numpy", "numba", "tiktoken", "transformers", "liger-kernel")
 RESULTS = Path(__file__).parent / "results"
+WRITTEN = ("benchmarks/results", "benchmarks/charts", "*.md")  # by measuring and rendering: no code that is measured
 
 
 def environment(device: torch.device = torch.device("cpu")) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def environment(device: torch.device = torch.device("cpu")) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": _git("rev-parse", "HEAD") or os.environ.get("PILESMITH_COMMIT"),
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "changed": _changed(),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -60,6 +61,12 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _changed() -> bool:
+    """Whether tracked files differ from the commit; without git that cannot be known, and nothing is said to."""
+    others = (f":(top,exclude){path}" for path in WRITTEN)
+    return bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", *others))
 
 
 def _git(*command: str) -> str | None:

@@ -5,8 +5,9 @@
     python benchmarks/suite.py --cpu          # a rehearsal without a GPU: the same parts, small, into build/suite/
 
 Each part is a process of its own with its own time limit and writes its result as soon as it has one; run again, the
-suite goes on with the parts that have none for this commit and device, and tries those last that went wrong. What such
-a part leaves never takes the place of more. Tests that fail are a result: the suite's exit code says so. A card's
+suite goes on with the parts that have none for this commit and device, and tries those last that went wrong; in a tree
+with changes that are not committed it does all again. What a part that goes wrong leaves never takes the place of more.
+Tests that fail are a result: the suite's exit code says so. A card's
 memory is imposed on a larger one, for `2b` its number format, kernels and plan as well, and the file says so. In a tree
 without its .git, PILESMITH_COMMIT=... says which commit it is. Afterwards: `python benchmarks/render.py`.
 """
@@ -170,9 +171,11 @@ def is_from(here: dict[str, Any], result: dict[str, Any]) -> bool:
 
 
 def is_done(part: Part, folder: Path, here: dict[str, Any]) -> bool:
-    """Whether this part's result is there, from this commit and device."""
+    """Whether this part's result is there, from this commit and device, and no code was changed since."""
     found = read(folder / f"{part.name}.json")
-    return found is not None and is_from(here, found) and not found.get("unfinished")
+    if found is None or not is_from(here, found) or found.get("unfinished"):
+        return False
+    return not (here["changed"] or found["environment"]["changed"])
 
 
 def verdict(part: Part, folder: Path) -> tuple[str, str]:
@@ -312,7 +315,7 @@ def count_tests(payload: dict[str, Any], share: str, report: Path) -> None:
 
 
 def suite(todo: list[Part], folder: Path, name: str, again: bool, seconds: float) -> int:
-    """Do the parts while the time lasts, those that went wrong before at the end; write what becomes of each at once.
+    """Do the parts for `seconds`, those that went wrong before at the end; write what becomes of each at once.
 
     Return 1 if any went wrong.
     """
@@ -366,7 +369,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="rehearse every part without a GPU")
     parser.add_argument("--again", action="store_true", help="also the parts that this commit has results of")
-    parser.add_argument("--minutes", type=float, default=10.0, help="start nothing after so long [10]")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=10.0,
+        help="end after so long: what runs then is interrupted and keeps what it has [10]",
+    )
     parser.add_argument(
         "--only", metavar="WORDS", help="parts whose names have one of these words, such as 2b,attention"
     )
@@ -377,13 +385,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.correctness:
         return correctness(options.rest, options.correctness)
+    if options.rest:
+        parser.error(f"{options.rest[0]!r} belongs to no flag; --only takes words of the parts' names")
     if not options.cpu and not torch.cuda.is_available() and not options.list:
         print("error: no GPU here; --cpu rehearses every part without one", file=sys.stderr)
         return 2
-    device = slug(torch.cuda.get_device_name()) if torch.cuda.is_available() and not options.cpu else "cpu"
+    device = "cpu" if options.cpu or not torch.cuda.is_available() else slug(torch.cuda.get_device_name())
     todo = parts(device, options.cpu)
-    if options.only:
-        todo = [part for part in todo if any(word in part.name for word in options.only.split(","))]
+    words = options.only.split(",") if options.only else []
+    for word in words:
+        if not any(word in part.name for part in todo):
+            parser.error(f"--only {word}: no part has it in its name; they are {', '.join(p.name for p in todo)}")
+    todo = [part for part in todo if not words or any(word in part.name for word in words)]
     folder = (options.out or (ROOT / "build" / "suite" if options.cpu else RESULTS)).resolve()
     if options.list:
         for part in todo:

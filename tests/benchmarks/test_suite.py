@@ -15,16 +15,20 @@ from benchmarks import suite
 from benchmarks.suite import Part
 from engine import cards
 
+HERE = {"commit": "a" * 40, "gpu": None, "changed": False}
+
 
 @pytest.fixture(autouse=True)
 def logs(tmp_path, monkeypatch):
+    """Logs of their own, in a tree as committed."""
     monkeypatch.setattr(suite, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(suite, "environment", lambda device: where.environment() | HERE)
 
 
 @pytest.fixture
 def writes():
     """Arguments of a Python that writes a result of this commit."""
-    result = {"environment": {"commit": where.environment()["commit"], "gpu": None}}
+    result = {"environment": HERE}
     return f'-c "import json, sys; json.dump({result}, open(sys.argv[1], chr(119)))" {{file}}'
 
 
@@ -58,13 +62,12 @@ def test_what_cannot_be_read_is_no_result_and_stops_nothing(tmp_path, writes, le
 
 def test_a_part_that_is_cut_off_replaces_no_result_that_holds_more(tmp_path):
     """Unless what is there is of another commit or device."""
-    here = where.environment()
 
     def part(count, then):
         made = {
             "benchmark": "tune",
             "searches": [{}] * count,
-            "environment": {key: here[key] for key in ("commit", "gpu")},
+            "environment": HERE,
         }
         program = f"import json, sys, time; json.dump({made}, open(sys.argv[1], 'w')); {then}"
         return Part("one", shlex.join(["-c", program]) + " {file}", 5)
@@ -85,8 +88,10 @@ def test_a_part_that_is_cut_off_replaces_no_result_that_holds_more(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_tests_that_fail_are_a_result(tmp_path):
+def test_tests_that_fail_are_a_result(tmp_path, monkeypatch):
     """The suite's exit code says so, each time; it is not made again unless asked for."""
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "none"))  # so that the part too is of HERE
+    monkeypatch.setenv("PILESMITH_COMMIT", HERE["commit"])
     (tmp_path / "test_it.py").write_text("def test_good(): pass\ndef test_bad(): assert 0\n")
     part = Part("tests", f"-m benchmarks.suite --correctness {{file}} -- -pno:cacheprovider {tmp_path}/test_it.py", 60)
     for _ in range(2):
@@ -97,7 +102,7 @@ def test_tests_that_fail_are_a_result(tmp_path):
     payload = suite.read(tmp_path / "tests.json")
     assert (payload["passed"], payload["failed"]) == (1, 1)
     (tmp_path / "tests.json").write_text(json.dumps(payload | {"unfinished": ["test_other.py"]}))
-    assert not suite.is_done(part, tmp_path, where.environment())
+    assert not suite.is_done(part, tmp_path, HERE)
 
 
 def test_a_part_that_fails_leaves_the_older_result(tmp_path, writes):
@@ -106,15 +111,42 @@ def test_a_part_that_fails_leaves_the_older_result(tmp_path, writes):
     assert statuses(tmp_path) == {"one": "failed"} and (tmp_path / "one.json").exists()
 
 
-def test_a_result_of_another_commit_or_device_does_not_count(tmp_path):
-    part, here = Part("one", "", 1), {"commit": "a" * 40, "gpu": None}
-    for environment, done in (
-        (here, True),
-        (here | {"commit": "b" * 40}, False),
-        (here | {"gpu": {"name": "H100"}}, False),
-    ):
-        (tmp_path / "one.json").write_text(json.dumps({"environment": environment}))
-        assert suite.is_done(part, tmp_path, here) is done
+@pytest.mark.parametrize(
+    "other, done",
+    [({}, True), ({"commit": "b" * 40}, False), ({"gpu": {"name": "H100"}}, False), ({"changed": True}, False)],
+)
+def test_a_result_of_other_code_or_of_another_device_does_not_count(other, done, tmp_path):
+    """Nor does any where the code is other now than its commit."""
+    (tmp_path / "one.json").write_text(json.dumps({"environment": HERE | other}))
+    assert suite.is_done(Part("one", "", 1), tmp_path, HERE) is done
+    assert not suite.is_done(Part("one", "", 1), tmp_path, HERE | {"changed": True})
+
+
+def test_a_tree_without_git_goes_on_by_the_commit_that_it_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(where, "_git", lambda *command: None)
+    monkeypatch.setenv("PILESMITH_COMMIT", HERE["commit"])
+    here = where.environment()
+    (tmp_path / "one.json").write_text(json.dumps({"environment": here}))
+    assert here["commit"] == HERE["commit"] and suite.is_done(Part("one", "", 1), tmp_path, here)
+
+
+def test_what_is_measured_and_rendered_is_no_change_of_the_code(tmp_path, monkeypatch):
+    def git(*command):
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", *command], cwd=tmp_path, check=True)
+
+    files = ["kernels/a.py", "benchmarks/results/a.json", "benchmarks/charts/a.png", "README.md"]
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    monkeypatch.setattr(where, "__file__", str(tmp_path / "benchmarks/environment.py"))
+    changed = []
+    for file in files[::-1]:
+        (tmp_path / file).write_text("x")
+        changed.append(where.environment()["changed"])
+    assert changed == [False, False, False, True]
 
 
 def test_a_part_that_hangs_or_fails_does_not_stop_the_others(tmp_path, writes, monkeypatch):
@@ -173,7 +205,7 @@ def test_a_suite_that_is_stopped_takes_its_part_along_and_goes_on(tmp_path):
     program = (
         "import pathlib, signal, sys\nfrom benchmarks import suite\n"
         f"suite.LOGS = pathlib.Path({str(tmp_path / 'logs')!r})\n"
-        "suite.parts = lambda *_: [suite.Part('one', sys.argv.pop(), 60)]\nsys.exit(suite.main())"
+        "part = suite.Part('one', sys.argv.pop(), 60)\nsuite.parts = lambda *_: [part]\nsys.exit(suite.main())"
     )
     command = [sys.executable, "-c", program, "--cpu", "--out", str(tmp_path), str(sleeper)]
     process = subprocess.Popen(command, cwd=suite.ROOT, stdout=subprocess.DEVNULL)
@@ -282,6 +314,22 @@ def test_a_smaller_card_has_room_for_fewer_processes():
 def test_without_a_gpu_it_says_what_to_do(capsys):
     assert suite.main([]) == 2
     assert "--cpu rehearses" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (
+            ["--cpu", "--only", "2b,tokenizer"],
+            "--only tokenizer: no part has it in its name; they are correctness-cpu, ",
+        ),
+        (["--cpu", "gpt2"], "'gpt2' belongs to no flag"),
+    ],
+)
+def test_mistakes_are_said(flags, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        suite.main(flags)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
 @pytest.mark.slow
