@@ -84,6 +84,16 @@ def test_what_is_learned_is_more_than_frequencies(flags, tmp_path):
     assert settings["train_tokens"] == 4000 and settings["unigram_loss"] == pytest.approx(np.log(64), abs=0.02)
 
 
+def test_tokens_are_counted_in_blocks(monkeypatch):
+    """Whatever the length of the file, in the memory of one."""
+    sizes, bincount = [], np.bincount
+    monkeypatch.setattr(quality, "BLOCK_TOKENS", 100)
+    monkeypatch.setattr(quality.np, "bincount", lambda x, **options: sizes.append(len(x)) or bincount(x, **options))
+    tokens = np.random.default_rng(0).integers(0, 64, 250).astype("<u2")
+    assert quality.count_tokens(tokens, 70).tolist() == bincount(tokens, minlength=70).tolist()
+    assert sizes == [100, 100, 50]
+
+
 def test_missing_data_is_said(flags, capsys):
     with pytest.raises(SystemExit):
         quality.main([*flags, "--train_file", "nowhere.bin"])
