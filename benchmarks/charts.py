@@ -69,9 +69,15 @@ def models_data(results: Results) -> Any:
     for result in of_kind(results, "throughput").values():
         ours = result["results"]["pilesmith"]
         if result["environment"]["gpu"] and isinstance(ours, dict):
-            limit = f" as {result['gpu_memory_bytes'] / 2**30:.3g} GiB" if result["gpu_memory_bytes"] else ""
-            rows.append([result["config"]["preset"], device_name(result) + limit, ours["tokens_per_s"]])
+            place = ", ".join([device_name(result), *limits(result)])
+            rows.append([result["config"]["preset"], place, ours["tokens_per_s"]])
     return rows or None
+
+
+def limits(result: dict[str, Any]) -> list[str]:
+    """Return what a larger card was held to: "as V100", "15.8 GiB"."""
+    card, memory = result["card"], result["gpu_memory_bytes"]
+    return [f"as {card}"] * bool(card) + [f"{(memory or 0) / 2**30:.3g} GiB"] * bool(memory)
 
 
 def draw_models(rows: Any) -> Figure:
@@ -137,16 +143,8 @@ def memory_data(results: Results) -> Any:
     for result in of_kind(results, "throughput").values():
         ours, plan = result["results"]["pilesmith"], result["plan"]
         if plan:
-            limit = (
-                f"{result['gpu_memory_bytes'] / 2**30:.3g} GiB" if result["gpu_memory_bytes"] else device_name(result)
-            )
-            rows.append(
-                [
-                    f"{result['config']['preset']}, {limit}",
-                    plan["parts"],
-                    ours["peak_bytes"] if isinstance(ours, dict) else None,
-                ]
-            )
+            label = ", ".join([result["config"]["preset"], *(limits(result) or [device_name(result)])])
+            rows.append([label, plan["parts"], ours["peak_bytes"] if isinstance(ours, dict) else None])
     return rows or None
 
 
@@ -218,7 +216,8 @@ def draw_scaling(data: Any) -> Figure:
         )
         rates += [*speeds, *expected]
     axes.set_xscale("log", base=2)
-    axes.set_xticks(values, [str(v) for v in values])
+    ticks = sorted({value for line in data["lines"] for value, *_ in line["points"]})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     if max(rates) < 4 * min(rates):  # a logarithmic scale would have hardly a number on it
         axes.set_ylim(0, 1.15 * max(rates))
@@ -237,18 +236,16 @@ def draw_scaling(data: Any) -> Figure:
 
 
 def paper_data(results: Results) -> Any:
-    """{"title", "cards": {card: [(cards, tokens/s)]}} as predicted, from the newest scaling file."""
-    for result in of_kind(results, "scaling").values():
-        lines = defaultdict(list)
-        for row in result["paper"]["rows"]:
-            if "failed" not in row:
-                lines[row["card"]].append([row["gpus"], row["tokens_per_s"]])
-        if lines:
-            return {
-                "title": f"{result['paper']['preset']}, {result['paper']['batch_tokens']:,} tokens a step, predicted",
-                "cards": dict(lines),
-            }
-    return None
+    """{"title", "cards": {card: [(cards, tokens/s)]}} as predicted, from the newest scaling file that has any."""
+    found = [result for result in of_kind(results, "scaling").values() if result["paper"]["rows"]]
+    if not found:
+        return None
+    made = max(found, key=lambda result: result["environment"]["date"])["paper"]
+    lines = defaultdict(list)
+    for row in made["rows"]:
+        if "failed" not in row:
+            lines[row["card"]].append([row["gpus"], row["tokens_per_s"]])
+    return {"title": f"{made['preset']}, {made['batch_tokens']:,} tokens a step, predicted", "cards": dict(lines)}
 
 
 def draw_paper(data: Any) -> Figure:

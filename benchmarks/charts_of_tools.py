@@ -10,16 +10,17 @@ from tools.plan import draw
 
 
 def plan_data(results: Results) -> Any:
-    """{"title", "rows": [[card, plan, {part: bytes}, bytes of the card]]} from the newest file of plans."""
-    for result in of_kind(results, "plan").values():
-        rows = [
-            [plan["gpu"], plan["strategy"], plan["peak_bytes"], plan["card_limit_bytes"]]
-            for plan in result["plans"]
-            if plan["fits"]
-        ]
-        host = f"{result['host_memory_bytes'] / 2**30:.0f} GiB of host memory"
-        return {"title": f"{result['preset']}: what each card would do, with {host}; predicted", "rows": rows}
-    return None
+    """{"title", "rows": [[card, plan, {part: bytes}, bytes of the card]]} of `2b`, which the READMEs are about."""
+    result = results.get("plan-2b")
+    if not result:
+        return None
+    rows = [
+        [plan["gpu"], plan["strategy"], plan["peak_bytes"], plan["card_limit_bytes"]]
+        for plan in result["plans"]
+        if plan["fits"]
+    ]
+    host = f"{result['host_memory_bytes'] / 2**30:.0f} GiB of host memory"
+    return {"title": f"{result['preset']}: what each card would do, with {host}; predicted", "rows": rows}
 
 
 def draw_plan(data: Any) -> Figure:
@@ -101,5 +102,5 @@ def draw_suite(panels: Any) -> Figure:
         axes.set_title(panel["title"], loc="left", fontsize=10)
         plain(axes)
         axes.tick_params(axis="y", labelsize=7)
-    axes.set_xlabel("seconds since the suite began")
+    axes.set_xlabel("seconds that the parts took, one after the other")
     return figure

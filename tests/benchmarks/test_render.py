@@ -203,6 +203,41 @@ def test_searches_suites_and_plans_are_drawn(name, tools_results, tmp_path):
     assert charts.CHARTS[name].data({}) is None
 
 
+def test_the_plans_that_are_drawn_are_those_of_2b(tools_results):
+    """However many files of plans there are."""
+    other = tools_results["plan-2b"] | {"preset": "13m"}
+    data = charts.CHARTS["plan"].data({"plan-13m": other} | tools_results)
+    assert data["title"].startswith("2b: ") and charts.CHARTS["plan"].data({"plan-13m": other}) is None
+
+
+def test_the_newest_prediction_for_more_cards_is_drawn():
+    def scaling(date, speed):
+        rows = [{"card": "H100", "gpus": 1, "tokens_per_s": speed}] if speed else []
+        paper = {"preset": "2b", "batch_tokens": 2048, "rows": rows}
+        return {"benchmark": "scaling", "environment": ENVIRONMENT | {"date": date}, "paper": paper, "axes": {}}
+
+    found = {"a": scaling("2026-11-01", 1.0), "b": scaling("2026-11-03", 2.0), "c": scaling("2026-11-04", 0)}
+    assert charts.CHARTS["scaling-paper"].data(found)["cards"] == {"H100": [[1, 2.0]]}
+
+
+def test_every_lines_points_have_a_tick():
+    lines = [{"label": str(values), "points": [[v, 100.0, 1] for v in values]} for values in ((3, 6, 48), (1, 2))]
+    (axes,) = charts.draw_scaling({"axis": "depth", "lines": lines}).axes
+    assert axes.get_xticks().tolist() == [1, 2, 3, 6, 48]
+
+
+def test_cards_of_one_size_are_told_apart_in_charts(results):
+    run = results["throughput-13m-h100-24gb"] | {"gpu_memory_bytes": 16 << 30}
+    found = {name: run | {"card": card} for name, card in (("a", "V100"), ("b", "T4"), ("c", None))}
+    names = [place for _, place, _ in charts.models_data(found)]
+    assert names == ["H100 80GB HBM3, as V100, 16 GiB", "H100 80GB HBM3, as T4, 16 GiB", "H100 80GB HBM3, 16 GiB"]
+    assert [label for label, *_ in charts.memory_data(found)] == [
+        "13m, as V100, 16 GiB",
+        "13m, as T4, 16 GiB",
+        "13m, 16 GiB",
+    ]
+
+
 @pytest.mark.parametrize("colour, ink", [("#08519c", "white"), ("#a1d99b", "black"), ("#636363", "white")])
 def test_ink_is_readable(colour, ink):
     assert charts.readable_on(colour) == ink
