@@ -13,11 +13,12 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import tables
-from benchmarks.charts import CHARTS
+from benchmarks.charts import CHARTS, Chart
 from benchmarks.reading import Results, load
 from benchmarks.tables import Place
 
@@ -129,16 +130,16 @@ def drawn_from(chart: Path) -> str | None:
     return found[1].decode() if found else None
 
 
-def stale(results: Results) -> dict[Path, Callable[[], None]]:
-    """Return what does not say what the files say, each with the action that mends it."""
-    mends: dict[Path, Callable[[], None]] = {}
+def stale(results: Results) -> dict[Path, Callable[[], str]]:
+    """Return what does not say what the files say, each with what mends it and returns what it did, "written"."""
+    mends: dict[Path, Callable[[], str]] = {}
     pages = {PAGE: page(results)}
     for path in (ROOT / name for name in READMES):
         if path.exists():
             pages[path] = fill(path.read_text(encoding="utf-8"), results, "benchmarks/")
     for path, text in pages.items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            mends[path] = lambda path=path, text=text: path.write_text(text, encoding="utf-8") and None
+            mends[path] = partial(write, path, text)
     wanted = {}
     for name, chart in CHARTS.items():
         data = chart.data(results)
@@ -146,11 +147,26 @@ def stale(results: Results) -> dict[Path, Callable[[], None]]:
             wanted[CHART_FOLDER / f"{name}.png"] = chart, data
     for path, (chart, data) in wanted.items():
         if drawn_from(path) != digest(data):
-            mends[path] = lambda path=path, chart=chart, data=data: save(chart.draw(data), path, digest(data))
+            mends[path] = partial(draw, path, chart, data)
     for path in CHART_FOLDER.glob("*.png"):
         if path not in wanted:
-            mends[path] = path.unlink
+            mends[path] = partial(delete, path)
     return mends
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return "written"
+
+
+def draw(path: Path, chart: Chart, data: Any) -> str:
+    save(chart.draw(data), path, digest(data))
+    return "drawn"
+
+
+def delete(path: Path) -> str:
+    path.unlink()
+    return "deleted: no result is drawn in it"
 
 
 def save(figure: Any, path: Path, data_digest: str) -> None:
@@ -164,9 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     mends = stale(load())
     for path, mend in mends.items():
-        if not options.check:
-            mend()
-        print(f"{'stale' if options.check else 'written'}: {path.relative_to(ROOT)}")
+        print(f"{path.relative_to(ROOT)}: {'stale' if options.check else mend()}")
     return int(options.check and bool(mends))
 
 

@@ -116,10 +116,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """The device's words, and the micro-batch that did not fit."""
+    """The device's words, and the micro-batch that did not fit, None where it was not chosen yet."""
 
     message: str
-    micro_batch_size: int
+    micro_batch_size: int | None
 
 
 Outcome = Measured | OutOfMemory | str  # the last: why there is nothing to tell
@@ -131,20 +131,20 @@ def measure(job: Job, rank: int, port: int, channel: Connection) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(job.threads)
     torch.manual_seed(job.config.seed)
-    if job.card:
-        dispatch.force_chip(chip_of(job.card).target)
-        limit_attention(chip_of(job.card))
-    processes = Processes.from_environment()
-    device, _ = choose_device(job.config.strategy.device, rank)
-    if device.type == "cuda":
-        limit_memory(device, job.gpu_memory)
-    if processes.world_size > 1:
-        processes.connect(device)
-    dispatch.set_backend(job.config.strategy.kernels)
-    dtype, _ = choose_dtype(job.config.strategy.dtype, device)
+    processes, config = Processes.from_environment(), job.config
     try:
+        if job.card:
+            dispatch.force_chip(chip_of(job.card).target)
+            limit_attention(chip_of(job.card))
+        device, _ = choose_device(config.strategy.device, rank)
+        if device.type == "cuda":
+            limit_memory(device, job.gpu_memory)
+        if processes.world_size > 1:
+            processes.connect(device)
+        dispatch.set_backend(config.strategy.kernels)
+        dtype, _ = choose_dtype(config.strategy.dtype, device)
         kernels = kernels_in_use(device)
-        config, grad_accum, plan = settle(job.config, device, dtype, job.processes, job.card)
+        config, grad_accum, plan = settle(config, device, dtype, job.processes, job.card)
         if device.type == "cuda":
             limit_memory(device, job.gpu_memory, context_counts=True)
         batches = random_batches(config, config.optimizer.micro_batch_size, grad_accum, config.seed + rank)
@@ -207,7 +207,7 @@ def compare(
 def largest_that_fits(name: str, job: Job, warmup: int, steps: int) -> Measured | str:
     """Return what was measured of a job; another's than ours may run with smaller micro-batches where it must."""
     result = take_turns({name: job}, warmup, steps, rounds=1)[name]
-    while isinstance(result, OutOfMemory) and job.contender != "pilesmith" and result.micro_batch_size % 2 == 0:
+    while isinstance(result, OutOfMemory) and job.contender != "pilesmith" and (result.micro_batch_size or 1) % 2 == 0:
         optimizer = replace(job.config.optimizer, micro_batch_size=result.micro_batch_size // 2)
         job = replace(job, config=replace(job.config, optimizer=optimizer))
         result = take_turns({name: job}, warmup, steps, rounds=1)[name]

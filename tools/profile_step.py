@@ -71,6 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory: {str(error).splitlines()[0]}: try --micro_batch_size 1", file=sys.stderr)
+        return 2
     print(f"written to {folder}: trace.json.gz (ui.perfetto.dev), memory.png, profile.json")
     return 0
 

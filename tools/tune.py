@@ -240,9 +240,11 @@ def _fault(options: argparse.Namespace) -> str:
     if options.dry_run and not (options.chip or torch.cuda.is_available()):
         return "--dry_run needs --chip where there is no GPU"
     chip = CHIPS[options.chip] if options.chip else dispatch.chip(torch.device("cuda", 0))
-    if not todo(options, chip):
-        known = {case for kernel in options.kernels.split(",") for case in TUNABLE[kernel].cases(chip)}
-        return f"nothing to tune on {chip.target}; cases of these kernels there: {', '.join(sorted(known)) or 'none'}"
+    known = {case for kernel in options.kernels.split(",") for case in TUNABLE[kernel].cases(chip)}
+    unknown = set(options.cases.split(",") if options.cases else ()) - known
+    if unknown or not known:
+        nothing = f"--cases {', '.join(sorted(unknown))}: no such case" if unknown else "nothing to tune"
+        return f"{nothing} on {chip.target}; cases of these kernels there: {', '.join(sorted(known)) or 'none'}"
     return ""
 
 

@@ -257,15 +257,17 @@ def test_retried_allocations_are_told_where_there_were_any(results):
     assert "| 3,000, 2 allocations retried |" in tables.memory(results, "")
 
 
-def test_stale_pages_and_charts_are_mended(results, tmp_path, monkeypatch):
+def test_stale_pages_and_charts_are_mended(results, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(render, "ROOT", tmp_path)
     monkeypatch.setattr(render, "PAGE", tmp_path / "RESULTS.md")
     monkeypatch.setattr(render, "CHART_FOLDER", tmp_path / "charts")
     (tmp_path / "README.md").write_text("<!-- results:chart throughput --><!-- /results:chart -->\n")
     (tmp_path / "charts").mkdir()
     (tmp_path / "charts" / "of-a-result-that-is-gone.png").write_bytes(b"")
-    for mend in render.stale(results).values():
-        mend()
-    assert render.stale(results) == {}
+    monkeypatch.setattr(render, "load", lambda: results)
+    assert render.main(["--check"]) == 1 and "README.md: stale" in capsys.readouterr().out
+    assert render.main([]) == 0 and render.stale(results) == {}
+    said = capsys.readouterr().out
+    assert "README.md: written\n" in said and "charts/of-a-result-that-is-gone.png: deleted" in said
     assert "![" in (tmp_path / "README.md").read_text()
     assert sorted(p.stem for p in (tmp_path / "charts").iterdir()) == ["attention", "memory", "models", "throughput"]

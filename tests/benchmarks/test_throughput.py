@@ -203,6 +203,15 @@ def test_a_pretended_card_has_its_own_fused_attention(card, fused, monkeypatch):
     assert isinstance(sent[-1], Measured) and set(seen) == {fused} and len(seen) == 3
 
 
+def test_settings_that_cannot_be_are_told_by_the_process_that_measures(monkeypatch):
+    sent, config = [], from_dict(merge(preset("gpt2"), TINY, {"strategy": {"device": "cuda:7"}}))
+    monkeypatch.setattr(throughput.os, "environ", dict(throughput.os.environ))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    job = Job("pilesmith", config, threads=torch.get_num_threads())
+    throughput.measure(job, 0, 0, SimpleNamespace(recv=None, send=sent.append))
+    assert sent[0].startswith("not run: --device cuda:7: this PyTorch")
+
+
 def test_retried_allocations_are_those_of_the_timed_steps(monkeypatch):
     count, asked, sent = iter([5, 7, 7, 10]), iter([1, 1, 1, 0]), []
     monkeypatch.setattr(throughput, "alloc_retries", lambda device: next(count))

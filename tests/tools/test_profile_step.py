@@ -80,6 +80,16 @@ def test_compile_is_refused(capsys):
     assert "profile without it" in capsys.readouterr().err
 
 
+def test_what_does_not_fit_is_said_in_a_line(tmp_path, capsys, monkeypatch):
+    def measure(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore of it")
+
+    monkeypatch.setattr(profile_step, "measure", measure)
+    assert profile_step.main([*FLAGS, "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: out of memory: CUDA out of memory. Tried to allocate 20.00 GiB.: try --micro_batch_size 1\n"
+
+
 def test_what_cannot_be_written_is_said_in_a_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").touch()
     assert profile_step.main([*FLAGS, "--out", str(tmp_path / "file")]) == 2

@@ -295,7 +295,10 @@ def test_a_dry_run_compiles_for_a_chip_that_is_not_here(start, triton_here):
         (["--dry_run", "--chip", "cuda:87"], "where cuda:86 serves it: --chip cuda:86"),
         (["--dry_run", "--chip", "hip:gfx1100"], "no such chip; known: cuda:90"),
         (["--chip", "cuda:86"], "goes with --dry_run"),
-        (["--dry_run", "--chip", "cuda:86", "--cases", "48"], "nothing to tune on cuda:86"),
+        (
+            ["--dry_run", "--chip", "cuda:86", "--cases", "128,642"],
+            "--cases 642: no such case on cuda:86; cases of these",
+        ),
         (["--dry_run", "--chip", "cuda:75", "--kernels", "attention_forward"], "there: none"),
     ],
 )
