@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.chart_style import OTHERS, OURS, PARTS, log_rates, plain, readable_on
 from benchmarks.charts_of_tools import draw_plan, draw_suite, draw_tune, plan_data, suite_data, tune_data
-from benchmarks.reading import Results, cases, contender_name, device_name, of_kind
+from benchmarks.reading import Results, cases, contender_name, device_name, of_kind, threads_of
 from engine import cards
 from engine.report import human
 
@@ -39,8 +39,8 @@ def throughput_data(results: Results) -> Any:
             if isinstance(r, dict)
         ]
         if len(rows) > 1:
-            threads = "" if result["environment"]["gpu"] else f", threads: {result['threads']}"
-            title = f"{result['config']['preset']}, {device_name(result)}, {result['dtype']}{threads}"
+            about = [result["config"]["preset"], device_name(result), result["dtype"], threads_of(result)]
+            title = ", ".join(filter(None, about))
             panels.append({"title": title, "rows": rows})
     return panels or None
 
@@ -270,10 +270,14 @@ def draw_paper(data: Any) -> Figure:
 def profile_data(results: Results) -> Any:
     """[(label, {part: share})] of the profiled steps."""
     rows = [
-        [f"{r['config']['preset']}, {device_name(r)}", {part["part"]: part["share"] for part in r["parts"]}]
+        [_profiled(r), {part["part"]: part["share"] for part in r["parts"]}]
         for r in of_kind(results, "profile").values()
     ]
     return rows or None
+
+
+def _profiled(result: dict[str, Any]) -> str:
+    return ", ".join(filter(None, [result["config"]["preset"], device_name(result), threads_of(result)]))
 
 
 def draw_profile(rows: Any) -> Figure:
@@ -300,7 +304,7 @@ def draw_profile(rows: Any) -> Figure:
 def timelines_data(results: Results) -> Any:
     """[(label, {seconds, held: {part: bytes}, backward_s})] of the profiled steps."""
     found = of_kind(results, "profile").values()
-    return [[f"{r['config']['preset']}, {device_name(r)}", r["memory"]["timeline"]] for r in found] or None
+    return [[_profiled(r), r["memory"]["timeline"]] for r in found] or None
 
 
 def draw_timelines(rows: Any) -> Figure:

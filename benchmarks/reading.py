@@ -26,10 +26,8 @@ def kind_of(name: str, result: dict[str, Any]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; columns after the first that begin with a digit lie to the right."""
-    numeric = [
-        i > 0 and all(not row[i] or row[i][0].isdigit() or row[i] == "-" for row in rows) for i in range(len(header))
-    ]
+    """Return a Markdown table; columns after the first whose cells are numbers, or "-", lie to the right."""
+    numeric = [i > 0 and all((row[i].lstrip("+-") or "0")[0].isdigit() for row in rows) for i in range(len(header))]
     lines = [header, ["---:" if right else "---" for right in numeric], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -48,6 +46,11 @@ def contender_name(name: str, row: dict[str, Any], result: dict[str, Any]) -> st
     return f"{name} ({', '.join(differs)})" if differs else name
 
 
+def threads_of(result: dict[str, Any]) -> str:
+    """Return "2 threads", or nothing where a GPU did the work."""
+    return "" if result["environment"]["gpu"] else f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
+
+
 def source(name: str, result: dict[str, Any], base: str) -> str:
     """Return a line that says where a table's numbers come from."""
     environment = result["environment"]
@@ -64,12 +67,36 @@ def clocked(result: dict[str, Any]) -> str:
     return "; CPU seconds of one thread" if clocks == {("cpu", 1)} else ""
 
 
+# What makes the files of each kind, the names in benchmarks/results/ included.
+_OUT = "benchmarks/results/"
+COMMANDS = {
+    "throughput": f"python benchmarks/throughput.py --preset 13m --compare --out {_OUT}throughput-13m-cpu.json",
+    "profile": f"python tools/profile_step.py --preset 13m --json {_OUT}profile-13m-cpu.json",
+    "kernels": f"pytest benchmarks/test_kernels.py --benchmark-json {_OUT}kernels-cpu.json",
+    "files": f"pytest benchmarks/test_loader.py --benchmark-json {_OUT}loader-cpu.json",
+    "scaling": f"python benchmarks/scaling.py --out {_OUT}scaling-cpu.json",
+    "tune": f"python tools/tune.py --dry_run --chip cuda:86 --limit 15 --out {_OUT}tune-cuda_86.json",
+    "tokenizer": "pytest benchmarks/test_tokenizer.py",
+    "prepare": "pytest benchmarks/test_prepare.py",
+    "quality": "python benchmarks/optimizer_quality.py",
+    "miniature": "python benchmarks/miniature.py",
+    "compiled": "python tools/compile_kernels.py",
+    "plans": "python benchmarks/plans.py",
+    "suite": "python benchmarks/suite.py",
+}
+
+
 def nothing(command: str) -> str:
     return f"Not measured yet: `{command}`."
 
 
 def mib(size: float) -> str:
     return f"{size / 2**20:,.0f} MiB" if size < 10 * 2**30 else f"{size / 2**30:.2f} GiB"
+
+
+def gib(size: float) -> str:
+    """For columns that hold large sizes as well as small ones."""
+    return f"{size / 2**30:.2f} GiB"
 
 
 def si(value: float, unit: str) -> str:

@@ -19,11 +19,14 @@ from typing import Any
 
 from benchmarks import tables
 from benchmarks.charts import CHARTS, Chart
-from benchmarks.reading import Results, load
+from benchmarks.reading import COMMANDS, Results, load
 from benchmarks.tables import Place
+from kernels.aot import Row
+from tools.compile_kernels import document
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "benchmarks" / "RESULTS.md"
+COSTS = ROOT / "benchmarks" / "results" / "compiled_kernels.md"
 CHART_FOLDER = ROOT / "benchmarks" / "charts"
 READMES = ("README.md", "README.zh-CN.md")
 _MARKED = re.compile(r"(<!-- results:([\w-]+)((?: [^\s>]+)*) -->)(.*?)(<!-- /results:\2 -->)", re.DOTALL)
@@ -42,53 +45,66 @@ SECTIONS: list[tuple[str, str, str]] = [
     (
         "Training",
         "throughput",
-        "`python benchmarks/throughput.py --preset 13m --compare`. MFU counts 6 N + 12 n_layer n_embd T FLOPs a token, "
-        "attention in full, over the chip's dense peak. Peak memory is that of tensors on a GPU, of the whole process "
-        'on a CPU; "of a step" is what a step adds to what is held between steps.',
+        f"`{COMMANDS['throughput']}`. MFU counts 6 N + 12 n_layer n_embd T FLOPs a token of the contender's own model, "
+        "attention in full, over the chip's dense peak, where one is known: a CPU's is not. Peak memory is that of "
+        'tensors on a GPU, of the whole process on a CPU; "of a step" is what a step adds to what is held between '
+        'steps; "ours / it" is our tokens/s over the row\'s.',
     ),
     (
         "Where a step's time goes",
         "profile",
-        "`python tools/profile_step.py --preset 13m`. The parts are those of a step under the profiler; what a step "
-        "takes without it stands beside. Where that is not what Training says, threads or commit are others.",
+        f"`{COMMANDS['profile']}`. The parts are those of a step under the profiler; what a step takes without it "
+        "stands beside. Where that is not what Training says, threads or commit are others. The loss's gradients are "
+        "computed with the loss, in the forward pass.",
     ),
-    ("Memory: predicted and measured", "memory", "`python benchmarks/suite.py` on a GPU."),
+    ("Memory: predicted and measured", "memory", f"`{COMMANDS['suite']}` on a GPU."),
     (
         "Every card of the classic table, in miniature",
         "miniature",
-        "`python benchmarks/miniature.py`: `2b` with an eighth of its width, length and vocabulary, inside a 64th of "
+        f"`{COMMANDS['miniature']}`: `2b` with an eighth of its width, length and vocabulary, inside a 64th of "
         "each card's memory, and of the host memory that its plan takes, which the system imposes on the process. What "
         "is planned for the whole model stands beside it, and how far the formulas are from torch's memory tracker "
-        "where that can see: weights, gradients and activations.",
+        "where that can see: weights, gradients and activations. A small card's second row is the best plan with "
+        "DeepSpeed's offload, which the planner does not choose there; a row that ends out of memory is one whose "
+        "process, with all that DeepSpeed takes, did not keep to what the formulas predict.",
     ),
     (
         "Kernels",
         "kernels",
-        "`pytest benchmarks/test_kernels.py --benchmark-json FILE`. The fastest round of each, which other programs "
-        "disturbed least; the rate counts what must be computed, or read and written once; the copy is that of a large "
-        "tensor.",
+        f"`{COMMANDS['kernels']}`. The fastest round of each, which other programs disturbed least; the rate counts "
+        "what must be computed, or read and written once; the copy is that of a large tensor, and what moves more lies "
+        "in the cache.",
     ),
-    ("Kernels, compiled for every chip", "compiled", "`python tools/compile_kernels.py`; no GPU is needed."),
-    ("Tokenizer", "tokenizer", "`pytest benchmarks/test_tokenizer.py`."),
-    ("Raw shards to tokens", "prepare", "`pytest benchmarks/test_prepare.py`."),
+    ("Kernels, compiled for every chip", "compiled", f"`{COMMANDS['compiled']}`; no GPU is needed."),
+    ("Tokenizer", "tokenizer", f"`{COMMANDS['tokenizer']}`."),
+    ("Raw shards to tokens", "prepare", f"`{COMMANDS['prepare']}`."),
     (
         "Loader and checkpoints",
         "files",
-        "`pytest benchmarks/test_loader.py benchmarks/test_checkpoint.py --benchmark-json FILE`. The fastest round of "
-        "each.",
+        f"`{COMMANDS['files']}`, and the same of benchmarks/test_checkpoint.py. The fastest round of each. A "
+        "checkpoint is loaded from the system's cache, where saving has just left it: no disk reads so fast.",
     ),
-    ("Compact optimizer states", "quality", "`python benchmarks/optimizer_quality.py`."),
-    ("How the cost grows", "scaling", "`python benchmarks/scaling.py`."),
-    ("More cards, predicted", "paper", "By the planner's formulas (`python tools/plan.py`), not measured."),
-    ("Plans", "plans", "`python benchmarks/plans.py`: predicted, for every card of the classic table."),
+    (
+        "Compact optimizer states",
+        "quality",
+        f"`{COMMANDS['quality']}`. It draws its pictures itself, from the runs: their files here hold no curves.",
+    ),
+    ("How the cost grows", "scaling", f"`{COMMANDS['scaling']}`."),
+    (
+        "More cards, predicted",
+        "paper",
+        "By the planner's formulas (`python tools/plan.py`), not measured. Ideal are as many times the tokens/s of one "
+        "card; more than that comes of a faster plan, which fits once cards share the states.",
+    ),
+    ("Plans", "plans", f"`{COMMANDS['plans']}`: predicted, for every card of the classic table."),
     (
         "Launch configurations",
         "tune",
-        "`python tools/tune.py`, and without a GPU `--dry_run --chip cuda:86 --limit 15`. A candidate that is left has "
-        "compiled without spilling and fits; on a GPU it was right as well, and was timed.",
+        f"`{COMMANDS['tune']}`, and on a GPU without the first two flags. A candidate that is left has compiled "
+        "without spilling and fits; on a GPU it was right as well, and was timed.",
     ),
-    ("The suite", "suite", "`python benchmarks/suite.py`, and without a GPU `--cpu`."),
-    ("Tests on a GPU", "correctness", "`python benchmarks/suite.py`."),
+    ("The suite", "suite", f"`{COMMANDS['suite']}`, and without a GPU `--cpu`."),
+    ("Tests on a GPU", "correctness", f"`{COMMANDS['suite']}`."),
 ]
 
 
@@ -134,6 +150,9 @@ def stale(results: Results) -> dict[Path, Callable[[], str]]:
     """Return what does not say what the files say, each with what mends it and returns what it did, "written"."""
     mends: dict[Path, Callable[[], str]] = {}
     pages = {PAGE: page(results)}
+    if "compiled_kernels" in results:
+        rows = [Row(**row) for row in results["compiled_kernels"]["rows"]]
+        pages[COSTS] = document(rows, results["compiled_kernels"]["environment"])
     for path in (ROOT / name for name in READMES):
         if path.exists():
             pages[path] = fill(path.read_text(encoding="utf-8"), results, "benchmarks/")

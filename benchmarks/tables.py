@@ -9,11 +9,13 @@ from functools import reduce
 from typing import Any
 
 from benchmarks.reading import (
+    COMMANDS,
     Results,
     cases,
     clocked,
     contender_name,
     device_name,
+    gib,
     mib,
     nothing,
     of_kind,
@@ -22,18 +24,21 @@ from benchmarks.reading import (
     si,
     source,
     table,
+    threads_of,
 )  # fmt: skip
-from benchmarks.tables_of_tools import compiled, correctness, plans, suite, tune
+from benchmarks.tables_of_tools import compiled, correctness, launches, plans, suite, tune
 from engine.report import human
 
 Place = Callable[..., str]
+HARD_TEXT_TIMES = 5
+EXTREMES = ("random letters", "random digits")
 
 
 def throughput(results: Results, base: str, *names: str) -> str:
     """One table a file, or of the named files only: our engine, and what it was compared with."""
     found = {n: r for n, r in of_kind(results, "throughput").items() if not names or n in names}
     if not found:
-        return nothing("python benchmarks/throughput.py --preset gpt2 --compare")
+        return nothing(COMMANDS["throughput"])
     return "\n\n".join(source(name, result, base) + "\n\n" + throughput_rows(result) for name, result in found.items())
 
 
@@ -46,13 +51,13 @@ def throughput_rows(result: dict[str, Any]) -> str:
     if result["card"]:
         limit = f", as {result['card']}{limit}"
     if not gpu:
-        shape += f", {result['threads']} thread{'s' * (result['threads'] > 1)}"
+        shape += f", {threads_of(result)}"
     if result["processes"] > 1:
         shape += f", {result['processes']} processes"
     rows = []
     for name, row in result["results"].items():
         if isinstance(row, str):
-            rows.append([name, row, *[""] * 5])
+            rows.append([f"{name}: {row}", *[""] * 6])
             continue
         low, _, high = row["step_s_quartiles"]
         rows.append([
@@ -90,7 +95,7 @@ def memory(results: Results, base: str) -> str:
             _fall(ours) if measured else "", f"[{name}.json]({base}results/{name}.json)",
         ])  # fmt: skip
     header = ["model", "card", "memory it may use", "plan", "predicted", "measured", "tokens/s", "loss", "file"]
-    return table(header, rows) if rows else nothing("python benchmarks/suite.py")
+    return table(header, rows) if rows else nothing(COMMANDS["suite"])
 
 
 def _retries(row: dict[str, Any]) -> str:
@@ -146,7 +151,7 @@ def kernels(results: Results, base: str) -> str:
                 for (shape, step), row in rows.items()
             ]
             parts.append(table([f"`{op}`", "pass", *names, "our rate", "best other / ours"], lines))
-    return "\n\n".join(parts) if parts else nothing("pytest benchmarks/test_kernels.py --benchmark-json FILE")
+    return "\n\n".join(parts) if parts else nothing(COMMANDS["kernels"])
 
 
 def _rate(row: Timed, copy: float | None) -> str:
@@ -181,24 +186,31 @@ def files(results: Results, base: str) -> str:
         if rows:
             header = ["", "implementation", "size", "time", "rate"]
             parts.append(source(name, result, base) + clocked(result) + "\n\n" + table(header, rows))
-    return "\n\n".join(parts) if parts else nothing("pytest benchmarks/test_loader.py --benchmark-json FILE")
+    return "\n\n".join(parts) if parts else nothing(COMMANDS["files"])
 
 
 def scaling(results: Results, base: str) -> str:
-    """One table an axis: tokens/s, the arithmetic behind it, and the memory of a step."""
+    """What grows, and one table an axis: tokens/s, the arithmetic behind it, and the memory of a step."""
     parts = []
     for name, result in of_kind(results, "scaling").items():
-        parts.append(source(name, result, base))
+        model, optimizer = result["config"]["model"], result["config"]["optimizer"]
+        words = f"{model['n_layer']} layers, width {model['n_embd']}, {model['block_size']:,} tokens a sequence, a "
+        words += f"vocabulary of {model['vocab_size']:,}, {optimizer['batch_tokens']:,} tokens a step in micro-batches "
+        words += f"of {optimizer['micro_batch_size']} sequences; {result['dtype']}. Each table changes one of them"
+        if "processes" in result["axes"]:
+            threads = result["axes"]["processes"][0]["threads"]
+            words += f"; processes have {threads} thread{'s' * (threads > 1)} and micro-batches of one sequence each"
+        parts += [source(name, result, base), words + ":"]
         for axis, points in result["axes"].items():
             rows = []
             for p in points:
                 if "failed" in p:
-                    rows.append([f"{p['value']:,}", p["failed"], "-", "-"])
+                    rows.append([f"{p['value']:,}: {p['failed']}", "-", "-", "-"])
                     continue
                 arithmetic = si(p["tokens_per_s"] * p["flops_per_token"], "FLOP/s")
                 rows.append([f"{p['value']:,}", f"{p['tokens_per_s']:,.0f}", arithmetic, mib(max(0, p["step_bytes"]))])
             parts.append(table([axis, "tokens/s", "model FLOP/s", "memory of a step"], rows))
-    return "\n\n".join(parts) if parts else nothing("python benchmarks/scaling.py")
+    return "\n\n".join(parts) if parts else nothing(COMMANDS["scaling"])
 
 
 def paper(results: Results, base: str) -> str:
@@ -212,17 +224,17 @@ def paper(results: Results, base: str) -> str:
             lines, ideal = [], None  # ideal: tokens/s of one card, as the smallest number that works has it
             for r in (row for row in made["rows"] if row["card"] == card):
                 if "failed" in r:
-                    lines.append([f"{r['gpus']:,}", r["failed"], *[""] * 4])
+                    lines.append([f"{r['gpus']:,}: {r['failed']}", *[""] * 5])
                     continue
                 ideal = ideal or r["tokens_per_s"] / r["gpus"]
                 of_ideal = f"{r['tokens_per_s'] / r['gpus'] / ideal:.0%}"
                 sent = si(r["communication_bytes"], "B")
                 lines.append(
-                    [f"{r['gpus']:,}", f"{r['tokens_per_s']:,.0f}", of_ideal, mib(r["card_bytes"]), sent, r["plan"]]
+                    [f"{r['gpus']:,}", f"{r['tokens_per_s']:,.0f}", of_ideal, gib(r["card_bytes"]), sent, r["plan"]]
                 )
             header = [f"{card}: cards", "tokens/s", "of ideal", "memory of a card", "sent by one in a step", "plan"]
             parts.append(table(header, lines))
-    return "\n\n".join(parts) if parts else nothing("python benchmarks/scaling.py")
+    return "\n\n".join(parts) if parts else nothing(COMMANDS["scaling"])
 
 
 def profile(results: Results, base: str) -> str:
@@ -239,7 +251,7 @@ def profile(results: Results, base: str) -> str:
         ]
         shape = f"{result['config']['optimizer']['batch_tokens']:,} tokens a step"
         if not result["environment"]["gpu"]:
-            shape += f" on {result['threads']} thread" + "s" * (result["threads"] > 1)
+            shape += f" on {threads_of(result)}"
         times = [seconds(result[key]) for key in ("step_s", "profiled_step_s")]
         title = f"`{result['config']['preset']}`, {result['dtype']}, {shape}: {times[0]} without the profiler; under it"
         title += f" {times[1]}, of which"
@@ -248,7 +260,7 @@ def profile(results: Results, base: str) -> str:
             + f"\n\n{title}:\n\n"
             + table(["part", "share", "forward", "backward", "in all"], rows)
         )
-    return "\n\n".join(parts) if parts else nothing("python tools/profile_step.py --preset 13m")
+    return "\n\n".join(parts) if parts else nothing(COMMANDS["profile"])
 
 
 def tokenizer(results: Results, base: str) -> str:
@@ -264,32 +276,48 @@ def tokenizer(results: Results, base: str) -> str:
         words = f'{mib(result["text"]["bytes"])} of text, one thread; "again" is the same text once more:'
         parts += [source(name, result, base), words, table(header, rows)]
         if "threads" in result:
+            one = result["threads"]["1"]["mb_s"]
+            words = ", ".join(
+                f"{n} threads {row['mb_s']:,}, {row['mb_s'] / one:.2f} times one"
+                for n, row in result["threads"].items()
+                if n != "1"
+            )
             parts.append(
-                "Threads: "
-                + ", ".join(f"{count}: {row['mb_s']:,} MB/s" for count, row in result["threads"].items())
-                + "."
+                f"Each thread through all of the text, caches filled, by the wall clock, the best of "
+                f"{result['method']['rounds']} rounds where the table has medians of CPU seconds: 1 thread {one:,} MB/s"
+                f"{words and ', '}{words}."
             )
         if "worst_cases" in result:
-            rows = [
-                [text, f"{row['mb_s']:,}", f"{row['times_ordinary']:.2f}"]
-                for text, row in result["worst_cases"].items()
-            ]
-            parts.append(table(["hard text", "MB/s", "time against ordinary text"], rows))
-    return "\n\n".join(parts) if parts else nothing("pytest benchmarks/test_tokenizer.py")
+            found = result["worst_cases"]
+            rows = [[text, f"{row['mb_s']:,}", f"{row['times_ordinary']:.2f}"] for text, row in found.items()]
+            above = [text for text, row in found.items() if row["times_ordinary"] > HARD_TEXT_TIMES]
+            words = f"What is hard is meant to take at most {HARD_TEXT_TIMES} times as long a byte as ordinary text"
+            words += f"; beyond that: {', '.join(above)}" if above else ", as all of it does"
+            words += f". Of these rows {' and '.join(EXTREMES)} are beyond the bound's list, to see how bad it gets."
+            parts += [words, table(["hard text", "MB/s", "time against ordinary text"], rows)]
+    return "\n\n".join(parts) if parts else nothing(COMMANDS["tokenizer"])
 
 
 def prepare(results: Results, base: str) -> str:
-    """Raw shards to tokens, beside what reading them alone costs."""
+    """Raw shards to tokens, beside what reading them alone costs: by CPU seconds, then by the wall clock."""
     parts = []
     for name, result in of_kind(results, "prepare").items():
-        rows = [
-            [what, cores, f"{row['mb_s']:,}"]
-            for key, cores in (("one_core", "one core"), ("all_cores", "all cores"))
-            for what, row in result.get(key, {}).items()
-            if isinstance(row, dict)
-        ]
-        parts += [source(name, result, base), table(["", "", "MB/s of text"], rows)]
-    return "\n\n".join(parts) if parts else nothing("pytest benchmarks/test_prepare.py")
+        method, cores = result["method"], result["all_cores"]["cores"]
+        words = (
+            f'{result["text"]["bytes"] / 1e6:.0f} MB of text. "bare": {method["bare"]}; "of" is the share of such a '
+        )
+        parts += [source(name, result, base), words + f"floor that is reached. Of `prepare` {method['prepare']}."]
+        for key, title in (("one_core", "one core, CPU seconds"), ("all_cores", f"{cores} cores, wall clock")):
+            found = {what: row for what, row in result[key].items() if isinstance(row, dict)}
+            shares = [column for column in list(found.values())[-1] if column != "mb_s"]
+            rows = [
+                [what, f"{row['mb_s']:,}", *(f"{row[share]:.0%}" if share in row else "-" for share in shares)]
+                for what, row in found.items()
+            ]
+            parts.append(table([title, "MB/s of text", *shares], rows))
+        peaks = ", ".join(f"{mib(size)} with {what}" for what, size in result["peak_bytes"].items())
+        parts.append(f"It starts in {seconds(result['start_s'])} and holds at most {peaks}.")
+    return "\n\n".join(parts) if parts else nothing(COMMANDS["prepare"])
 
 
 def quality(results: Results, base: str) -> str:
@@ -310,7 +338,7 @@ def quality(results: Results, base: str) -> str:
             words += f"; the frequencies of words alone give a loss of {settings['unigram_loss']:.2f}"
         picture = f"![Losses of compact optimizer states]({base}results/{name}.png)"
         parts += [source(name, result, base), words + ":", table(header, rows), picture]
-    return "\n\n".join(parts) if parts else nothing("python benchmarks/optimizer_quality.py")
+    return "\n\n".join(parts) if parts else nothing(COMMANDS["quality"])
 
 
 def miniature(results: Results, base: str) -> str:
@@ -327,7 +355,7 @@ def miniature(results: Results, base: str) -> str:
                     f"{row['card']}, {row['memory_bytes'] / 2**30:.1f} GiB",
                     f"{row['plan']['name']}, {row['plan']['dtype']}",
                     f"{whole['card_bytes'] / 2**30:.2f} GiB",
-                    f"{tracked:+.1%}",
+                    f"{tracked:+z.1%}",
                     mib(small["limit_bytes"]),
                     mib(small["predicted_bytes"]),
                     mib(small["peak_bytes"]) if trained else small["status"],
@@ -338,12 +366,13 @@ def miniature(results: Results, base: str) -> str:
         header = ["card", "plan", "planned on the card", "planned against tracked", "limit of the miniature"]
         header += ["predicted", "measured", f"loss in {result['settings']['steps']} steps", "plain fp32, same limit"]
         parts += [source(name, result, base), table(header, rows)]
-    return "\n\n".join(parts) if parts else nothing("python benchmarks/miniature.py")
+    return "\n\n".join(parts) if parts else nothing(COMMANDS["miniature"])
 
 
 def value(results: Results, base: str, name: str, path: str, form: str = "") -> str:
-    """A single figure: the number at `path`, its keys parted by dots, in a file; `form` as format() takes it."""
-    return format(_at(results, name, path), form)
+    """A single figure: the number at `path` in a file, keys parted by dots; `form` as format() takes it, or "MiB"."""
+    found = _at(results, name, path)
+    return mib(found) if form == "MiB" else format(found, form)
 
 
 def ratio(results: Results, base: str, name: str, above: str, below: str, form: str = ".2f") -> str:
@@ -352,7 +381,9 @@ def ratio(results: Results, base: str, name: str, above: str, below: str, form: 
 
 
 def _at(results: Results, name: str, path: str) -> float:
-    return reduce(lambda node, key: node[int(key) if isinstance(node, list) else key], path.split("."), results[name])
+    """A place has its arguments parted by blanks: in `path` a blank of a key is %20."""
+    keys = (key.replace("%20", " ") for key in path.split("."))
+    return reduce(lambda node, key: node[int(key) if isinstance(node, list) else key], keys, results[name])
 
 
 PLACES: dict[str, Place] = {
@@ -372,6 +403,7 @@ PLACES: dict[str, Place] = {
     "tune": tune,
     "suite": suite,
     "plans": plans,
+    "launches": launches,
     "value": value,
     "ratio": ratio,
 }

@@ -4,7 +4,8 @@ from collections import defaultdict
 from typing import Any
 
 from benchmarks.charts_of_tools import FATES
-from benchmarks.reading import Results, device_name, nothing, of_kind, source, table
+from benchmarks.reading import COMMANDS, Results, device_name, nothing, of_kind, source, table
+from kernels import launch_configs
 
 
 def compiled(results: Results, base: str) -> str:
@@ -31,7 +32,7 @@ def compiled(results: Results, base: str) -> str:
             )
         header = ["chip", "configurations", "compile and fit", "spill", "shared memory, most, KiB", "registers, most"]
         parts += [source(name, result, base) + f"; [each of them]({base}results/{name}.md)", table(header, rows)]
-    return "\n\n".join(parts) if parts else nothing("python tools/compile_kernels.py")
+    return "\n\n".join(parts) if parts else nothing(COMMANDS["compiled"])
 
 
 def correctness(results: Results, base: str) -> str:
@@ -50,7 +51,7 @@ def correctness(results: Results, base: str) -> str:
     return (
         table(["device", "passed", "failed", "skipped", "command", "file"], rows)
         if rows
-        else nothing("python benchmarks/suite.py")
+        else nothing(COMMANDS["suite"])
     )
 
 
@@ -67,7 +68,17 @@ def tune(results: Results, base: str) -> str:
         how = "compiled for it without one, not timed" if result["dry_run"] else "timed"
         header = ["kernel", "as it ships", "left", "wrong", "spill or do not fit", "too large", "best / ours"]
         parts += [f"{source(name, result, base)}; {result['chip']} ({result['target']}), {how}", table(header, rows)]
-    return "\n\n".join(parts) if parts else nothing("python tools/tune.py")
+    return "\n\n".join(parts) if parts else nothing(COMMANDS["tune"])
+
+
+def launches(results: Results, base: str, which: str) -> str:
+    """How many launch configurations kernels/configs/ has for GPUs: those that "ship", or of them the "timed" ones."""
+    tables = (launch_configs.config_table(target) for target in launch_configs.config_targets() if target != "cpu")
+    shipped, timed = 0, 0
+    for made in tables:
+        timed += sum(map(len, made.get("measured", {}).values()))
+        shipped += sum(len(cases) for kernel, cases in made.items() if kernel != "measured")
+    return f"{timed if which == 'timed' else shipped:,}"
 
 
 def suite(results: Results, base: str) -> str:
@@ -79,7 +90,7 @@ def suite(results: Results, base: str) -> str:
             for row in result["parts"]
         ]
         parts += [source(name, result, base), table(["part", "", "s", ""], rows)]
-    return "\n\n".join(parts) if parts else nothing("python benchmarks/suite.py")
+    return "\n\n".join(parts) if parts else nothing(COMMANDS["suite"])
 
 
 def plans(results: Results, base: str) -> str:
@@ -95,4 +106,4 @@ def plans(results: Results, base: str) -> str:
                 rows.append([plan["gpu"], "does not fit", "", ""])
         host = f"`{result['preset']}`, {result['host_memory_bytes'] / 2**30:.0f} GiB of host memory; predicted"
         parts += [f"{source(name, result, base)}; {host}", table(["card", "plan", "GiB on it", "tokens/s"], rows)]
-    return "\n\n".join(parts) if parts else nothing("python benchmarks/plans.py")
+    return "\n\n".join(parts) if parts else nothing(COMMANDS["plans"])

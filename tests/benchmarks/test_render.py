@@ -1,11 +1,13 @@
 """Tables and charts follow their files: a figure that changes, a file that goes, a place that is unknown."""
 
 import copy
+from dataclasses import asdict
 
 import pytest
 
-from benchmarks import charts, render, tables
+from benchmarks import charts, reading, render, tables, tables_of_tools
 from engine.footprint import PARTS
+from kernels.aot import Row
 
 ENVIRONMENT = {
     "cpu": "EPYC", "cores": 2, "gpu": None, "system": "Linux", "python": "3.12", "versions": {"torch": "2.13.0"},
@@ -89,6 +91,7 @@ def test_a_profiled_step_is_told_from_one_without_the_profiler():
     result = {"benchmark": "profile", "environment": ENVIRONMENT, "config": config, "dtype": "float32", "parts": [part]}
     text = tables.profile({"profile-13m-cpu": result | times}, "")
     assert "2,048 tokens a step on 2 threads: 600 ms without the profiler; under it 1.9 s, of which:" in text
+    assert charts.profile_data({"profile-13m-cpu": result | times})[0][0] == "13m, EPYC, 2 cores, 2 threads"
 
 
 def test_prediction_stands_beside_measurement(results):
@@ -110,6 +113,61 @@ def test_places_are_filled_in_line_and_in_blocks(results):
     filled = render.fill(block, results, "benchmarks/")
     assert "\n| classic |" in filled and "(benchmarks/results/" in filled and "old" not in filled
     assert render.fill(filled, results, "benchmarks/") == filled
+
+
+def test_figures_of_keys_with_blanks_and_of_memory(results):
+    found = results | {"prepare": {"all_cores": {"prepare, 4 shards": {"mb_s": 296.7}}}}
+    assert tables.value(found, "", "prepare", "all_cores.prepare,%204%20shards.mb_s", ".0f") == "297"
+    assert tables.value(found, "", "throughput-13m-cpu", "results.pilesmith.peak_bytes", "MiB") == "700 MiB"
+
+
+def test_signed_numbers_lie_to_the_right_and_reasons_move_nothing(results):
+    aligned = reading.table(["", "a", "b", "c"], [["x", "+0.01", "-", "fits"], ["y", "-0.01", "", "3"]])
+    assert aligned.splitlines()[1] == "| --- | ---: | ---: | --- |"
+    text = tables.throughput(results, "", "throughput-13m-cpu")
+    assert "| liger: not run: needs a GPU |  |  |" in text and "| --- | ---: | ---: |" in text
+
+
+def test_what_grows_is_said(results):
+    shape = {"n_layer": 4, "n_embd": 128, "block_size": 128, "vocab_size": 512}
+    config = {"model": shape, "optimizer": {"batch_tokens": 2048, "micro_batch_size": 8}}
+    point = {"value": 1, "tokens_per_s": 10.0, "flops_per_token": 5, "step_bytes": 7, "threads": 1}
+    result = {"benchmark": "scaling", "environment": ENVIRONMENT, "config": config, "dtype": "float32"}
+    text = tables.scaling({"scaling-cpu": result | {"axes": {"processes": [point]}}}, "")
+    assert "4 layers, width 128, 128 tokens a sequence, a vocabulary of 512, 2,048 tokens a step" in text
+    assert "processes have 1 thread" in text
+
+
+def test_hard_text_has_a_bound_and_threads_a_factor():
+    encoder = {"version": None, "exact": True, "mb_s": 300.0, "mb_s_again": 400.0}
+    encoder |= {"times_tiktoken": 20.0, "times_tiktoken_again": 30.0}
+    result = {
+        "benchmark": "tokenizer", "environment": ENVIRONMENT, "method": {"rounds": 3}, "text": {"bytes": 1 << 20},
+        "encoders": {"pilesmith": encoder}, "threads": {"1": {"mb_s": 500.0}, "2": {"mb_s": 950.0}},
+        "worst_cases": {name: {"mb_s": 50.0, "times_ordinary": t} for name, t in (("blanks", 4.9), ("digits", 8.0))},
+    }  # fmt: skip
+    text = tables.tokenizer({"tokenizer": result}, "")
+    assert "1 thread 500.0 MB/s, 2 threads 950.0, 1.90 times one." in text
+    assert "at most 5 times as long a byte as ordinary text; beyond that: digits." in text
+
+
+def test_costs_of_compiled_kernels_are_a_page(results, tmp_path, monkeypatch):
+    row = asdict(Row(op="softmax", label="fp16", target="cuda:86", num_warps=4, num_stages=1, registers=40))
+    where = ENVIRONMENT | {"versions": {"torch": "2.13.0", "triton": "3.8.0"}}
+    found = {"compiled_kernels": {"benchmark": "compiled_kernels", "environment": where, "rows": [row]}}
+    monkeypatch.setattr(render, "COSTS", tmp_path / "costs.md")
+    monkeypatch.setattr(render, "READMES", ())
+    assert render.stale(found)[tmp_path / "costs.md"]() == "written"
+    assert "| fp16 | 4 | 1 | 40 |" in (tmp_path / "costs.md").read_text()
+    assert tmp_path / "costs.md" not in render.stale(found)
+
+
+def test_launch_configurations_are_counted(tmp_path, monkeypatch):
+    """Those of GPUs, and of them what was timed."""
+    own = {"softmax_forward": {"64": {}, "128": {}}, "measured": {"softmax_forward": {"64": {}}}}
+    monkeypatch.setattr(tables_of_tools.launch_configs, "config_targets", lambda: ["cpu", "cuda:86", "cuda:90"])
+    monkeypatch.setattr(tables_of_tools.launch_configs, "config_table", lambda target: own)
+    assert [tables.PLACES["launches"]({}, "", which) for which in ("shipped", "timed")] == ["4", "2"]
 
 
 def test_a_changed_figure_makes_a_page_stale(results):
