@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import environment, write_result
-from benchmarks.throughput import Job, Measured, compare, summarise
+from benchmarks.measuring import Job, Measured, compare, summarise
 from engine import cards
 from engine.config import Config, ConfigError, from_dict, merge, preset, require
 from engine.device import choose_dtype, find_device

@@ -24,8 +24,9 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.charts import draw_timelines, timelines_data
 from benchmarks.contenders import some_weights
 from benchmarks.environment import environment, write_result
+from benchmarks.measuring import random_batches
 from benchmarks.meters import kernels_in_use, within_minutes
-from benchmarks.throughput import config_of, random_batches
+from benchmarks.throughput import config_of
 from engine import cards
 from engine.config import Config, ConfigError, require
 from engine.device import choose_device, choose_dtype

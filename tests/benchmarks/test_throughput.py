@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import contenders, meters, throughput
+from benchmarks import contenders, measuring, meters, throughput
 from benchmarks.contenders import CONTENDERS, Step, Unsupported, some_weights
 from benchmarks.environment import environment
-from benchmarks.throughput import Job, Measured, random_batches, summarise
+from benchmarks.measuring import Job, Measured, random_batches, summarise
 from engine.cards import get
 from engine.command_line import parse
 from engine.config import ConfigError, from_dict, merge, preset
@@ -147,9 +147,9 @@ def test_a_comparison_from_the_command_line(tmp_path, capsys, validate):
 
 def test_a_contender_that_is_not_installed_takes_no_process(monkeypatch):
     monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: name != "liger_kernel" or None)
-    monkeypatch.setattr(throughput, "Running", None)
+    monkeypatch.setattr(measuring, "Running", None)
     job = Job("transformers-liger", from_dict(merge(preset("gpt2"), TINY)))
-    assert dict(throughput.compare({"it": job}, CPU, 1, 1)) == {"it": "not run: liger-kernel is not installed"}
+    assert dict(measuring.compare({"it": job}, CPU, 1, 1)) == {"it": "not run: liger-kernel is not installed"}
     assert contenders.not_installed("transformers") == contenders.not_installed("pytorch") == ""
 
 
@@ -157,7 +157,7 @@ def test_a_contender_that_cannot_compile_is_named_and_why(tmp_path, monkeypatch)
     monkeypatch.setenv("CXX", "/nowhere/c++")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     config = from_dict(merge(preset("gpt2"), TINY))
-    outcome = dict(throughput.compare({"it": Job("pytorch-compiled", config, threads=1)}, CPU, warmup=1, steps=1))["it"]
+    outcome = dict(measuring.compare({"it": Job("pytorch-compiled", config, threads=1)}, CPU, warmup=1, steps=1))["it"]
     assert outcome.startswith("failed: InductorError: InvalidCxxCompiler: No working C++ compiler")
 
 
@@ -192,10 +192,10 @@ def test_a_pretended_card_has_its_own_fused_attention(card, fused, monkeypatch):
         return Step(step, None, 1, 1)
 
     monkeypatch.setitem(CONTENDERS, "it", contender)
-    monkeypatch.setattr(throughput.os, "environ", dict(throughput.os.environ))
+    monkeypatch.setattr(measuring.os, "environ", dict(measuring.os.environ))
     job = Job("it", from_dict(merge(preset("gpt2"), TINY)), card=get(card), threads=torch.get_num_threads())
     try:
-        throughput.measure(job, 0, 0, SimpleNamespace(recv=lambda: next(asked), send=sent.append))
+        measuring.measure(job, 0, 0, SimpleNamespace(recv=lambda: next(asked), send=sent.append))
     finally:
         meters.dispatch.force_chip(None)
         for (_, switch), on in zip(switches, before):
@@ -205,19 +205,19 @@ def test_a_pretended_card_has_its_own_fused_attention(card, fused, monkeypatch):
 
 def test_settings_that_cannot_be_are_told_by_the_process_that_measures(monkeypatch):
     sent, config = [], from_dict(merge(preset("gpt2"), TINY, {"strategy": {"device": "cuda:7"}}))
-    monkeypatch.setattr(throughput.os, "environ", dict(throughput.os.environ))
+    monkeypatch.setattr(measuring.os, "environ", dict(measuring.os.environ))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     job = Job("pilesmith", config, threads=torch.get_num_threads())
-    throughput.measure(job, 0, 0, SimpleNamespace(recv=None, send=sent.append))
+    measuring.measure(job, 0, 0, SimpleNamespace(recv=None, send=sent.append))
     assert sent[0].startswith("not run: --device cuda:7: this PyTorch")
 
 
 def test_retried_allocations_are_those_of_the_timed_steps(monkeypatch):
     count, asked, sent = iter([5, 7, 7, 10]), iter([1, 1, 1, 0]), []
-    monkeypatch.setattr(throughput, "alloc_retries", lambda device: next(count))
-    monkeypatch.setattr(throughput.os, "environ", dict(throughput.os.environ))
+    monkeypatch.setattr(measuring, "alloc_retries", lambda device: next(count))
+    monkeypatch.setattr(measuring.os, "environ", dict(measuring.os.environ))
     job = Job("pilesmith", from_dict(merge(preset("gpt2"), TINY)), threads=torch.get_num_threads())
-    throughput.measure(job, 0, 0, SimpleNamespace(recv=lambda: next(asked), send=sent.append))
+    measuring.measure(job, 0, 0, SimpleNamespace(recv=lambda: next(asked), send=sent.append))
     assert summarise(sent[-1], None)["alloc_retries"] == 2 + 3
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": 4})
     assert meters.alloc_retries(torch.device("cuda")) == 4 and meters.alloc_retries(CPU) == 0
@@ -230,12 +230,12 @@ def test_smaller_micro_batches_are_tried_for_others_where_one_does_not_fit(monke
         ((name, job),) = jobs.items()
         size = job.config.optimizer.micro_batch_size or 8
         tried.append(size)
-        return {name: throughput.OutOfMemory("tried to allocate 20 GiB", size) if size > 2 else "fits"}
+        return {name: measuring.OutOfMemory("tried to allocate 20 GiB", size) if size > 2 else "fits"}
 
-    monkeypatch.setattr(throughput, "take_turns", take_turns)
+    monkeypatch.setattr(measuring, "take_turns", take_turns)
     config = from_dict(merge(preset("gpt2"), TINY))
-    assert throughput.largest_that_fits("it", Job("pytorch", config), 1, 1) == "fits" and tried == [8, 4, 2]
-    ours = throughput.largest_that_fits("it", Job("pilesmith", config), 1, 1)
+    assert measuring.largest_that_fits("it", Job("pytorch", config), 1, 1) == "fits" and tried == [8, 4, 2]
+    ours = measuring.largest_that_fits("it", Job("pilesmith", config), 1, 1)
     assert ours == "out of memory: tried to allocate 20 GiB" and tried == [8, 4, 2, 8]
 
 
@@ -281,7 +281,7 @@ def test_energy_is_nvmls(monkeypatch):
 def test_two_processes_share_a_batch():
     config = from_dict(merge(preset("gpt2"), TINY, {"optimizer": {"micro_batch_size": 1}}))
     job = Job("pilesmith", config, processes=2, threads=1)
-    measured = dict(throughput.compare({"two": job}, CPU, warmup=1, steps=1))["two"]
+    measured = dict(measuring.compare({"two": job}, CPU, warmup=1, steps=1))["two"]
     assert isinstance(measured, Measured) and len(measured.steps) == 1
     assert measured.config.strategy.strategy == "zero"
 
@@ -291,6 +291,7 @@ def test_two_processes_share_a_batch():
     [
         (["--compare", "megatron"], "--compare knows pilesmith"),
         (["--gpu_memory", "lots"], "no size of memory"),
+        (["--host_memory", "lots"], "--host_memory: 'lots' is no size of memory"),
         (["--stepz", "3"], "unknown flag '--stepz'; did you mean 'steps'"),
         (["--n_heads", "3"], "did you mean 'n_head'"),
         (["--processes", "2", "--compare"], "one process"),
@@ -321,5 +322,5 @@ def test_a_result_on_a_cpu_names_no_gpu_that_was_not_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     assert environment(CPU)["gpu"] is None and environment()["gpu"] is None
     assert environment(torch.device("cuda", 0))["gpu"]["name"] == "H100"
-    monkeypatch.setattr(throughput, "take_turns", lambda jobs, warmup, steps, rounds: {"it": f"{rounds} rounds"})
-    assert dict(throughput.compare({"it": None}, CPU, 1, 1)) == {"it": f"{throughput.ROUNDS} rounds"}
+    monkeypatch.setattr(measuring, "take_turns", lambda jobs, warmup, steps, rounds: {"it": f"{rounds} rounds"})
+    assert dict(measuring.compare({"it": None}, CPU, 1, 1)) == {"it": f"{measuring.ROUNDS} rounds"}
