@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from benchmarks.chart_style import plain
 from benchmarks.reading import Results, device_name, of_kind
 from tools.plan import draw
+from tools.tune import FATES
 
 
 def plan_data(results: Results) -> Any:
@@ -27,10 +28,7 @@ def draw_plan(data: Any) -> Figure:
     return draw([(card, sizes, limit, name) for card, name, sizes, limit in data["rows"]], data["title"])
 
 
-FATES = {
-    "left": ("#08519c", "right, or to be tried on the chip"), "wrong": ("#e6550d", "wrong"),
-    "faulty": ("#fdae6b", "spill or do not fit"), "too large": ("#bdbdbd", "too large to compile"),
-}  # fmt: skip
+FATE_COLOURS = ("#08519c", "#e6550d", "#fdae6b", "#bdbdbd")
 
 
 def tune_data(results: Results) -> Any:
@@ -52,7 +50,7 @@ def draw_tune(panels: Any) -> Figure:
     for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels):
         for y, (_, counts, gain) in enumerate(panel["rows"]):
             left = 0
-            for fate, (colour, words) in FATES.items():
+            for (fate, words), colour in zip(FATES.items(), FATE_COLOURS):
                 label = words if y == 0 and axes is figure.axes[0] else None
                 axes.barh(y, counts[fate], left=left, color=colour, label=label)
                 left += counts[fate]

@@ -3,9 +3,9 @@
 from collections import defaultdict
 from typing import Any
 
-from benchmarks.charts_of_tools import FATES
 from benchmarks.reading import COMMANDS, Results, device_name, nothing, of_kind, source, table
 from kernels import launch_configs
+from tools.tune import FATES
 
 
 def compiled(results: Results, base: str) -> str:

@@ -39,7 +39,10 @@ try:
 except ImportError:  # there is nothing to tune then
     TritonError = RuntimeError
 
-FATES = ("too large", "faulty", "wrong", "left")  # to compile; once compiled; its results
+FATES = {  # of candidates, in the words of charts and tables
+    "left": "right, or to be tried on the chip", "wrong": "wrong", "faulty": "spill or do not fit",
+    "too large": "too large to compile",
+}  # fmt: skip
 WORTH = 0.99  # a winner must need at most this share of the old one's time
 
 
@@ -151,7 +154,7 @@ def summary(kernel: str, case: str, trials: list[Trial], current: LaunchConfig) 
 
 def report(kernel: str, case: str, trials: list[Trial]) -> None:
     fates = [t.fate for t in trials]
-    too_large, faulty, false, left = (fates.count(fate) for fate in FATES)
+    left, false, faulty, too_large = (fates.count(fate) for fate in FATES)
     print(f"{kernel}, {case}: of {len(trials)} candidates {too_large} are too large to compile, {faulty}", end=" ")
     print(f"spill or do not fit or compile, {false} are wrong, {left} are left")
     for trial in sorted(trials, key=lambda t: (bool(t.refused), t.score)):
@@ -285,14 +288,27 @@ def tune(
     current = tunable.current(case, chip)
     candidates = spread([c for c in tunable.candidates(case, chip) if c != current], options.limit)
     trials = compile_trials(tunable, prune(tunable, [current, *candidates], case, chip), case, chip.target, pool)
-    if options.dry_run:
-        report(tunable.kernel, case, trials)
-        return summary(tunable.kernel, case, trials, current)
+    if not options.dry_run:
+        trials, shapes = timed_trials(tunable, case, chip, device, options.sizes or tunable.sizes, trials)
+    report(tunable.kernel, case, trials)
+    found = summary(tunable.kernel, case, trials, current)
+    if not options.dry_run:
+        winner = decide(trials, current, found["gain"])
+        if winner:
+            figures = figures_of(winner, trials, current, shapes, chip, environment(device))
+            keep(chip, tunable.kernel, case, winner.config, figures)
+    return found
+
+
+def timed_trials(
+    tunable: Tunable, case: str, chip: Chip, device: torch.device, sizes: Iterable[int], trials: list[Trial]
+) -> tuple[list[Trial], list[dict[str, int]]]:
+    """Return the trials, what is right of them timed at each size, and the shapes that they were timed at."""
     from triton.testing import do_bench
 
     dispatch.set_backend("triton")
     dtype = getattr(torch, chip.dtype)
-    timed = [tunable.speed(case, device, dtype, size) for size in options.sizes or tunable.sizes]
+    runs, shapes = zip(*(tunable.speed(case, device, dtype, size) for size in sizes))
 
     def verify(config: LaunchConfig) -> str:
         with launch_configs.use_launch_config(tunable.kernel, case, config):
@@ -300,28 +316,36 @@ def tune(
 
     def time(config: LaunchConfig) -> tuple[float, ...]:
         with launch_configs.use_launch_config(tunable.kernel, case, config):
-            return tuple(1e-3 * do_bench(run, warmup=10, rep=50, return_mode="median") for run, _ in timed)
+            return tuple(1e-3 * do_bench(run, warmup=10, rep=50, return_mode="median") for run in runs)
 
-    trials = measure(trials, verify, time)
-    report(tunable.kernel, case, trials)
-    found = summary(tunable.kernel, case, trials, current)
+    return measure(trials, verify, time), list(shapes)
+
+
+def decide(trials: list[Trial], current: LaunchConfig, gain: float | None) -> Trial | None:
+    """Say what wins and return it: the table's own where none is clearly faster, None where nothing is right."""
     best, before = choose(trials, current)
     if best is None:
         print("  nothing is right here: the table stays as it is")
-        return found
-    gain = found["gain"]
-    if before and best.score > WORTH * before.score:
+    elif before and best.score > WORTH * before.score:
         print("  the table's own is as fast as any")
-        best, gain = before, 1.0
+        return before
     else:
         print(f"  {gain:.2f} times the speed of the table's own" if gain else "  the table's own does not run here")
-    where = environment(device)
-    figures = {
-        "seconds": list(best.seconds),
+    return best
+
+
+def figures_of(
+    winner: Trial, trials: list[Trial], current: LaunchConfig, shapes: list[dict[str, int]], chip: Chip,
+    where: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Return what is kept beside a winner: seconds at each of `shapes`, against the table's own, and where."""
+    _, before = choose(trials, current)
+    return {
+        "seconds": list(winner.seconds),
         "before_s": list(before.seconds) if before else None,
-        "gain": gain,
+        "gain": before.score / winner.score if before else None,
         "dtype": chip.dtype,
-        "shapes": [shape for _, shape in timed],
+        "shapes": shapes,
         "tried": len(trials),
         "refused": sum(bool(t.refused) for t in trials),
         "device": where["gpu"]["name"],
@@ -329,8 +353,6 @@ def tune(
         "commit": where["commit"],
         "date": where["date"],
     }
-    keep(chip, tunable.kernel, case, best.config, figures)
-    return found
 
 
 if __name__ == "__main__":

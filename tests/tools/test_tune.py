@@ -127,6 +127,25 @@ def test_the_wrong_are_never_timed_and_the_fastest_wins():
     assert choose([Trial({"ROWS": 1}, "spills")], {"ROWS": 1}) == (None, None)
 
 
+@pytest.mark.parametrize(
+    "seconds, kept, gain, said",
+    [(0.5, 2, 2.0, "2.00 times the speed"), (0.999, 1, 1.0, "as fast as any"), (None, 1, 1.0, "as fast as any")],
+)
+def test_what_is_kept_is_clearly_faster_than_the_tables_own(seconds, kept, gain, said, capsys):
+    trials = [Trial({"ROWS": 1}, seconds=(1.0,)), Trial({"ROWS": 2}, "" if seconds else "wrong")]
+    trials[1] = replace(trials[1], seconds=(seconds,) if seconds else ())
+    current, where = (
+        {"ROWS": 1},
+        {"gpu": {"name": "L4"}, "versions": dict.fromkeys(("torch", "triton"), "3"), "date": ""},
+    )
+    winner = tune.decide(trials, current, tune.summary("softmax", "64", trials, current)["gain"])
+    assert winner.config == {"ROWS": kept} and said in capsys.readouterr().out
+    shapes = [{"rows": 8}]
+    figures = tune.figures_of(winner, trials, current, shapes, CHIPS["cuda:89"], where | {"commit": None})
+    assert (figures["gain"], figures["before_s"], figures["refused"]) == (gain, [1.0], int(seconds is None))
+    assert tune.decide([Trial(current, "spills")], current, None) is None
+
+
 def test_what_does_not_run_is_refused_and_ends_nothing(triton_here):
     """Refused as it is launched, at the sizes it is verified at or, with larger strides, at those it is timed at."""
     from triton.runtime.errors import OutOfResources
