@@ -9,6 +9,8 @@ from torch import Tensor
 
 
 class Head(nn.Module):
+    """x: (B, T, C). Returns (B, T, D) of one head, its scores (B, T, T) held whole."""
+
     def __init__(self, n_embd: int, head_dim: int, block_size: int) -> None:
         super().__init__()
         self.key, self.query, self.value = (nn.Linear(n_embd, head_dim, bias=False) for _ in range(3))
@@ -21,6 +23,8 @@ class Head(nn.Module):
 
 
 class Attention(nn.Module):
+    """x: (B, T, C), and so what is returned: heads one after the other, laid side by side."""
+
     def __init__(self, n_head: int, n_embd: int, block_size: int) -> None:
         super().__init__()
         self.heads = nn.ModuleList(Head(n_embd, n_embd // n_head, block_size) for _ in range(n_head))
@@ -31,6 +35,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """x: (B, T, C), and so what is returned; 4 C wide inside."""
+
     def __init__(self, n_embd: int) -> None:
         super().__init__()
         self.hidden, self.proj = nn.Linear(n_embd, 4 * n_embd), nn.Linear(4 * n_embd, n_embd)
@@ -40,6 +46,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """x: (B, T, C), and so what is returned: norms before, residuals around."""
+
     def __init__(self, n_head: int, n_embd: int, block_size: int) -> None:
         super().__init__()
         self.ln1, self.ln2 = nn.LayerNorm(n_embd), nn.LayerNorm(n_embd)

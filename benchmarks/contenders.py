@@ -83,6 +83,7 @@ class PlainAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        """x: (B, T, C); rope: cos and sin, each (T, D / 2), None with learned positions. Returns (B, T, C)."""
         B, T, C = x.shape
         # Each (B, H, T, D).
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).chunk(3, dim=-1))
@@ -93,11 +94,14 @@ class PlainAttention(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: (B, H, T, D), its halves turned by the angles of cos and sin, each (T, D / 2). Returns x's shape and dtype."""
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1).to(x.dtype)
 
 
 class PlainBlock(nn.Module):
+    """x, rope and what is returned as of PlainAttention."""
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
@@ -112,7 +116,10 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """The same GPT as a good plain PyTorch script writes it: SDPA, whole logits."""
+    """The same GPT as a good plain PyTorch script writes it: SDPA, whole logits.
+
+    tokens, targets: int64 (B, T). Returns the mean loss, fp32 (), in nats a token.
+    """
 
     def __init__(self, config: Any) -> None:
         super().__init__()

@@ -39,6 +39,7 @@ ROUNDS = 4  # turns that the contenders take on a CPU
 
 
 def random_batches(config: Config, micro_batch_size: int, grad_accum: int, seed: int) -> list[Batch]:
+    """Return `grad_accum` micro-batches of random tokens and targets, each int64 (micro_batch_size, block_size)."""
     generator = torch.Generator().manual_seed(seed)
     shape = (micro_batch_size, config.model.block_size + 1)
     rows = (torch.randint(min(50257, config.model.vocab_size), shape, generator=generator) for _ in range(grad_accum))
@@ -190,6 +191,10 @@ def largest_that_fits(name: str, job: Job, warmup: int, steps: int) -> Measured 
 
 
 def take_turns(jobs: dict[str, Job], warmup: int, steps: int, rounds: int) -> dict[str, Outcome]:
+    """Return what came of each job by name: `warmup` steps of all of them, then `steps` timed ones of each.
+
+    They take these in `rounds` turns, all in processes that live until the end.
+    """
     missing = {name: not_installed(job.contender) for name, job in jobs.items()}
     results: dict[str, Outcome] = {
         n: f"not run: {package} is not installed" for n, package in missing.items() if package

@@ -16,7 +16,7 @@ from kernels import dispatch
 from kernels.dispatch import Chip
 
 CPU_STEP_TOKENS = 8192
-_STATUS = Path("/proc/self/status")
+STATUS = Path("/proc/self/status")
 
 
 def kernels_in_use(device: torch.device) -> dict[str, str]:
@@ -70,13 +70,13 @@ def forget_peak(device: torch.device) -> int:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    if not _STATUS.exists():  # not Linux: a peak that cannot be forgotten, so only growth beyond it is seen
+    if not STATUS.exists():  # not Linux: a peak that cannot be forgotten, so only growth beyond it is seen
         return peak_memory(device)
     # The C library keeps freed memory for itself, where a step would find it again without a trace in the peak.
     if hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again at VmRSS
-    return _status_bytes("VmRSS")
+    return status_bytes("VmRSS")
 
 
 def peak_bytes(device: torch.device) -> dict[str, int]:
@@ -127,6 +127,7 @@ def _nvml_handle(device: torch.device) -> Any:
         return None
 
 
-def _status_bytes(field: str) -> int:
-    line = next(x for x in _STATUS.read_text().splitlines() if x.startswith(field + ":"))
+def status_bytes(field: str) -> int:
+    """Return the bytes of a line of /proc/self/status, such as "VmRSS"."""
+    line = next(x for x in STATUS.read_text().splitlines() if x.startswith(field + ":"))
     return int(line.split()[1]) * 1024

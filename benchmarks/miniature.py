@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import RESULTS, environment, write_result
+from benchmarks.meters import STATUS, status_bytes
 from engine import footprint
 from engine.cards import CLASSIC, Card, get
 from engine.command_line import positive
@@ -52,7 +53,6 @@ PROCESS_BYTES = 16 * MiB
 BUCKET = footprint.DEEPSPEED_BUCKET // SCALE**2
 OUT_OF_MEMORY = "out of memory"
 PLAIN_STEPS = 2
-STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ def train(asked: Trial) -> dict[str, Any]:
         # What the first call of each op loads belongs to no model.
         tiny = replace(config.model, n_embd=64, n_head=2, vocab_size=256, block_size=16)
         steps(replace(config, model=tiny), asked.grad_accum, 2)
-        before = _status("VmRSS")
-        limit = _status("VmData") + asked.limit_bytes
+        before = status_bytes("VmRSS")
+        limit = status_bytes("VmData") + asked.limit_bytes
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         losses = steps(config, asked.grad_accum, asked.steps)
         return {"status": "trained", "losses": losses, "peak_bytes": peak_memory(torch.device("cpu")) - before}
@@ -164,12 +164,6 @@ def steps(config: Config, grad_accum: int, count: int) -> list[float]:
         strategy.step(loss)
         losses.append(loss.item())
     return losses
-
-
-def _status(field: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    line = next(x for x in STATUS.read_text().splitlines() if x.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
 
 
 def in_a_process(asked: Trial) -> dict[str, Any]:

@@ -84,6 +84,7 @@ def jobs(kind: str, axis: str, overrides: dict[str, Any]) -> dict[int, Job]:
 
 
 def row(value: int, measured: Measured | str, job: Job, peak: float | None) -> dict[str, Any]:
+    """Return a point of an axis as the result file has it: tokens/s, seconds, bytes. `peak`: the device's FLOP/s."""
     with torch.device("meta"):
         n = GPT(job.config.model).num_parameters()
     flops = flops_per_token(job.config.model, n)
@@ -109,6 +110,7 @@ def on_paper(preset_name: str, card_names: tuple[str, ...], batch_tokens: int) -
 
 
 def describe(made: Plan) -> dict[str, Any]:
+    """Return what the result file says of a plan, each for one card: bytes, seconds of a step; tokens/s of all."""
     return {
         "plan": made.name,
         "tokens_per_s": made.tokens_per_s,

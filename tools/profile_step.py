@@ -138,6 +138,7 @@ def _held_bytes(strategy: Strategy, device: torch.device) -> int:
 
 
 def part_rows(attributed: Attributed, step_s: float) -> list[dict[str, Any]]:
+    """Return the seconds of each part that took any, forward, backward and in all, and its share of `step_s`."""
     rows = []
     for part in PARTS:
         t = attributed.parts.get(part)
@@ -178,6 +179,11 @@ def _fastest(run: Any, device: torch.device) -> float:
 
 
 def operation_rows(attributed: Attributed, peaks: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return calls, seconds, FLOPs and bytes of each operation whose work is known, the longest first.
+
+    roofline: the share of its seconds that it would need at `peaks`, FLOP/s and bytes/s as `find_peaks` returns them.
+    """
+
     def roofline(o: Operation) -> float:
         needed = max(o.flops / peaks["flops_s"], o.bytes / peaks["bytes_s"])
         return needed / o.seconds if o.seconds else 0.0
