@@ -14,22 +14,21 @@ import sys
 import time
 from pathlib import Path
 
+import tiktoken
+
 from engine.checkpoint import CheckpointError, best
-from engine.command_line import positive
+from engine.command_line import CommandLine, positive
 from engine.config import MAX_SEED, ConfigError, require
 from engine.device import DTYPES, choose_device, choose_dtype
 from engine.formats import WeightsError
-from engine.sampling import TextStream, check_sampling, generate, prompt_tokens, sample_text
+from engine.model import GPT
+from engine.sampling import TextStream, check_sampling, generate, prompt_tokens
 from engine.tokenizer import DEFAULT_TOKENIZER, load_encoding
 from engine.weights import ACCEPTED, find_weights, load_model, recorded_tokenizer
 
-__all__ = ["generate", "main", "sample_text"]
-
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="engine/generate.py", description="Write text with a trained model.", allow_abbrev=False
-    )
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     add("--model_path", required=True, metavar="PATH", help=f"{ACCEPTED}; of a run the best checkpoint is taken")
     add("--input_text", default="", metavar="TEXT", help="what to continue; empty: the beginning of a document")
@@ -50,9 +49,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def write_text(options: argparse.Namespace) -> None:
-    check_sampling(options.temperature, options.top_k, options.top_p)
-    require(abs(options.seed) <= MAX_SEED, f"--seed must be at most {MAX_SEED}, got {options.seed}")
+def load(options: argparse.Namespace) -> tuple[GPT, tiktoken.Encoding]:
+    """Return the model that `--model_path` leads to and its encoding, and note where they are from."""
     device, device_reason = choose_device(options.device)
     dtype, dtype_reason = choose_dtype(options.dtype, device)
     path = find_weights(options.model_path)
@@ -75,12 +73,15 @@ def write_text(options: argparse.Namespace) -> None:
     note(f"model: {path}{of_run}, {model.num_parameters():,} parameters, context {model.config.block_size}")
     note(f"tokenizer: {encoding.name}")
     note(f"device: {device} ({device_reason}); dtype: {str(dtype).removeprefix('torch.')} ({dtype_reason})")
+    return model, encoding
 
+
+def write(model: GPT, encoding: tiktoken.Encoding, options: argparse.Namespace) -> None:
+    """Write what the model makes of the prompt: the first sample as it is made, the others when they are finished."""
     prompt = prompt_tokens(encoding, options.input_text, options.num_samples)
     if prompt.shape[1] > model.config.block_size:
         note(f"prompt of {prompt.shape[1]} tokens: only the last {model.config.block_size} are read")
 
-    # The first sample is written as it is made; the others, made beside it, when they are finished.
     streams = [TextStream(encoding) for _ in range(options.num_samples)]
     later = [""] * options.num_samples
     live = [True] * options.num_samples
@@ -126,7 +127,9 @@ def main(arguments: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end the program
     try:
-        write_text(options)
+        check_sampling(options.temperature, options.top_k, options.top_p)
+        require(abs(options.seed) <= MAX_SEED, f"--seed must be at most {MAX_SEED}, got {options.seed}")
+        write(*load(options), options)
     except (CheckpointError, ConfigError, WeightsError) as error:
         note(f"error: {error}")
         return 2

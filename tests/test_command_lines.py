@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import miniature, throughput
-from engine import train
+from engine import generate, train
 from tools import compile_kernels, convert_hdf5, download, export_weights, import_weights, prepare, track_memory, tune
 
 
@@ -24,6 +24,12 @@ from tools import compile_kernels, convert_hdf5, download, export_weights, impor
         (download, "--train 1", "error: unknown flag '--train'; did you mean 'train_"),
         (convert_hdf5, "a.h5 b.bin --tokeniser-name=gpt2", "did you mean 'tokenizer_name'?\n"),
         (convert_hdf5, "a.h5", "error: the following arguments are required: target\n"),
+        (
+            generate,
+            "--model-path=a --max-new-token=3",
+            "unknown flag '--max_new_token=3'; did you mean 'max_new_tokens'?",
+        ),
+        (generate, "--model_path=a --num-samples=0", "--num_samples: must be"),
         (throughput, "--steps=0", "--steps: must be a whole number from 1 on, got '0'"),
         (throughput, "--processes=-1", "--processes: must be"),
     ],
