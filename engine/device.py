@@ -36,12 +36,10 @@ def find_device(wanted: str, local_rank: int = 0) -> tuple[torch.device, str]:
 
     ConfigError where it is not there, or where this PyTorch was not built for it.
     """
-    if wanted == "auto":
-        if torch.cuda.is_available():
-            return _supported(torch.device("cuda", local_rank)), torch.cuda.get_device_name(local_rank)
+    if wanted == "auto" and not torch.cuda.is_available():
         return torch.device("cpu"), f"no GPU found; {torch.get_num_threads()} threads"
     try:
-        device = torch.device(wanted)
+        device = torch.device("cuda" if wanted == "auto" else wanted)
     except RuntimeError:
         device = None
     require(
@@ -54,10 +52,16 @@ def find_device(wanted: str, local_rank: int = 0) -> tuple[torch.device, str]:
         torch.cuda.is_available(),
         f"--device {wanted}: this PyTorch ({torch.__version__}) sees no GPU; try --device cpu",
     )
-    index = local_rank if device.index is None else device.index
     count = torch.cuda.device_count()
-    require(index < count, f"--device {wanted}: there are {count} GPUs, numbered from 0")
-    return _supported(torch.device("cuda", index)), f"{torch.cuda.get_device_name(index)}, asked for"
+    if device.index is None:
+        require(
+            local_rank < count,
+            f"--device {wanted}: this machine has {count} GPUs and at least {local_rank + 1} processes: "
+            f"start no more than {count}, or --device cpu",
+        )
+        device = torch.device("cuda", local_rank)
+    require(device.index < count, f"--device {wanted}: there are {count} GPUs, numbered from 0")
+    return _supported(device), torch.cuda.get_device_name(device.index) + ("" if wanted == "auto" else ", asked for")
 
 
 def _supported(device: torch.device) -> torch.device:

@@ -75,6 +75,14 @@ def test_a_gpu_that_this_pytorch_was_not_built_for_is_refused_with_the_build_tha
     assert choose_device("auto", 1)[0] == current[-1] == torch.device("cuda", 1)
 
 
+@pytest.mark.parametrize("wanted", ["auto", "cuda"])
+def test_more_processes_than_gpus_are_refused(monkeypatch, wanted):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=f"--device {wanted}: this machine has 2 GPUs and at least 4 processes"):
+        find_device(wanted, 3)
+
+
 @pytest.mark.parametrize("asked", ["", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
 def test_segments_expand_unless_a_person_says_something_else_of_the_allocator(monkeypatch, asked):
     monkeypatch.setattr(device, "find_device", lambda wanted, rank: (torch.device("cuda", 0), "there"))
