@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.whole_file import whole_file
+
 MAX_SEED = 2**63 - 1  # PyTorch's generators take no more
 
 
@@ -103,16 +105,16 @@ class OptimizerConfig:
     max_bad_steps: int = field(default=5, metadata={"help": "non-finite steps in a row that stop the run"})
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_tokens", "lr", "max_bad_steps"):
+        for name in ("max_steps", "batch_tokens", "lr", "max_bad_steps", "adam_eps"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("micro_batch_size", "warmup_steps", "min_lr", "decay_steps", "weight_decay", "grad_clip"):
+        for name in (
+            "micro_batch_size", "warmup_steps", "min_lr", "decay_steps", "lr_decay_step", "weight_decay", "grad_clip"
+        ):  # fmt: skip
             require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
         for name in ("lr", "min_lr", "weight_decay", "grad_clip", "adam_eps"):
             require(math.isfinite(getattr(self, name)), f"{name} must be finite, got {getattr(self, name)}")
-        for name in ("adam_eps", "lr_decay_step"):
-            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         require(self.min_lr <= self.lr, f"min_lr ({self.min_lr:g}) is above lr ({self.lr:g}); lower --min_lr as well")
 
 
@@ -272,7 +274,8 @@ class Config:
         return dataclasses.asdict(self)
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        with whole_file(path, synced=True) as partial:
+            partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
 
 _GPT2 = dict(block_size=1024, positions="learned", activation="gelu_tanh")

@@ -14,6 +14,7 @@ from engine.cards import Card, parse_memory
 from engine.config import PRESETS, Config, ConfigError, ModelConfig, OptimizerConfig, require
 from engine.footprint import METHODS, GiB, Method, states_bytes
 from engine.memory import Plan, card_of, choose, nearest, plan, reason
+from engine.schedule import decay_length
 from kernels import dispatch
 
 CPU_MICRO_BATCH_TOKENS = 8192  # beyond this a CPU gains nothing and the activations leave its caches
@@ -92,15 +93,25 @@ def _refuse_what_is_unused(config: Config) -> None:
 
 
 def _shorten_warmup(config: Config) -> None:
-    """Shorten a preset's warm-up that would be all of a run, as a smaller max_steps makes it; refuse a person's own."""
-    options, usual = config.optimizer, _usual(config)
-    if options.warmup_steps >= options.max_steps:
-        would = f"--warmup_steps {options.max_steps // 10} would do"
+    """Shorten a preset's warm-up that would be all of a run, or meet wsd's decay, as a smaller max_steps makes it.
+
+    ConfigError for a person's own.
+    """
+    options, decay = config.optimizer, decay_length(config.optimizer)
+    short = options.max_steps // 10
+    require(
+        min(short, options.warmup_steps) + decay <= options.max_steps,
+        f"--decay_steps {decay} is all of the {options.max_steps} steps of --max_steps: "
+        f"--decay_steps {options.max_steps // 5} would do",
+    )
+    if options.warmup_steps >= options.max_steps or options.warmup_steps + decay > options.max_steps:
+        taken = f" and a decay of {decay} are more than" if decay else " is all of"
         require(
-            options.warmup_steps == usual.warmup_steps,
-            f"--warmup_steps {options.warmup_steps} is all of the {options.max_steps} steps of --max_steps: {would}",
+            options.warmup_steps == _usual(config).warmup_steps,
+            f"--warmup_steps {options.warmup_steps}{taken} the {options.max_steps} steps of --max_steps: "
+            f"--warmup_steps {short} would do",
         )
-        options.warmup_steps = options.max_steps // 10
+        options.warmup_steps = short
 
 
 def _refuse_what_memory_cannot_hold(config: Config, dtype: torch.dtype, world_size: int) -> None:

@@ -20,9 +20,24 @@ def learning_rate(step: int, config: OptimizerConfig) -> float:
     if config.schedule == "cosine":
         progress = (step - config.warmup_steps) / max(last - config.warmup_steps, 1)
         return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
-    decay = config.decay_steps or max(config.max_steps // 5, 1)
+    decay = decay_length(config)
     progress = (step - (last - decay)) / decay
     return config.lr + (config.min_lr - config.lr) * min(max(progress, 0.0), 1.0)
+
+
+def decay_length(config: OptimizerConfig) -> int:
+    """Return how many of a run's last steps wsd's final decay takes; 0 for other schedules."""
+    return (config.decay_steps or max(config.max_steps // 5, 1)) if config.schedule == "wsd" else 0
+
+
+def never_drops(config: OptimizerConfig) -> list[str]:
+    """Return the line that says of the step schedule that its drop comes after the run's end, where it does."""
+    if config.schedule != "step" or config.lr_decay_step < config.max_steps - 1:
+        return []
+    return [
+        f"schedule: the learning rate stays at {config.lr:g}: "
+        f"--lr_decay_step {config.lr_decay_step} is not before the last of {config.max_steps} steps"
+    ]
 
 
 def new_length(before: int, config: OptimizerConfig) -> list[str]:

@@ -8,6 +8,7 @@ from engine.cards import get
 from engine.command_line import parse
 from engine.config import ConfigError, StrategyConfig
 from engine.memory import plan
+from engine.schedule import decay_length, learning_rate
 
 GiB = 2**30
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -43,6 +44,43 @@ def test_without_a_card(flags, world_size, strategy, stage):
     assert (config.strategy.strategy, config.strategy.zero_stage, chosen) == (strategy, stage, None)
     assert config.optimizer.micro_batch_size * grad_accum * world_size * 128 == config.optimizer.batch_tokens
     assert config.strategy.weights == config.strategy.moments == "fp32"
+
+
+@pytest.mark.parametrize(
+    "flags, warmup_steps",
+    [
+        ([], 50),  # the preset's
+        (["--decay_steps=950"], 50),
+        (["--decay_steps=951", "--max_steps=1001", "--warmup_steps=50"], 50),
+        (["--decay_steps=900", "--max_steps=1000"], 50),
+        (["--max_steps=60"], 6),  # 50 and a decay of 12 would meet
+        (["--max_steps=60", "--warmup_steps=48"], 48),
+    ],
+)
+def test_a_warm_up_ends_before_the_decay_begins(flags, warmup_steps):
+    config, _, _ = settled("--preset=13m", "--schedule=wsd", *flags, device=CPU, dtype=torch.float32)
+    options = config.optimizer
+    assert options.warmup_steps == warmup_steps
+    rates = [learning_rate(step, options) for step in range(options.max_steps)]
+    falls = [before - after for before, after in zip(rates[warmup_steps - 1 :], rates[warmup_steps:])]
+    assert max(rates) == options.lr and max(falls) == pytest.approx(
+        (options.lr - options.min_lr) / decay_length(options)
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--max_steps=60", "--warmup_steps=49"], "--warmup_steps 49 and a decay of 12 are more than the 60 steps"),
+        (
+            ["--decay_steps=1001"],
+            "--decay_steps 1001 is all of the 1000 steps of --max_steps: --decay_steps 200 would do",
+        ),
+    ],
+)
+def test_a_persons_own_warm_up_that_meets_the_decay_is_refused(flags, said):
+    with pytest.raises(ConfigError, match=said):
+        settled("--preset=13m", "--schedule=wsd", *flags, device=CPU, dtype=torch.float32)
 
 
 def test_a_card_gets_the_plan_that_fits(on_card):

@@ -3,7 +3,7 @@
 import pytest
 
 from engine.config import OptimizerConfig
-from engine.schedule import learning_rate
+from engine.schedule import learning_rate, never_drops
 
 
 def rates(**changes) -> list[float]:
@@ -40,6 +40,15 @@ def test_wsd():
 def test_step():
     lr = rates(schedule="step", lr_decay_step=70)
     assert set(lr[10:71]) == {1.0} and set(lr[71:]) == {0.1}
+
+
+@pytest.mark.parametrize("lr_decay_step, drops", [(98, True), (99, False), (50_000, False)])
+def test_a_step_that_never_comes_is_said(lr_decay_step, drops):
+    options = dict(schedule="step", lr_decay_step=lr_decay_step)
+    assert (rates(**options)[-1] == 0.1) == drops
+    said = never_drops(OptimizerConfig(**options, max_steps=100, lr=1.0, min_lr=0.1))
+    assert said == [] if drops else f"stays at 1: --lr_decay_step {lr_decay_step} is not before" in said[0]
+    assert not never_drops(OptimizerConfig(max_steps=100))  # another schedule's
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "step"])
