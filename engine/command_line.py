@@ -1,9 +1,10 @@
 """Command lines: a flag for every setting of a run, and types of arguments that several programs have.
 
-Settings go, weakest first: defaults, `--preset`, `--config FILE` (or the run that is resumed), flags.
+Settings go, weakest first: defaults, `--preset`, the run that is resumed, `--config FILE`, flags.
 """
 
 import argparse
+import os
 import sys
 import types
 import typing
@@ -112,7 +113,7 @@ def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
             where[name] = flag.convert(value)
     base = load_file(given.config) if given.config else {}
     if given.resume:
-        base = merge(base, _resumed(given.resume, merge(base, chosen)))
+        base = merge(_resumed(given.resume, merge(base, chosen)), base)
     _require_both_files(merge(base, chosen).get("data", {}), flags)
     name = chosen.get("preset", base.get("preset", "13m"))
     config = from_dict(merge(preset(name), base, chosen), given.config or "command line")
@@ -121,7 +122,7 @@ def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
 
 def _shown(flag: Setting) -> str:
     """What `--help` shows as a flag's default."""
-    values = {preset.get(flag.section, {}).get(flag.name, flag.default) for preset in PRESETS.values()}
+    values = {tree.get(flag.section, {}).get(flag.name, flag.default) for tree in PRESETS.values()}
     return "preset's" if len(values) > 1 else "auto" if values == {None} else str(values.pop())
 
 
@@ -136,11 +137,24 @@ def _require_both_files(data: dict[str, Any], flags: dict[str, Setting]) -> None
 
 
 def _resumed(checkpoint: str, chosen: dict[str, Any]) -> dict[str, Any]:
-    """The saved configuration of the run that `--resume` names, where there is one yet."""
+    """The saved configuration of the run that `--resume` names, where there is one yet; its run_dir is where it is now.
+
+    ConfigError where nothing is there, or where another preset is chosen than the run's.
+    """
     if checkpoint in ("latest", "auto"):
-        run_dir = Path(chosen.get("run_dir") or f"runs/{chosen.get('preset', '13m')}")
-        saved = run_dir / "config.json"
-        return load_file(saved) if saved.exists() else {}
-    saved = Path(checkpoint) / "config.json"
-    require(saved.exists(), f"--resume {checkpoint}: no checkpoint there ({saved} is missing)")
-    return load_file(saved)
+        folder = run_dir = Path(chosen.get("run_dir") or f"runs/{chosen.get('preset', '13m')}")
+        if not (folder / "config.json").exists():
+            return {}
+    else:
+        folder = run_dir = Path(checkpoint)
+        require(
+            (folder / "config.json").exists(),
+            f"--resume {checkpoint}: no checkpoint there ({folder / 'config.json'} is missing)",
+        )
+        if (folder / "state.json").exists():  # a checkpoint: of the run two folders up, unless it lies alone
+            inside = folder.resolve().parent.name == "checkpoints"
+            run_dir = os.path.normpath(folder / "../..") if inside else None
+    saved = load_file(folder / "config.json")
+    named, theirs = chosen.get("preset"), saved.get("preset", "13m")
+    require(named in (None, theirs), f"--preset {named}: {folder} is a run of {theirs}: leave --preset out to go on")
+    return saved | ({"run_dir": str(run_dir)} if run_dir else {})

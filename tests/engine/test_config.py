@@ -1,7 +1,9 @@
 """The configuration tree and its command line: what wins, what is refused and what the message says."""
 
 import dataclasses
+import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,6 +210,54 @@ def test_resume_goes_on_with_the_saved_configuration(tmp_path):
     assert options.resume == str(tmp_path) and named.model.n_layer == 3 and named.run_dir == str(tmp_path)
 
 
+def test_a_run_that_was_moved_is_written_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = Path("big/2b/checkpoints/step_00000004")
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").touch()
+    for folder in ("big/2b", checkpoint):
+        flags("--preset 2b --run_dir runs/old").save(Path(folder) / "config.json")
+    assert flags("--resume big/2b").run_dir == flags(f"--resume {checkpoint}").run_dir == "big/2b"
+    assert flags("--resume --run_dir big/2b").run_dir == "big/2b"
+    assert flags("--resume big/2b --run_dir runs/new").run_dir == "runs/new"
+    alone = checkpoint.rename(tmp_path / "alone")
+    assert flags(f"--resume {alone}").run_dir == "runs/old"
+    alone.rename(checkpoint)
+    monkeypatch.chdir(checkpoint)
+    assert Path(flags("--resume .").run_dir).resolve() == tmp_path / "big/2b"
+
+
+def test_a_configuration_is_laid_over_the_run_that_is_resumed(tmp_path):
+    flags(f"--preset gpt2 --run_dir {tmp_path} --seed 9 --lr 1e-3 --n_layer 3").save(tmp_path / "config.json")
+    (tmp_path / "my.json").write_text('{"optimizer": {"lr": 2e-3, "beta2": 0.9}}')
+    config = flags(f"--resume {tmp_path} --config {tmp_path}/my.json --beta2 0.8")
+    assert (config.seed, config.model.n_layer, config.optimizer.lr, config.optimizer.beta2) == (9, 3, 2e-3, 0.8)
+
+
+@pytest.mark.parametrize("other", ["--preset 13m", "--config {}/other.json"])
+def test_another_preset_than_the_runs_is_refused(tmp_path, other):
+    flags(f"--preset gpt2 --run_dir {tmp_path}").save(tmp_path / "config.json")
+    (tmp_path / "other.json").write_text('{"preset": "13m"}')
+    for resume in (f"--resume {tmp_path}", f"--resume --run_dir {tmp_path}"):
+        with pytest.raises(ConfigError, match=f"--preset 13m: {tmp_path} is a run of gpt2: leave --preset out"):
+            flags(f"{resume} {other.format(tmp_path)}")
+        assert flags(f"{resume} --preset gpt2").preset == "gpt2"
+
+
+def test_a_configuration_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+    flags("--seed 1").save(tmp_path / "config.json")
+
+    def cut_off(path, text):
+        path.write_bytes(b"{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(OSError, match="No space"):
+        flags("--seed 2").save(tmp_path / "config.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert load_file(tmp_path / "config.json")["seed"] == 1
+
+
 def test_the_launchers_flag_is_no_setting():
     config, options = parse(["--local_rank=2", "--seed=4"])
     assert options.local_rank == 2 and config.seed == 4 and options.resume is None
@@ -259,7 +309,7 @@ def test_resume_goes_on_with_the_run_that_the_configuration_names(tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    "flag", ["--lr=inf", "--weight_decay=inf", "--adam_eps=-1", "--lr_decay_step=-4", "--grad_clip=nan"]
+    "flag", ["--lr=inf", "--weight_decay=inf", "--adam_eps=0", "--lr_decay_step=-4", "--grad_clip=nan"]
 )
 def test_numbers_that_train_nothing_are_refused(flag):
     with pytest.raises(ConfigError, match=flag[2:].partition("=")[0]):
