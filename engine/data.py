@@ -171,7 +171,11 @@ def permute(indices: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray
 
 
 class TrainingBatches:
-    """The training order: every window once an epoch, shuffled anew each epoch, split over the processes."""
+    """The training order: every window once an epoch, shuffled anew each epoch, split over the processes.
+
+    first_sequence: where step 0 begins in that order; not 0, and perhaps negative, where the earlier steps of a run had
+    another number of sequences, so that its later ones neither leave out windows nor repeat them.
+    """
 
     def __init__(
         self,
@@ -181,13 +185,14 @@ class TrainingBatches:
         micro_batch_size: int,
         grad_accum: int,
         seed: int,
+        first_sequence: int = 0,
         rank: int = 0,
         world_size: int = 1,
         document_masking: bool = False,
     ) -> None:
         self.file, self.block_size, self.document_masking = file, block_size, document_masking
         self.micro_batch_size, self.grad_accum = micro_batch_size, grad_accum
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.seed, self.first_sequence, self.rank, self.world_size = seed, first_sequence, rank, world_size
         self.windows = file.windows(block_size)
         self.sequences = micro_batch_size * grad_accum * world_size  # a step
 
@@ -197,7 +202,7 @@ class TrainingBatches:
         All processes' parts laid end to end are the step's sequences, the same whatever the number of processes.
         """
         mine = self.sequences // self.world_size
-        first = step * self.sequences + self.rank * mine
+        first = self.first_sequence + step * self.sequences + self.rank * mine
         places = np.arange(first, first + mine, dtype=np.int64)
         epochs = places // self.windows
         numbers = np.empty_like(places)
@@ -213,7 +218,7 @@ class TrainingBatches:
 
     def epoch(self, step: int) -> float:
         """Return how often the data has been gone through before `step`."""
-        return step * self.sequences / self.windows
+        return (self.first_sequence + step * self.sequences) / self.windows
 
     def epochs_line(self, steps: int) -> str:
         """Return what to say of a run of this many steps: beyond about four epochs repeated text teaches little.

@@ -204,6 +204,17 @@ def test_every_window_comes_once_an_epoch(tmp_path):
     assert batches.epoch(35) == 6.0
 
 
+@pytest.mark.parametrize("before, after", [(3, 5), (5, 2)])
+def test_another_batch_goes_on_where_the_last_one_ended(tmp_path, before, after):
+    file = write(tmp_path / "x.bin", range(4 * 100 + 3))  # 100 windows
+    first = order_of(file, range(10), micro_batch_size=before, grad_accum=1)
+    offset = 10 * before - 10 * after
+    rest = order_of(file, range(10, 60), micro_batch_size=after, grad_accum=1, first_sequence=offset)
+    assert sorted(sum(first + rest, [])[:100]) == list(range(100))
+    batches = TrainingBatches(file, block_size=4, micro_batch_size=after, grad_accum=1, seed=1, first_sequence=offset)
+    assert batches.epoch(10) == before / 10
+
+
 def test_a_batch_depends_on_seed_and_step_alone(tmp_path):
     file = write(tmp_path / "x.bin", range(4 * 1000 + 1))
     straight = order_of(file, range(200))
