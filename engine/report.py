@@ -48,12 +48,16 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 class Report:
     """Keeps the record of a run, on the main process only. `first_step` steps are done: later ones are forgotten.
 
+    MFU, the model's FLOPs in a second over the hardware's, is that of all `n_devices` together, as is the speed;
+    peak_flops is that of one of them, None where it is not known.
     The record never ends the run: what the disk refuses is warned of once, and then done without.
     """
 
-    def __init__(self, config: Config, first_step: int, flops_per_token: int, peak_flops: float | None) -> None:
-        self.config, self.run_dir = config, Path(config.run_dir)
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+    def __init__(
+        self, config: Config, first_step: int, flops_per_token: int, peak_flops: float | None, n_devices: int = 1
+    ) -> None:
+        self.config, self.run_dir, self.first_step = config, Path(config.run_dir), first_step
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops and n_devices * peak_flops
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.records = [r for r in read_metrics(self.run_dir) if r["step"] <= first_step] if first_step else []
         with whole_file(self.run_dir / "metrics.jsonl") as partial:
@@ -66,7 +70,7 @@ class Report:
             self.board = SummaryWriter(self.run_dir / "tensorboard", purge_step=first_step + 1)
             threading.excepthook = _without_disk_errors  # its thread's come back at the next call
         self.dropped: set[str] = set()
-        self.interval_start, self.interval_tokens = time.perf_counter(), 0
+        self.start_clock()
         self.speed: float | None = None  # tokens a second, over the last interval
 
     def say(self, text: str) -> None:
@@ -84,7 +88,10 @@ class Report:
         tokens: int,
         memory_bytes: int,
     ) -> None:
-        """Record the `step`-th step (1 is the first), which took step_s seconds; `tokens` is the run's total."""
+        """Record the `step`-th step (1 is the first); `tokens` is the run's total.
+
+        step_s: the seconds that it took, with those that it waited for its data.
+        """
         batch_tokens = self.config.optimizer.batch_tokens
         record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "step_s": step_s, "tokens": tokens}
         record |= {"tokens_per_s": batch_tokens / step_s, "memory_bytes": memory_bytes}
@@ -96,7 +103,7 @@ class Report:
         self._write(record)
         self.interval_tokens += batch_tokens
         last = self.config.optimizer.max_steps
-        if step % self.config.report.log_interval == 0 or step in (1, last) or skipped:
+        if step % self.config.report.log_interval == 0 or step in (self.first_step + 1, last) or skipped:
             now = time.perf_counter()
             self.speed = self.interval_tokens / (now - self.interval_start)
             self.interval_start, self.interval_tokens = now, 0
@@ -132,8 +139,8 @@ class Report:
                 self._attempt("tensorboard", lambda: self.board.add_text("sample", sample, step))
         self._attempt("loss.png", self.draw)
 
-    def resume_clock(self) -> None:
-        """Leave the time since the last step (validation, checkpoint) out of the speed."""
+    def start_clock(self) -> None:
+        """Leave the time since the last step (set-up, validation, checkpoint) out of the speed."""
         self.interval_start, self.interval_tokens = time.perf_counter(), 0
 
     def draw(self) -> None:
@@ -190,7 +197,7 @@ class Report:
 
     def _write_scalars(self, record: dict[str, Any]) -> None:
         for key, value in record.items():
-            if key != "step" and isinstance(value, float):
+            if key != "step" and isinstance(value, int | float):
                 self.board.add_scalar(key, value, record["step"])
 
     def _attempt(self, name: str, write: Callable[[], Any]) -> None:

@@ -3,10 +3,12 @@
 import math
 import os
 import threading
+from types import SimpleNamespace
 
 import pytest
 from matplotlib.figure import Figure
 
+from engine import report as report_module
 from engine.command_line import parse
 from engine.report import Report, duration, human, read_metrics
 
@@ -47,6 +49,11 @@ def test_mfu_is_shown_only_where_the_peak_is_known(config, capsys):
     assert read_metrics(config.run_dir)[0]["mfu"] == pytest.approx(1024 / 0.5 * 1e9 / 10e12)
     assert "MFU" in capsys.readouterr().out
     report.close()
+    report = Report(config, 0, flops_per_token=10**9, peak_flops=10e12, n_devices=4)
+    record(report, 1)
+    assert read_metrics(config.run_dir)[0]["mfu"] == pytest.approx(1024 / 0.5 * 1e9 / 40e12)
+    assert "MFU" in capsys.readouterr().out
+    report.close()
     report = Report(config, 0, flops_per_token=10**9, peak_flops=None)
     record(report, 1)
     assert "mfu" not in read_metrics(config.run_dir)[0]
@@ -61,6 +68,26 @@ def test_a_validation_that_takes_long_is_announced(config, capsys):
     assert capsys.readouterr().out == ""
     report.validating(360_000)
     assert capsys.readouterr().out == "validating on 360k tokens, about 02:00\n"
+
+
+def test_the_first_step_of_a_resumed_run_is_shown_without_its_set_up(config, monkeypatch, capsys):
+    now = iter([0.0, 100.0, 102.0, 103.0])
+    monkeypatch.setattr(report_module.time, "perf_counter", lambda: next(now))
+    report = Report(config, 6, 1, None)
+    report.start_clock()
+    record(report, 7)
+    record(report, 8)
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in shown] == ["step   7/100", "step   8/100"]
+    assert ["512 tokens/s" in shown[0], "1.02k tokens/s" in shown[1]] == [True, True]
+
+
+def test_every_number_reaches_tensorboard(config):
+    report, written = Report(config, 0, 1, None), {}
+    report.board = SimpleNamespace(add_scalar=lambda key, value, step: written.update({key: value}))
+    record(report, 3)
+    assert written["tokens"] == 3 * 1024 and written["memory_bytes"] == 3 << 30 and written["loss"] == 5.0
+    assert "step" not in written
 
 
 def test_a_resumed_run_forgets_what_came_after_its_checkpoint(config):
