@@ -19,7 +19,7 @@ from engine.placement import settle
 from engine.strategy import Strategy, build
 
 PRESET = "gpt2" if torch.cuda.is_available() else "13m"
-PROGRESS = {"step": 1, "tokens": 256, "val_loss": None, "tokenizer": "r50k_base"}
+PROGRESS = checkpoint.Progress(step=1, tokens=256)
 
 
 @pytest.fixture
@@ -57,12 +57,10 @@ def test_checkpoint(measure: Callable[..., None], run: tuple, step: str) -> None
 
     def save() -> Path:
         shutil.rmtree(Path(config.run_dir), ignore_errors=True)
-        return checkpoint.save(config, strategy, Processes(), PROGRESS)
+        return checkpoint.save(config, strategy, Processes(), PROGRESS, "r50k_base")
 
     saved = save()
-    measure(
-        save if step == "save" else lambda: checkpoint.load(saved, config, strategy), **about(model, step, "pilesmith")
-    )
+    measure(save if step == "save" else lambda: checkpoint.load(saved, strategy), **about(model, step, "pilesmith"))
 
 
 @pytest.mark.parametrize("step", ["save", "load"])

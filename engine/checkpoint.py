@@ -3,7 +3,7 @@
 run_dir/checkpoints/step_00000100/
     config.json                    the configuration as it was asked for
     model.safetensors              the weights, fp32, under the model's own names
-    optimizer-00000.safetensors …  "<parameter>/exp_avg" and "<parameter>/exp_avg_sq", fp32, in files of about 2 GiB
+    optimizer-00000.safetensors …  "<parameter>/exp_avg" and "<parameter>/exp_avg_sq", fp32, in files of about 256 MiB
     state.json                     step, tokens, losses, the strategy's counters, which file holds what
 
 Everything is written and synced in a temporary folder, which is then renamed.
@@ -14,8 +14,11 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +26,42 @@ import filelock
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.config import Config, ConfigError, differences, load_file, require
+from engine.config import Config, ConfigError, load_file, require
 from engine.distributed import Processes
 from engine.model import GPT
 from engine.strategy import Strategy
+from engine.tensor_file import TensorFile
 from engine.whole_file import sync
 
 FORMAT = 1
-SHARD_BYTES = 2 << 30
+SHARD_BYTES = 256 << 20
 BYTES_A_PARAMETER = 12  # the weight and two moments, fp32
 _NAME = re.compile(r"step_(\d{8})")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message says which, why, and what to do."""
+
+
+@dataclass
+class Progress:
+    """How far a run is: steps done, tokens they took, the validation loss after the last, None where there was none.
+
+    bad_steps: how many of the last steps in a row were not finite.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    val_loss: float | None = None
+    bad_steps: int = 0
+
+    @classmethod
+    def of(cls, path: Path) -> "Progress":
+        """Return that of a checkpoint; CheckpointError as `read_state`."""
+        state = read_state(path)
+        return cls(**{field.name: state[field.name] for field in fields(cls) if field.name in state})
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
@@ -50,6 +72,11 @@ def checkpoints(run_dir: str | Path) -> list[Path]:
 
 def newest(run_dir: str | Path) -> Path | None:
     return (checkpoints(run_dir) or [None])[-1]
+
+
+def later(run_dir: str | Path, step: int) -> list[Path]:
+    """Return the checkpoints of a run after this step: what a run that goes on from there gives up."""
+    return [path for path in checkpoints(run_dir) if path.name > _name(step)]
 
 
 def best(run_dir: str | Path) -> Path | None:
@@ -71,7 +98,10 @@ def to_start_from(run_dir: str, resume: str | None) -> Path | None:
     if resume is None:
         require(last is None, f"{run_dir} already holds a run: --resume goes on with it, --run_dir NAME starts another")
     elif resume not in ("latest", "auto"):
-        return newest(resume) or Path(resume)
+        start = newest(resume) or Path(resume)
+        here = last is None or start.parent.resolve() == last.parent.resolve()
+        require(here, f"{run_dir} already holds another run: --run_dir NAME goes on from {start} elsewhere")
+        return start
     elif resume == "latest" and last is None:
         beside = Path(run_dir).parent
         runs = [str(path) for path in sorted(beside.iterdir()) if newest(path)] if beside.is_dir() else []
@@ -86,8 +116,8 @@ def to_start_from(run_dir: str, resume: str | None) -> Path | None:
 def claimed(config: Config) -> Iterator[None]:
     """Hold a run's folder, made where it is missing: two runs in one would remove each other's checkpoints.
 
-    The system lets go of it when the process ends, however that does. ConfigError where another process has it, where
-    it cannot be written, or where the checkpoints to come do not fit its disk.
+    The system lets go of it when the process ends, however that does. ConfigError where another process has it, or
+    where it cannot be written.
     """
     folder = Path(config.run_dir)
     lock = filelock.FileLock(folder / ".lock", timeout=0)
@@ -102,13 +132,12 @@ def claimed(config: Config) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"--run_dir {folder} is no folder to write to ({error.strerror}): give another") from None
     try:
-        _require_space(config)
         yield
     finally:
         lock.release()
 
 
-def _require_space(config: Config) -> None:
+def require_space(config: Config) -> None:
     """ConfigError where what is kept at once does not fit the disk: known at the start, not when the last is lost."""
     options, size = config.report, BYTES_A_PARAMETER * GPT.outline(config.model).num_parameters()
     written = 1 + (config.optimizer.max_steps // options.save_interval if options.save_interval else 0)
@@ -157,25 +186,33 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def save(config: Config, strategy: Strategy, processes: Processes, progress: dict[str, Any]) -> Path:
-    """Write a checkpoint for progress["step"] finished steps and remove those no longer kept; all processes call it.
+def save(
+    config: Config,
+    strategy: Strategy,
+    processes: Processes,
+    progress: Progress,
+    tokenizer: str,
+    abandoned: Iterable[Path] = (),
+) -> Path:
+    """Write a checkpoint of progress.step finished steps and remove those no longer kept; all processes call it.
 
-    `progress` is JSON: step, tokens, val_loss, tokenizer and what else the loop wants back. CheckpointError, on every
-    process, where the disk refuses; the earlier checkpoints are then untouched.
+    tokenizer: the training data's, by name. abandoned: checkpoints of a course that the run went back from, which go
+    when this one is complete. Beside the states a save takes host memory for the largest parameter alone, 12 bytes a
+    number. CheckpointError, on every process, where the disk refuses; the earlier checkpoints are then untouched.
     """
     folder = Path(config.run_dir) / "checkpoints"
-    final = folder / f"step_{progress['step']:08d}"
-    writer = _Writer(folder / f".{final.name}.partial") if processes.main else None
+    final = folder / _name(progress.step)
+    writer = _Writer(folder / f".{final.name}.partial", config, tokenizer) if processes.main else None
     for name, tensors in strategy.state():  # collective: every process goes through it, whatever happens on the first
         if writer:
             writer.add(name, tensors)
+        del tensors  # else they stay while the next parameter's are made
     error = None
     if writer:
-        counters = strategy.counters()
-        state = {"format": FORMAT, "world_size": processes.world_size, "counters": counters} | progress
-        error = writer.finish(config, state, final)
+        state = {"format": FORMAT, "world_size": processes.world_size, "counters": strategy.counters()}
+        error = writer.finish(config, state | asdict(progress) | {"tokenizer": tokenizer}, final)
         if error is None:
-            _remove_old(config.run_dir, config.report.keep_checkpoints)
+            _remove_old(config, set(abandoned) - {final})
     if processes.world_size > 1:
         shared = [error]
         dist.broadcast_object_list(shared, src=0)
@@ -187,12 +224,9 @@ def save(config: Config, strategy: Strategy, processes: Processes, progress: dic
     return final
 
 
-def load(path: Path, config: Config, strategy: Strategy) -> dict[str, Any]:
-    """Put a checkpoint's weights, moments and counters into `strategy`; return its state.json."""
+def load(path: Path, strategy: Strategy) -> None:
+    """Put a checkpoint's weights, moments and counters into `strategy`, whose model has the same shape."""
     state = read_state(path)
-    other = differences(load_file(path / "config.json")["model"], config.model)
-    if other:
-        raise CheckpointError(f"{path} belongs to another model: {', '.join(other)}")
     files = {name: safe_open(path / name, framework="pt") for name in {"model.safetensors", *state["shards"].values()}}
 
     def read(parameter: str, key: str) -> Tensor:
@@ -203,35 +237,26 @@ def load(path: Path, config: Config, strategy: Strategy) -> dict[str, Any]:
 
     strategy.load_counters(state["counters"])
     strategy.load_state(read)
-    return state
 
 
 class _Writer:
-    """Collects tensors into safetensors files in a temporary folder; the first failure is kept for `finish`."""
+    """Writes tensors into safetensors files in a temporary folder as they come; `finish` returns the first failure."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: Config, tokenizer: str) -> None:
         self.folder, self.error = folder, None
-        self.weights: dict[str, Tensor] = {}
-        self.moments: dict[str, Tensor] = {}
+        self.shapes = {name: parameter.shape for name, parameter in GPT.outline(config.model).named_parameters()}
+        self.weights: TensorFile
+        self.moments: TensorFile
         self.shards: dict[str, str] = {}
         for leftover in folder.parent.glob(".*.partial"):  # of a save that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         self._attempt(lambda: folder.mkdir(parents=True))
+        self._attempt(lambda: self._open_weights(config, tokenizer))
 
     def add(self, name: str, tensors: dict[str, Tensor]) -> None:
-        if self.error is not None:
-            return
-        self.weights[name] = tensors["weight"].detach().to("cpu", torch.float32).contiguous()
-        for key, value in tensors.items():
-            if key != "weight":
-                self.moments[f"{name}/{key}"] = value.detach().to("cpu", torch.float32).contiguous()
-        if sum(t.nbytes for t in self.moments.values()) >= SHARD_BYTES:
-            self._flush()
+        self._attempt(lambda: self._add(name, tensors))
 
-    def finish(self, config: Config, state: dict[str, Any], final: Path) -> OSError | None:
-        about = {"model_config": json.dumps(config.to_dict()["model"]), "tokenizer": state["tokenizer"]}
-        self._attempt(lambda: save_file(self.weights, self.folder / "model.safetensors", metadata=about))
-        self._flush()
+    def finish(self, config: Config, state: dict[str, Any], final: Path) -> Exception | None:
         self._attempt(lambda: config.save(self.folder / "config.json"))
         self._attempt(
             lambda: (self.folder / "state.json").write_text(json.dumps(state | {"shards": self.shards}, indent=1))
@@ -241,40 +266,69 @@ class _Writer:
             shutil.rmtree(self.folder, ignore_errors=True)
         return self.error
 
-    def _flush(self) -> None:
-        if self.moments:
-            name = f"optimizer-{len(set(self.shards.values())):05d}.safetensors"
-            self._attempt(lambda: save_file(self.moments, self.folder / name))
-            self.shards |= dict.fromkeys(self.moments, name)
-            self.moments = {}
+    def _open_weights(self, config: Config, tokenizer: str) -> None:
+        about = {"model_config": json.dumps(config.to_dict()["model"]), "tokenizer": tokenizer}
+        self.weights = TensorFile(self.folder / "model.safetensors", self.shapes, about)
+
+    def _add(self, name: str, tensors: dict[str, Tensor]) -> None:
+        self.weights.write(name, tensors["weight"])
+        keys = [key for key in tensors if key != "weight"]
+        for key in keys:
+            if f"{name}/{key}" not in self.shards:
+                self._open_shard(name, keys)
+            self.moments.write(f"{name}/{key}", tensors[key])
+
+    def _open_shard(self, first: str, keys: list[str]) -> None:
+        """Begin a file of about SHARD_BYTES for the moments from the parameter `first` on."""
+        shapes: dict[str, torch.Size] = {}
+        for name in dropwhile(lambda name: name != first, self.shapes):
+            shapes |= {f"{name}/{key}": self.shapes[name] for key in keys}
+            if 4 * sum(map(math.prod, shapes.values())) >= SHARD_BYTES:
+                break
+        file = f"optimizer-{len(set(self.shards.values())):05d}.safetensors"
+        self.moments = TensorFile(self.folder / file, shapes)
+        self.shards |= dict.fromkeys(shapes, file)
 
     def _attempt(self, action: Callable[[], Any]) -> None:
         if self.error is None:
             try:
                 action()
-            except Exception as error:  # safetensors wraps the system's error in its own type
+            except OSError as error:
                 self.error = error
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
 
 
 def _commit(folder: Path, final: Path) -> None:
     """Sync everything, then rename: after a power cut the checkpoint is there whole or not at all."""
-    mode = (folder / "state.json").stat().st_mode
     for path in folder.iterdir():
-        path.chmod(mode)  # safetensors makes files that only their owner may read
         sync(path)
     sync(folder)
     if final.exists():
-        shutil.rmtree(final)
+        _remove(final)
     os.rename(folder, final)
     sync(final.parent)
 
 
-def _remove_old(run_dir: str, keep: int) -> None:
-    if keep:
-        kept = set(checkpoints(run_dir)[-keep:]) | {best(run_dir)}
-        for path in checkpoints(run_dir):
-            if path not in kept:
-                # Renamed first: a removal that is interrupted must not leave half a checkpoint under a good name.
-                doomed = path.with_name(f".{path.name}.partial")
-                os.rename(path, doomed)
-                shutil.rmtree(doomed)
+def _remove_old(config: Config, abandoned: Iterable[Path]) -> None:
+    """Remove those abandoned, then all but the newest and the best; what the disk refuses is said, and stays."""
+    try:
+        for path in abandoned:
+            _remove(path)
+        if keep := config.report.keep_checkpoints:
+            for path in set(checkpoints(config.run_dir)[:-keep]) - {best(config.run_dir)}:
+                _remove(path)
+    except OSError as error:
+        print(f"warning: could not remove an old checkpoint: {error}; training goes on", flush=True)
+
+
+def _remove(path: Path) -> None:
+    """Take a checkpoint away, at once; files that a network disk keeps because somebody reads them go at a later save.
+
+    Renamed first: a removal that is interrupted must not leave half a checkpoint under a good name.
+    """
+    doomed = tempfile.mkdtemp(prefix=".", suffix=".partial", dir=path.parent)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

@@ -21,12 +21,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import tiktoken
 import torch
 from torch import Tensor
 
 from engine import checkpoint
 from engine.cards import peak_flops
+from engine.checkpoint import Progress
 from engine.command_line import parse
 from engine.config import Config, ConfigError, DataConfig, ModelConfig, differences, load_file, require
 from engine.data import Batch, DataError, TokenFile, TrainingBatches, open_files, prefetch, validation_batches
@@ -39,14 +39,15 @@ from engine.model import GPT, flops_per_token
 from engine.placement import explain, settle
 from engine.report import Report, human
 from engine.sampling import sample_text
-from engine.schedule import learning_rate, new_length
+from engine.schedule import learning_rate, never_drops, new_length
 from engine.strategy import Strategy, build
 from engine.tokenizer import load_encoding
-from engine.weights import read_weights, recorded_tokenizer
+from engine.weights import find_weights, read_weights, recorded_tokenizer
 from kernels import dispatch
 
 EMBEDDED_DATA = Path("data/embedded")
 EXIT_DIVERGED = 3
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped and saved before its end, and may be started again
 LESS_MEMORY = """\
 The planner counts what other programs held of the card when the run began. To leave more of it: --micro_batch_size 1,
 --activation_checkpointing blocks or --offload states; more of the host: a smaller \
@@ -55,46 +56,65 @@ each takes; --resume goes on from the newest checkpoint."""
 
 
 class Interrupt:
-    """Within it SIGINT and SIGTERM ask for a stop after the current step, which `says` says; a second stops at once."""
+    """Within it SIGINT, SIGTERM or a file called `stop` in run_dir ask for a stop after the current step.
 
-    def __init__(self, says: bool = True) -> None:
-        self._says = says
+    A second signal of a kind stops at once. run_dir: the main process's, which looks for the file and says what a
+    signal will do; None for the others. What lay there before is removed, and so is the file at the end.
+    """
+
+    def __init__(self, run_dir: str | None) -> None:
+        self._file = Path(run_dir) / "stop" if run_dir is not None else None
 
     def __enter__(self) -> "Interrupt":
-        self.asked = False
+        self._signalled = False
+        self._remove_file()
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._remove_file()
+
+    @property
+    def asked(self) -> bool:
+        return self._signalled or (self._file is not None and self._file.exists())
 
     def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
+        says, self._signalled = self._file is not None and not self._signalled, True
         signal.signal(number, signal.SIG_DFL)
-        if self._says:
+        if says:
             with suppress(OSError):  # print() may be what was interrupted
                 os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
+
+    def _remove_file(self) -> None:
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
 
 
 @dataclass
 class Run:
     """What a training run consists of; `config` is `asked` with every open choice made, on a card by `plan`.
 
-    `report` is the main process's only.
+    where: the line on its device and dtype. start_from: the checkpoint that it goes on from, and `abandoned` those of
+    the run that came after that one. `report` is the main process's only.
     """
 
     config: Config
     asked: Config
     processes: Processes
     device: torch.device
-    strategy: Strategy
-    data: TrainingBatches
-    validation: list[Batch]
-    encoding: tiktoken.Encoding
-    progress: dict[str, Any]
-    report: Report | None
+    dtype: torch.dtype
+    where: str
     plan: Plan | None
+    data: TrainingBatches
+    val_file: TokenFile
+    validation: list[Batch]
+    strategy: Strategy
+    progress: Progress
+    start_from: Path | None
+    abandoned: list[Path]
+    report: Report | None = None
 
 
 def prepare_default_data(config: Config, processes: Processes) -> None:
@@ -124,119 +144,169 @@ def prepare_default_data(config: Config, processes: Processes) -> None:
 
 def set_up(config: Config, start_from: Path | None, processes: Processes) -> Run:
     """Build everything that `config` describes, with the states of the checkpoint to start from where there is one."""
+    device, dtype, where = place(config, processes)
+    asked = config  # saved as it is: a run may be resumed elsewhere, where other choices are better
+    config, grad_accum, plan = settle(asked, device, dtype, processes.world_size)
+    prepare_default_data(asked, processes)
+    config.data = asked.data
+    progress = Progress.of(start_from) if start_from else Progress()
+    data, val_file, validation = open_data(config, processes, grad_accum, progress, pin=device.type == "cuda")
+    strategy = build_strategy(config, processes, device, dtype, grad_accum, start_from, data.file)
+    abandoned = checkpoint.later(config.run_dir, progress.step)
+    run = Run(
+        config, asked, processes, device, dtype, where, plan, data, val_file, validation,
+        strategy, progress, start_from, abandoned,
+    )  # fmt: skip
+    if processes.main:
+        run.report = begin_report(run)
+    return run
+
+
+def place(config: Config, processes: Processes) -> tuple[torch.device, torch.dtype, str]:
+    """Return this process's device, connected to the others', the dtype of its computation, and a line on both."""
     device, device_reason = choose_device(config.strategy.device, processes.local_rank)
     if processes.world_size > 1:
         processes.connect(device)
     dispatch.set_backend(config.strategy.kernels)
     dtype, dtype_reason = choose_dtype(config.strategy.dtype, device)
-    asked = config  # saved as it is: a run may be resumed elsewhere, where other choices are better
-    config, grad_accum, chosen = settle(asked, device, dtype, processes.world_size)
-    prepare_default_data(asked, processes)
-    config.data = asked.data
+    name = str(dtype).removeprefix("torch.")
+    return device, dtype, f"device: {device} ({device_reason}); dtype: {name} ({dtype_reason})"
+
+
+def open_data(
+    config: Config, processes: Processes, grad_accum: int, progress: Progress, *, pin: bool
+) -> tuple[TrainingBatches, TokenFile, list[Batch]]:
+    """Return the training batches, which go on after what `progress` has seen, the validation file and its batches."""
     train_file, val_file = open_files(config.data, config.model)
-    micro_batch_size = config.optimizer.micro_batch_size
-    common = {"block_size": config.model.block_size, "document_masking": config.data.document_masking}
+    options, block_size = config.optimizer, config.model.block_size
+    common = {"block_size": block_size, "document_masking": config.data.document_masking}
     common |= {"rank": processes.rank, "world_size": processes.world_size}
     data = TrainingBatches(
-        train_file, micro_batch_size=micro_batch_size, grad_accum=grad_accum, seed=config.seed, **common
+        train_file,
+        micro_batch_size=options.micro_batch_size,
+        grad_accum=grad_accum,
+        seed=config.seed,
+        first_sequence=(progress.tokens - progress.step * options.batch_tokens) // block_size,
+        **common,
     )
-    validation = validation_batches(val_file, batch_size=micro_batch_size, tokens=config.report.eval_tokens, **common)
-    if device.type == "cuda":
-        validation = [batch.pin() for batch in validation]
+    validation = validation_batches(
+        val_file, batch_size=options.micro_batch_size, tokens=config.report.eval_tokens, **common
+    )
+    return data, val_file, [batch.pin() for batch in validation] if pin else validation
 
+
+def build_strategy(
+    config: Config,
+    processes: Processes,
+    device: torch.device,
+    dtype: torch.dtype,
+    grad_accum: int,
+    start_from: Path | None,
+    train_file: TokenFile,
+) -> Strategy:
+    """Return the strategy with the states of a checkpoint, with weights from elsewhere, or with those of the seed."""
     model = GPT.outline(config.model)
-    n_parameters = model.num_parameters()
     if elsewhere := start_from or config.init_from:
         weights = weights_from(elsewhere, config.model, train_file)
     else:
         weights = model.initial_weights(torch.Generator().manual_seed(config.seed))
     strategy = build(config, model, processes, device, dtype, grad_accum, weights)
-    progress: dict[str, Any] = {"step": 0, "tokens": 0, "val_loss": None, "bad_steps": 0}
     if start_from:
-        saved = checkpoint.load(start_from, config, strategy)
-        progress = {key: saved[key] for key in progress}
-    progress["tokenizer"] = train_file.tokenizer
+        checkpoint.load(start_from, strategy)
+    return strategy
 
-    report = None
-    if processes.main:
-        flops = flops_per_token(config.model, n_parameters)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        report = Report(config, progress["step"], flops, peak_flops(name, dtype))
-        asked.save(Path(config.run_dir) / "config.json")
-        config.save(Path(config.run_dir) / "resolved.json")
-        report.say(f"{config.preset}: {n_parameters:,} parameters, {flops / 1e6:.1f} MFLOPs a token")
-        report.say(f"device: {device} ({device_reason}); dtype: {str(dtype).removeprefix('torch.')} ({dtype_reason})")
-        for line in kernel_lines(device):
-            report.say(line)
-        for line in explain(chosen) if chosen else ():
-            report.say(line)
-        if (warmup := config.optimizer.warmup_steps) != asked.optimizer.warmup_steps:
-            report.say(
-                f"schedule: a warm-up of {asked.optimizer.warmup_steps} steps is too long "
-                f"for {config.optimizer.max_steps}: shortened to {warmup}"
-            )
-        report.say(f"strategy: {strategy.describe()}")
-        report.say(
-            f"data: {train_file}; a step is {human(config.optimizer.batch_tokens)} tokens: "
-            f"{processes.world_size} x {grad_accum} x {micro_batch_size} sequences of {config.model.block_size}"
+
+def begin_report(run: Run) -> Report:
+    """Save both configurations in the run's folder, and show what the run is."""
+    config, folder = run.config, Path(run.config.run_dir)
+    name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu"
+    flops = flops_per_token(config.model, GPT.outline(config.model).num_parameters())
+    report = Report(config, run.progress.step, flops, peak_flops(name, run.dtype), run.processes.world_size)
+    run.asked.save(folder / "config.json")
+    config.save(folder / "resolved.json")
+    for line in first_lines(run):
+        report.say(line)
+    return report
+
+
+def first_lines(run: Run) -> Iterator[str]:
+    """Yield what a run says of itself before its first step."""
+    config, asked, options = run.config, run.asked, run.config.optimizer
+    n_parameters = GPT.outline(config.model).num_parameters()
+    flops = flops_per_token(config.model, n_parameters)
+    yield f"{config.preset}: {n_parameters:,} parameters, {flops / 1e6:.1f} MFLOPs a token"
+    yield run.where
+    yield from kernel_lines(run.device)
+    yield from explain(run.plan) if run.plan else ()
+    if options.warmup_steps != asked.optimizer.warmup_steps:
+        yield (
+            f"schedule: a warm-up of {asked.optimizer.warmup_steps} steps is too long "
+            f"for {options.max_steps}: shortened to {options.warmup_steps}"
         )
-        report.say(f"data: {data.epochs_line(config.optimizer.max_steps)}")
-        report.say(f"validation: {val_file}")
-        if start_from:
-            report.say(f"resumed from {start_from} at step {progress['step']}")
-            for line in new_length(load_file(start_from / "config.json")["optimizer"]["max_steps"], config.optimizer):
-                report.say(line)
-    encoding = load_encoding(train_file.tokenizer)
-    return Run(config, asked, processes, device, strategy, data, validation, encoding, progress, report, chosen)
+    yield from never_drops(options)
+    yield f"strategy: {run.strategy.describe()}"
+    if config.init_from and not run.start_from:
+        yield f"weights: {find_weights(config.init_from)}"
+    data = run.data
+    yield (
+        f"data: {data.file}; a step is {human(options.batch_tokens)} tokens: "
+        f"{data.world_size} x {data.grad_accum} x {data.micro_batch_size} sequences of {data.block_size}"
+    )
+    yield f"data: {data.epochs_line(options.max_steps)}"
+    yield f"validation: {run.val_file}"
+    if run.start_from:
+        yield f"resumed from {run.start_from} at step {run.progress.step}"
+        yield from new_length(load_file(run.start_from / "config.json")["optimizer"]["max_steps"], options)
 
 
 def loop(run: Run, interrupt: Interrupt) -> int:
-    """Train until max_steps, a signal, or too many steps in a row that were not finite; return the exit code."""
+    """Train until max_steps, until asked to stop, or too many bad steps in a row; return the exit code."""
     config, strategy, progress, report = run.config, run.strategy, run.progress, run.report
     options = config.optimizer
-    saved, first = checkpoint.newest(config.run_dir), progress["step"] + 1
-    steps = prefetch(run.data.step, progress["step"], options.max_steps, pin=run.device.type == "cuda")
+    saved, first, stop = run.start_from, progress.step + 1, False
+    steps = prefetch(run.data.step, progress.step, options.max_steps, pin=run.device.type == "cuda")
+    if report:
+        report.start_clock()
+    began = time.perf_counter()  # before the data is there: a step that waits for it is a slow step
     for batches in steps:
-        began = time.perf_counter()
-        lr = learning_rate(progress["step"], options)
+        lr = learning_rate(progress.step, options)
         strategy.set_lr(lr)
         loss = strategy.forward_backward(batches)
         asked = torch.full((), float(interrupt.asked), device=run.device)  # torch.tensor would wait for the device
         loss, asked = run.processes.mean(torch.stack([loss, asked]))  # all stop if one was asked to
-        step = progress["step"] + 1
+        progress.step += 1
+        step = progress.step
         gradients = gradient_bytes(strategy.parameters.values(), run.device) if step == first else 0
         result = strategy.step(loss)
 
-        bad_steps = progress["bad_steps"] + (not result.rescaled) if result.skipped else 0
-        progress |= {
-            "step": step,
-            "tokens": progress["tokens"] + options.batch_tokens,
-            "bad_steps": bad_steps,
-            "val_loss": None,
-        }
+        progress.tokens += options.batch_tokens
+        progress.bad_steps = progress.bad_steps + (not result.rescaled) if result.skipped else 0
+        progress.val_loss = None
         stop, last = bool(asked > 0), step == options.max_steps
         if report:
             report.step(
                 step, loss=loss.item(), lr=lr, grad_norm=result.grad_norm, skipped=result.skipped,
-                step_s=time.perf_counter() - began, tokens=progress["tokens"], memory_bytes=peak_memory(run.device),
+                step_s=time.perf_counter() - began, tokens=progress.tokens, memory_bytes=peak_memory(run.device),
             )  # fmt: skip
         if report and step == first:
             report.memory(by_part(strategy.parameters.values(), run.device, gradients))
-        if bad_steps == options.max_bad_steps:
-            return diverged(config, report)
+        if progress.bad_steps == options.max_bad_steps:
+            return diverged(config, saved, report)
         validating, saving = due(step, config.report.eval_interval), due(step, config.report.save_interval)
         if validating or last:
             validate(run)
         if saving or last or stop:
-            saved = save(run, final=last or stop)
+            saved = save(run, final=last or stop) or saved
         if report and (validating or saving):
-            report.resume_clock()
-        if stop and not last:
-            if report:
-                report.say(f"stopped by signal after step {step}; go on with --resume")
+            report.start_clock()
+        stop = stop and not last
+        if stop:
             break
+        began = time.perf_counter()
     steps.close()
     if report:
+        if stop:
+            report.say(f"stopped as asked after step {progress.step}; go on with --resume")
         report.close()
         if run.plan:
             predicted, measured = run.plan.footprint.allocated_bytes, peak_memory(run.device)
@@ -245,7 +315,7 @@ def loop(run: Run, interrupt: Interrupt) -> int:
                 f"measured {measured / 2**30:.2f} GiB ({measured / predicted - 1:+.1%})"
             )
         report.say(f"run: {config.run_dir}; newest checkpoint: {saved}")
-    return 0
+    return EXIT_STOPPED if stop else 0
 
 
 @torch.no_grad()
@@ -262,26 +332,30 @@ def validate(run: Run) -> None:
         total += torch.stack([loss.float() * count, torch.tensor(float(count), device=run.device)])
     module.train()
     loss, count = run.processes.mean(total).tolist()
-    run.progress["val_loss"] = loss / count
+    run.progress.val_loss = loss / count
     sample = None
     # In every process, since ZeRO gathers parameters as they are used.
-    if options.sample_tokens and math.isfinite(run.progress["val_loss"]):
+    if options.sample_tokens and math.isfinite(run.progress.val_loss):
+        encoding = load_encoding(run.data.file.tokenizer)
         eager = getattr(module, "_orig_mod", module)  # a compiled model would compile again for each length
-        sample = sample_text(eager, run.encoding, options.sample_prompt, options.sample_tokens, seed=run.config.seed)
+        sample = sample_text(eager, encoding, options.sample_prompt, options.sample_tokens, seed=run.config.seed)
     if run.report:
-        run.report.validation(run.progress["step"], run.progress["val_loss"], sample)
+        run.report.validation(run.progress.step, run.progress.val_loss, sample)
 
 
 def save(run: Run, final: bool) -> Path | None:
-    """Write a checkpoint and return it; a full disk ends the run only where there is no later chance to save."""
+    """Write a checkpoint and return it; None where the disk is full and there will be a later chance to save."""
+    tokenizer = run.data.file.tokenizer
     try:
-        return checkpoint.save(run.asked, run.strategy, run.processes, run.progress)
+        saved = checkpoint.save(run.asked, run.strategy, run.processes, run.progress, tokenizer, run.abandoned)
     except checkpoint.CheckpointError as error:
         if final:
             raise
         if run.report:
             run.report.say(f"warning: {error}; training goes on")
-        return checkpoint.newest(run.config.run_dir)
+        return None
+    run.abandoned = [path for path in run.abandoned if path != saved and path.exists()]
+    return saved
 
 
 def weights_from(path: str | Path, config: ModelConfig, data: TokenFile) -> Iterator[tuple[str, Tensor]]:
@@ -314,9 +388,8 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def diverged(config: Config, report: Report | None) -> int:
+def diverged(config: Config, good: Path | None, report: Report | None) -> int:
     if report:
-        good = checkpoint.newest(config.run_dir)
         report.close()
         report.say(
             f"stopped: loss or gradients were not finite in {config.optimizer.max_bad_steps} steps in a row; "
@@ -327,18 +400,21 @@ def diverged(config: Config, report: Report | None) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Train as the command line asks; return 0 at the end, 2 where that cannot be, EXIT_STOPPED or EXIT_DIVERGED."""
     processes = Processes.from_environment()
     try:
         config, options = parse(sys.argv[1:] if arguments is None else arguments)
         start_from = checkpoint.to_start_from(config.run_dir, options.resume)
         claim = checkpoint.claimed(config) if processes.main else nullcontext()
-        with Interrupt(says=processes.main) as interrupt, claim:
+        with claim, Interrupt(config.run_dir if processes.main else None) as interrupt:
             if start_from and (step := checkpoint.check(start_from)["step"]) >= config.optimizer.max_steps:
                 if processes.main:
                     print(
                         f"step {step} of {config.optimizer.max_steps} is done: raise --max_steps to go on", flush=True
                     )
                 return 0
+            if processes.main:
+                checkpoint.require_space(config)
             code = loop(set_up(config, start_from, processes), interrupt)
         processes.barrier()
         return code

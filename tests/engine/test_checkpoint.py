@@ -3,13 +3,49 @@
 import errno
 import json
 import os
+import shutil
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from engine import checkpoint, train
+from engine.command_line import parse
+from engine.config import ConfigError
+from engine.distributed import Processes
+from engine.tensor_file import TensorFile
+
+
+class States:
+    """The states of a strategy, made as they are asked for, and nothing else of it."""
+
+    def __init__(self, config) -> None:
+        outline = checkpoint.GPT.outline(config.model)
+        self.shapes = {name: parameter.shape for name, parameter in outline.named_parameters()}
+
+    def state(self):
+        for name, shape in self.shapes.items():
+            yield name, {key: torch.ones(shape) for key in ("weight", "exp_avg", "exp_avg_sq")}
+
+    def counters(self) -> dict:
+        return {"updates": 1, "loss_scale": None}
+
+
+@pytest.fixture
+def saves(tiny_flags):
+    """saves(step, ..., options) writes a checkpoint of a tiny run for each step, by `checkpoint.save`."""
+    config = parse(tiny_flags)[0]
+
+    def save(*steps: int, keep: int = 0, loss: float | None = None, **options) -> None:
+        config.report.keep_checkpoints = keep
+        for step in steps:
+            progress = checkpoint.Progress(step=step, val_loss=loss)
+            checkpoint.save(config, States(config), Processes(), progress, "r50k_base", **options)
+
+    return save
 
 
 def saved_steps(run_dir) -> list[int]:
@@ -18,11 +54,84 @@ def saved_steps(run_dir) -> list[int]:
 
 def test_newest_and_best_are_kept(tiny_flags, tmp_path, monkeypatch):
     scores = iter([3.0, 1.0, 2.0, 4.0])
-    monkeypatch.setattr(train, "validate", lambda run: run.progress.update(val_loss=next(scores)))
+    monkeypatch.setattr(train, "validate", lambda run: setattr(run.progress, "val_loss", next(scores)))
     assert train.main([*tiny_flags, "--eval_interval=3", "--save_interval=3", "--keep_checkpoints=1"]) == 0
     run = tmp_path / "run"
     assert saved_steps(run) == [6, 12]
     assert checkpoint.best(run).name == "step_00000006" and checkpoint.newest(run).name == "step_00000012"
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_a_run_that_goes_back_keeps_what_it_trains_from_there(saves, tmp_path, keep):
+    run = tmp_path / "run"
+    saves(4, loss=3.0)
+    saves(5, 8, loss=1.0)  # a better course, but given up
+    saves(12)
+    saves(6, keep=keep, loss=4.0, abandoned=checkpoint.later(run, 4))
+    assert saved_steps(run) == [4, 6]
+    assert checkpoint.newest(run).name == "step_00000006" and checkpoint.best(run).name == "step_00000004"
+
+
+def test_a_run_that_went_back_removes_the_other_course_once(tiny_flags, saves, tmp_path):
+    saves(1, 2, 3, 4)
+    back = checkpoint.checkpoints(tmp_path / "run")[0]
+    run = train.set_up(parse([*tiny_flags, "--keep_checkpoints=2"])[0], back, Processes())
+    for run.progress.step in (2, 3):
+        assert train.save(run, final=True).name == f"step_0000000{run.progress.step}"
+    assert saved_steps(tmp_path / "run") == [2, 3]  # 2, too, is of this course
+
+
+def test_a_run_elsewhere_is_not_written_into_another(tiny_flags, tmp_path, saves):
+    saves(4, 8)
+    start = shutil.copytree(checkpoint.newest(tmp_path / "run"), tmp_path / "copy")
+    with pytest.raises(ConfigError, match=f"{tmp_path}/run already holds another run: --run_dir NAME goes on from"):
+        checkpoint.to_start_from(str(tmp_path / "run"), str(start))
+    assert checkpoint.to_start_from(str(tmp_path / "new"), str(start)) == start
+
+
+def test_what_a_network_disk_keeps_of_an_old_checkpoint_ends_no_run(saves, tmp_path, monkeypatch, capsys):
+    rmtree = shutil.rmtree
+
+    def kept(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", kept)
+    saves(4)
+    saves(4, 8, keep=1)  # written over, then removed
+    assert saved_steps(tmp_path / "run") == [8]
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", rmtree)
+    saves(9, keep=2)
+    assert not list((tmp_path / "run/checkpoints").glob(".*"))
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_warned_of(saves, tmp_path, monkeypatch, capsys):
+    rename = os.rename
+
+    def refusing(path, to):
+        if path.name.startswith("step_"):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        rename(path, to)
+
+    monkeypatch.setattr(checkpoint.os, "rename", refusing)
+    saves(4, 8, keep=1)
+    assert saved_steps(tmp_path / "run") == [4, 8]
+    assert "warning: could not remove an old checkpoint: [Errno 16] Device or resource busy" in capsys.readouterr().out
+
+
+def test_a_save_holds_one_parameter_at_a_time(saves, monkeypatch):
+    """And so neither the weights nor a file of moments."""
+
+    class Watched(States):
+        def state(self):
+            for name, tensors in super().state():
+                held = [weakref.ref(tensor) for tensor in tensors.values()]
+                yield name, tensors
+                del tensors
+                assert not any(tensor() is not None for tensor in held), name
+
+    monkeypatch.setattr(__name__ + ".States", Watched)
+    saves(4)
 
 
 def test_a_checkpoint_without_a_validation_is_never_the_best(tiny_flags, tmp_path):
@@ -51,15 +160,14 @@ def test_moments_are_split_into_files_and_read_back(tiny_flags, tmp_path, monkey
 
 
 def test_a_full_disk_costs_no_checkpoint(tiny_flags, tmp_path, monkeypatch, capsys):
-    original, calls = checkpoint.save_file, []
+    original, full = TensorFile.write, "transformer.h.0.ln_1.weight"
 
-    def save_file(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 3:  # the weights of the second checkpoint
+    def write(file, name, tensor):
+        if name == full and "step_00000008" in str(file.path):
             raise OSError(errno.ENOSPC, "No space left on device")
-        original(*args, **kwargs)
+        original(file, name, tensor)
 
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr(TensorFile, "write", write)
     assert train.main(tiny_flags) == 0
     assert saved_steps(tmp_path / "run") == [4, 12]
     assert not list((tmp_path / "run/checkpoints").glob(".*"))
@@ -68,10 +176,10 @@ def test_a_full_disk_costs_no_checkpoint(tiny_flags, tmp_path, monkeypatch, caps
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tiny_flags, tmp_path, monkeypatch, capsys):
-    def save_file(*_, **__):
+    def write(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr(TensorFile, "write", write)
     assert train.main(tiny_flags) == 2
     said = capsys.readouterr().err
     assert "No space left on device; there is no other checkpoint of this run" in said and "untouched" not in said

@@ -101,19 +101,82 @@ def test_resume_after_sigkill_equals_the_uninterrupted_run(tiny_flags, tmp_path,
     assert_same_run(whole, broken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_exits(tiny_flags, tmp_path, start, number):
-    run = tmp_path / "run"
-    process = start("engine/train.py", *tiny_flags, "--max_steps=100000", "--save_interval=0", "--eval_interval=0")
-    while process.poll() is None and len(losses(run)) < 3:
-        time.sleep(0.01)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
-    steps = list(losses(run))
-    assert checkpoint.read_state(checkpoint.newest(run))["step"] == steps[-1]
-    assert f"stopped by signal after step {steps[-1]}" in output
-    assert output.index("stopping after this step; Ctrl-C again stops at once") < output.index("stopped by signal")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, "stop"])
+def test_a_signal_or_a_file_finishes_the_step_saves_and_exits(tiny_flags, tmp_path, monkeypatch, capfd, how):
+    run, original = tmp_path / "run", Resident.forward_backward
+
+    def forward_backward(strategy, batches):
+        if strategy.updates == 2 and how == "stop":
+            (run / "stop").touch()
+        elif strategy.updates == 2:
+            signal.raise_signal(how)
+        return original(strategy, batches)
+
+    monkeypatch.setattr(Resident, "forward_backward", forward_backward)
+    run.mkdir()
+    (run / "stop").touch()  # of a run that ended before it looked
+    assert train.main([*tiny_flags, "--save_interval=0", "--eval_interval=0"]) == train.EXIT_STOPPED
+    assert list(losses(run)) == [1, 2, 3] and checkpoint.read_state(checkpoint.newest(run))["step"] == 3
+    assert not (run / "stop").exists()
+    said = capfd.readouterr()
+    assert "stopped as asked after step 3; go on with --resume\n" in said.out
+    assert ("stopping after this step; Ctrl-C again stops at once" in said.err) == (how != "stop")
+
+
+def test_a_stop_in_the_last_step_is_the_end(tiny_flags, monkeypatch):
+    monkeypatch.setattr(train.Interrupt, "asked", True)
+    assert train.main([*tiny_flags, "--max_steps=1", "--warmup_steps=0"]) == 0
+
+
+def test_signals_of_both_kinds_are_answered_once_and_by_one_process(tmp_path, capfd):
+    for run_dir, times in ((str(tmp_path), 1), (None, 0)):
+        with train.Interrupt(run_dir) as interrupt:
+            assert not interrupt.asked
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            assert interrupt.asked
+        assert capfd.readouterr().err.count("stopping after this step") == times
+
+
+def test_a_step_that_waits_for_its_data_is_a_slow_one(tiny_flags, tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(train, "time", clock)
+    original = train.prefetch
+
+    def slow(*arguments, **options):
+        for batches in (steps := original(*arguments, **options)):
+            clock.now += 100
+            yield batches
+        steps.close()
+
+    monkeypatch.setattr(train, "prefetch", slow)
+    monkeypatch.setattr(train, "validate", lambda run: setattr(clock, "now", clock.now + 1000))  # is no part of a step
+    assert train.main([*tiny_flags, "--max_steps=4", "--eval_interval=2"]) == 0
+    assert [r["step_s"] for r in read_metrics(tmp_path / "run")] == [100] * 4
+
+
+@pytest.fixture
+def run(tiny_flags):
+    """A run before its first step."""
+    return train.set_up(parse(tiny_flags)[0], None, Processes())
+
+
+def test_the_peak_is_that_of_all_cards(run, monkeypatch):
+    monkeypatch.setattr(train, "peak_flops", lambda name, dtype: 1e12)
+    assert train.begin_report(replace(run, processes=Processes(0, 4))).peak_flops == 4e12
+
+
+def test_a_resumed_run_with_another_batch_goes_on_where_the_data_ended(run):
+    seen = train.Progress(step=6, tokens=6 * 512)  # twice the batch
+    data, _, _ = train.open_data(run.config, run.processes, run.data.grad_accum, seen, pin=False)
+    assert data.window_numbers(6).tolist() == run.data.window_numbers(12).tolist()
+
+
+def test_where_the_first_weights_are_from_is_said(run, monkeypatch):
+    monkeypatch.setattr(train, "find_weights", lambda path: Path(path) / "checkpoints/step_00000004")
+    assert not any(line.startswith("weights: ") for line in train.first_lines(run))
+    run.config.init_from = "runs/gpt2"
+    assert "weights: runs/gpt2/checkpoints/step_00000004" in list(train.first_lines(run))
 
 
 class Poison:
@@ -255,19 +318,21 @@ def test_resume_of_a_run_that_is_not_there_is_refused_or_begins_it(tiny_flags, t
     assert list(losses(tmp_path / "rum")) == [1, 2, 3, 4, 5]
 
 
-def test_a_run_that_is_done_says_so_and_one_that_is_lengthened_too(tiny_flags, tmp_path, capsys):
+def test_a_run_that_is_done_says_so_and_one_that_is_lengthened_too(tiny_flags, tmp_path, monkeypatch, capsys):
     assert train.main(tiny_flags) == 0
     before = checkpoint.newest(tmp_path / "run").stat().st_mtime_ns
-    for flags, done in (([], "step 12 of 12 is done"), (["--max_steps=5"], "step 12 of 5 is done")):
-        assert train.main(["--resume", f"--run_dir={tmp_path}/run", *flags]) == 0
-        assert f"{done}: raise --max_steps to go on" in capsys.readouterr().out
+    with monkeypatch.context() as full:
+        full.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+        for flags, done in (([], "step 12 of 12 is done"), (["--max_steps=5"], "step 12 of 5 is done")):
+            assert train.main(["--resume", f"--run_dir={tmp_path}/run", *flags]) == 0
+            assert f"{done}: raise --max_steps to go on" in capsys.readouterr().out
     assert checkpoint.newest(tmp_path / "run").stat().st_mtime_ns == before
     assert train.main(["--resume", f"--run_dir={tmp_path}/run", "--max_steps=13"]) == 0
     assert "schedule: of 12 steps when the checkpoint was saved, of 13 from here on" in capsys.readouterr().out
     assert (
         train.main(["--resume", f"--run_dir={tmp_path}/run/checkpoints/..", "--max_steps=14", "--schedule=step"]) == 0
     )
-    assert "schedule: " not in capsys.readouterr().out
+    assert "schedule: of" not in capsys.readouterr().out
 
 
 def test_training_begins_with_weights_from_elsewhere(tiny_flags, tmp_path, capsys):
