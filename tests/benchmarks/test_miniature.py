@@ -48,6 +48,7 @@ def test_the_miniature_is_to_scale():
     assert asked.limit_bytes - predicted > 100 * MiB // miniature.SCALE**2
 
 
+@pytest.mark.slow
 def test_the_tracker_sees_what_is_planned_at_full_size():
     chosen = choose(plan(TWO_B, get("RTX 3090"), miniature.HOST_MEMORY))
     seen = miniature.full_size(chosen)

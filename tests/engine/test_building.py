@@ -53,7 +53,7 @@ print(grown)
     [
         ("--weights=stochastic", "--moments=int8"),
         pytest.param(("--zero_stage=1", "--dtype=bf16"), marks=pytest.mark.slow),
-        ("--zero_stage=3", "--dtype=bf16"),
+        pytest.param(("--zero_stage=3", "--dtype=bf16"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )

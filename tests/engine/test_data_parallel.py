@@ -24,13 +24,19 @@ def losses(run_dir) -> dict[tuple[int, str], float]:
             ["--weights=residual", "--moments=int8", "--micro_batch_size=4", "--activation_checkpointing=true"], 2e-3,
             marks=pytest.mark.slow,
         ),
-        (["--weights=residual", "--moments=int8", "--offload=states", "--micro_batch_size=2"], 2e-3),
+        pytest.param(
+            ["--weights=residual", "--moments=int8", "--offload=states", "--micro_batch_size=2"], 2e-3,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             ["--weights=fp32", "--moments=fp32", "--offload=states", "--micro_batch_size=2"],
             2e-5,
             marks=pytest.mark.slow,
         ),
-        (["--weights=stochastic", "--moments=int8", "--optimizer_in_backward=true", "--grad_clip=0"], 2e-3),
+        pytest.param(
+            ["--weights=stochastic", "--moments=int8", "--optimizer_in_backward=true", "--grad_clip=0"], 2e-3,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["fp32", "residual-int8", "streamed-int8", "streamed-fp32", "in-backward"],
 )  # fmt: skip

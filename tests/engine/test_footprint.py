@@ -13,6 +13,7 @@ from engine.model import GPT
 from engine.streamed_adamw import HOST_SLAB_BYTES
 from kernels.dispatch import CHIPS
 from tests.engine.conftest import state_bytes
+from tests.marks import slow_unless
 
 BY_NAME = {method.name: method for method in METHODS}
 H100 = CHIPS["cuda:90"]
@@ -181,7 +182,8 @@ processes.barrier()  # as at the end of training
 """
 
 
-@pytest.mark.parametrize("launcher", [(), pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["alone", "two"])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["alone", "two"])
 def test_deepspeed_holds_what_is_planned(launcher, start, tmp_path):
     pytest.importorskip("deepspeed")
     cases = [(1, "none", "bf16"), (1, "none", "fp16"), (2, "none", "bf16"), (2, "none", "fp32"), (3, "none", "bf16")]
@@ -230,7 +232,7 @@ print(json.dumps(peak_memory(torch.device("cpu")) - before))
 
 
 @pytest.mark.parametrize(
-    "kind", ["none", "offloaded", *(pytest.param(k, marks=pytest.mark.slow) for k in ("blocks", "selective"))]
+    "kind", slow_unless(lambda kind: kind == "offloaded", ["none", "offloaded", "blocks", "selective"])
 )
 def test_a_process_grows_by_what_is_planned(kind, start, tmp_path):
     model = dict(n_layer=6, n_head=4, n_embd=256, block_size=128, vocab_size=8192, positions="rotary")

@@ -58,7 +58,7 @@ def small(tiny_flags, tmp_path) -> list[str]:
 @pytest.mark.parametrize(
     "chip, flags, tolerance",
     [
-        (HOPPER, ["--dtype=fp32"], 1e-5),
+        pytest.param(HOPPER, ["--dtype=fp32"], 1e-5, marks=pytest.mark.slow),
         (
             HOPPER,
             [
@@ -95,7 +95,12 @@ def small(tiny_flags, tmp_path) -> list[str]:
             2e-3,
             marks=pytest.mark.slow,
         ),
-        (RDNA, ["--document_masking=true", "--activation_checkpointing=selective", "--recomputed_blocks=3"], 2e-3),
+        pytest.param(
+            RDNA,
+            ["--document_masking=true", "--activation_checkpointing=selective", "--recomputed_blocks=3"],
+            2e-3,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda value: " ".join(flag.strip("-") for flag in value) if isinstance(value, list) else None,
 )
@@ -108,7 +113,11 @@ def test_a_run_on_a_card_is_that_on_a_cpu(chip, flags, tolerance, small, tmp_pat
     assert len(expected) == 3 and got == pytest.approx(expected, abs=tolerance)
 
 
-@pytest.mark.parametrize("flags", [[], ["--offload=states"]], ids=["states on the card", "streamed"])
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param([], marks=pytest.mark.slow), ["--offload=states"]],
+    ids=["states on the card", "streamed"],
+)
 def test_a_run_goes_on_elsewhere(flags, small, tmp_path, monkeypatch):
     """From a CPU to a card and back, each from the other's checkpoint: a run that never moved."""
     small += ["--weights=residual", "--moments=int8", "--schedule=step", "--sample_tokens=0"]
@@ -163,7 +172,7 @@ def test_text_on_a_card_is_that_on_a_cpu(chip, small, tmp_path, monkeypatch, cap
                 "--grad_clip=0",
             ],
         ),
-        (TURING, ["--offload=states"]),
+        pytest.param(TURING, ["--offload=states"], marks=pytest.mark.slow),
         (PASCAL, ["--activation_checkpointing=offloaded", "--recomputed_blocks=3", "--document_masking=true"]),
     ],
 )

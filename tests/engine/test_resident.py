@@ -10,6 +10,7 @@ from engine import checkpoint, train
 from engine.config import from_dict, load_file
 from engine.model import GPT
 from engine.report import read_metrics
+from tests.marks import slow_unless
 
 FORMATS = [
     ("--weights=residual", "--moments=int8"),
@@ -25,7 +26,7 @@ def losses(run_dir) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in read_metrics(run_dir) if "loss" in r}
 
 
-@pytest.mark.parametrize("formats", FORMATS, ids=" ".join)
+@pytest.mark.parametrize("formats", slow_unless(lambda f: "--optimizer_in_backward=true" in f, FORMATS), ids=" ".join)
 def test_small_states_learn_as_fp32_does(tiny_flags, tmp_path, formats):
     flags = [*tiny_flags, "--max_steps=60", "--lr=5e-3", "--save_interval=0", "--eval_interval=0", "--grad_clip=0"]
     assert train.main([*flags, f"--run_dir={tmp_path}/fp32"]) == 0
@@ -35,7 +36,7 @@ def test_small_states_learn_as_fp32_does(tiny_flags, tmp_path, formats):
     assert exact[60] < exact[1] - 0.7
 
 
-@pytest.mark.parametrize("formats", FORMATS, ids=" ".join)
+@pytest.mark.parametrize("formats", slow_unless(lambda f: "--offload=states" in f, FORMATS), ids=" ".join)
 def test_resume_is_bit_for_bit_in_every_format(tiny_flags, tmp_path, formats):
     assert train.main([*tiny_flags, *formats]) == 0
     again = tmp_path / "again"

@@ -27,10 +27,10 @@ def finish(process) -> str:
 
 
 @pytest.fixture
-def single(tiny_flags, start, tmp_path):
+def single(tiny_flags, tmp_path):
     """The run directory of a single resident process."""
     run = tmp_path / "single"
-    finish(start("engine/train.py", *tiny_flags, DEPTH, "--micro_batch_size=2", f"--run_dir={run}"))
+    assert train.main([*tiny_flags, DEPTH, "--micro_batch_size=2", f"--run_dir={run}"]) == 0
     return run
 
 
@@ -43,6 +43,7 @@ def cut_back(run: Path, to: Path, step: int = 4) -> Path:
     return to
 
 
+@pytest.mark.slow
 def test_stages_agree_with_one_process_and_checkpoints_pass_between_them(single, tiny_flags, start, tmp_path):
     reference = losses(single)
     ways = {
@@ -104,11 +105,16 @@ def test_streamed_states_pass_to_zero_and_back(tiny_flags, start, tmp_path):
     assert back == pytest.approx(go_on(own, 8, "compact", *compact, processes=1), rel=2e-3)
 
 
-def test_the_deepspeed_launcher_starts_the_same_program(tiny_flags, start, tmp_path):
-    launcher = Path(sys.executable).with_name("deepspeed")
-    output = finish(start(launcher, "--num_gpus", "2", "engine/train.py", *tiny_flags, "--max_steps=4"))
-    assert "ZeRO stage 1, 2 processes" in output
-    assert checkpoint.newest(tmp_path / "run").name == "step_00000004"
+def test_the_deepspeed_launcher_starts_what_agrees_with_one_process(single, tiny_flags, start, tmp_path):
+    """Left to choose, stage 1; and its checkpoint resumes in one process without DeepSpeed."""
+    launcher, reference = Path(sys.executable).with_name("deepspeed"), losses(single)
+    run, flags = tmp_path / "run", [*tiny_flags, DEPTH, "--micro_batch_size=2"]
+    output = finish(start(launcher, "--num_gpus", "2", "engine/train.py", *flags))
+    assert "ZeRO stage 1, 2 processes" in output and (run / "deepspeed.json").exists()
+    assert losses(run) == pytest.approx(reference, rel=2e-5)
+    alone = cut_back(run, tmp_path / "alone")
+    assert train.main(["--resume", f"--run_dir={alone}"]) == 0
+    assert losses(alone) == pytest.approx(reference, rel=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +148,7 @@ def test_on_a_pretended_card(single, tiny_flags, start, tmp_path, chip, launcher
     assert losses(run) == pytest.approx(losses(single), rel=1e-2)
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_step_that_is_not_finite_is_skipped(tiny_flags, start, tmp_path, stage):
     shape = ["--max_steps=5", "--micro_batch_size=4", "--grad_clip=0.1"]  # a quarter of what the gradients have
     flags = [*shape, "--strategy=zero", f"--zero_stage={stage}"]

@@ -205,6 +205,7 @@ def test_one_folder_for_both_is_refused(tmp_path: Path) -> None:
         write_embedded_corpus(tmp_path, tmp_path)
 
 
+@pytest.mark.slow
 def test_this_python_has_tens_of_megabytes(tmp_path: Path) -> None:
     corpus = write_embedded_corpus(tmp_path / "train", tmp_path / "val")
     found = texts(corpus)

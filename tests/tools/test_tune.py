@@ -10,6 +10,7 @@ import torch
 from kernels import dispatch, launch_configs
 from kernels.aot import Row
 from kernels.dispatch import CHIPS
+from tests.marks import slow_unless
 from tools import tune
 from tools.tune import TUNABLE, Trial, choose, keep, measure, prune, spread
 from tools.tuning.cases import Problem
@@ -66,7 +67,7 @@ class Asked(dict):
         return super().get(key)
 
 
-@pytest.mark.parametrize("kernel", TUNABLE)
+@pytest.mark.parametrize("kernel", slow_unless(lambda kernel: not kernel.startswith("attention_backward"), TUNABLE))
 def test_every_kernel_is_launched_with_the_candidate_and_is_right(kernel, triton_here, monkeypatch):
     """The case's name is the one that the kernel itself looks up, and its configuration what it is launched with."""
     case, sizes = SMALL[kernel]
@@ -294,12 +295,12 @@ def test_the_limit_counts_what_is_beside_the_tables_own(monkeypatch, capsys):
 def test_a_dry_run_compiles_for_a_chip_that_is_not_here(start, triton_here):
     flags = [
         "--dry_run", "--chip", "cuda:86", "--kernels", "attention_forward",
-        "--cases", "128", "--limit", "4", "--workers", "1",
+        "--cases", "128", "--limit", "1", "--workers", "1",
     ]  # fmt: skip
     process = start("tools/tune.py", *flags)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert "attention_forward, 128: of 5 candidates" in output
+    assert "attention_forward, 128: of 2 candidates" in output
     assert "registers" in output and "compiles" in output and "of shared memory or more, the chip has 99" in output
 
 
