@@ -44,7 +44,9 @@ def attention(
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raises ValueError unless q, k and v have heads that fit each other."""
+    """Raises ValueError unless q, k and v have one dtype and heads that fit each other."""
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: one dtype for all")
     if k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[2] % k.shape[2]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
         raise ValueError(f"attention: q, k, v {shapes} are not (B, T, H, D), (B, T, G, D) twice with H a multiple of G")

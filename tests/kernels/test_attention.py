@@ -248,6 +248,8 @@ def test_bad_shapes_say_so():
     x = torch.zeros(1, 4, 3, 16)
     with pytest.raises(ValueError, match="H a multiple of G"):
         attention(x, x[:, :, :2], x[:, :, :2])
+    with pytest.raises(ValueError, match="one dtype"):
+        attention(x, x.half(), x.half())
     with pytest.raises(ValueError, match="k has"):
         attention(x, x[:, :2], x[:, :2])
     with pytest.raises(ValueError, match="doc_start"):
