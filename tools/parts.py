@@ -16,7 +16,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,7 +38,7 @@ from tools.token_file import (
 )  # fmt: skip
 
 SEGMENT_CHUNKS = 8
-MERGED_AT_ONCE = 16  # segments to one state on disk
+MERGED_BYTES = 64 << 20  # of ids to one state on disk, which names every input: there may be many, and small
 PATIENCE_S = 5  # for the helpers of a run that was killed to end as well
 
 
@@ -85,12 +85,11 @@ class Merged(msgspec.Struct, kw_only=True):
     end: Place = Place(ended=True)
     bytes: int = 0
 
-    def place(self, source: Path) -> Place:
-        """Return how far into an input it goes."""
-        names = [other.file for other in self.sources]
-        if source.name not in names:
+    def place(self, number: int) -> Place:
+        """Return how far into the input of that number it goes."""
+        if number >= len(self.sources):
             return Place()
-        return self.end if source.name == names[-1] else Place(ended=True)
+        return self.end if number == len(self.sources) - 1 else Place(ended=True)
 
 
 class Segment:
@@ -136,7 +135,13 @@ class Workspace:
         self.file, self.inputs, self.settings, self.dtype = file, list(inputs), settings, dtype
         self.folder = file.with_name(file.name + ".parts")
         self._merged, self._state = self.folder / "merged", self.folder / "merged.json"
+        self._numbers = {source.name: number for number, source in enumerate(self.inputs)}
         self._same: dict[tuple[Path, int, int], bool] = {}
+        self._seen: tuple[tuple[int, ...] | None, Merged] | None = None  # a state of `merged`, and what it comes to
+
+    def number(self, source: Path) -> int:
+        """Return the place of an input among all, from 0."""
+        return self._numbers[source.name]
 
     @contextmanager
     def locked(self, *, shared: bool) -> Iterator[None]:
@@ -194,7 +199,8 @@ class Workspace:
             return True
         key = source, recorded.file_mtime_ns, now.file_mtime_ns
         if key not in self._same:
-            hashed = (other for other in self._recorded(source) if other.is_of(recorded) and other.file_sha256)
+            others = chain([recorded], self._recorded(source))  # which looks through the folder
+            hashed = (other for other in others if other.is_of(recorded) and other.file_sha256)
             self._same[key] = recorded.file_bytes == now.file_bytes and any(other.is_still(source) for other in hashed)
         return self._same[key]
 
@@ -227,24 +233,25 @@ class Workspace:
         file.truncate(0)
         return segment
 
-    def reach(self, source: Path, merged: Merged | None = None) -> Place:
+    def reach(self, source: Path) -> Place:
         """Return the first place in an input after which something is to be done; `ended` where nothing is."""
-        place = (merged or self._read_merged()).place(source)
+        place = self._merged_place(source)
         while not place.ended and (record := self.record(source, place.segment)):
             place = record.end
         return place
 
     def missing(self, inputs: Sequence[Path]) -> list[Path]:
         """Return those inputs that are not done, or whose end is being merged just now."""
-        merged = self._read_merged()  # once: that looks at all inputs, which may be thousands
-        return [source for source in inputs if not self.reach(source, merged).ended]
+        return [source for source in inputs if not self.reach(source).ended]
 
     def made(self, source: Path, before: int | None = None) -> Source:
         """Return what an input has given up to segment `before`, or as far as it is done without a gap."""
         while True:
-            merged = self._read_merged()
-            whole = next((found for found in merged.sources if found.file == source.name), Source.of(source))
-            place = merged_place = merged.place(source)
+            merged, number = self._read_merged(), self.number(source)
+            whole = Source.of(source)
+            for found in merged.sources[number : number + 1]:
+                whole.add(found)
+            place = merged_place = merged.place(number)
             while place.segment != before and not place.ended and (record := self.record(source, place.segment)):
                 whole.add(record.source)
                 place = record.end
@@ -299,7 +306,7 @@ class Workspace:
         with lock(self.folder / "merging") as mine:
             if not mine:
                 return
-            merged = self._read_merged()
+            merged = self._read_current()
             with self._appending(merged) as file:
                 while added := self._append(merged, file):
                     self._write_merged(merged, file)
@@ -307,9 +314,9 @@ class Workspace:
                         path.unlink()
 
     def _append(self, merged: Merged, file: BinaryIO) -> list[Path]:
-        """Append up to MERGED_AT_ONCE segments; return the paths of what is not needed any more."""
-        added = []
-        while len(added) < 2 * MERGED_AT_ONCE:
+        """Append segments, about MERGED_BYTES of them; return the paths of what is not needed any more."""
+        added, enough = [], merged.bytes + MERGED_BYTES
+        while merged.bytes < enough:
             if not merged.end.ended:
                 source, number = self.inputs[len(merged.sources) - 1], merged.end.segment
             elif len(merged.sources) < len(self.inputs):
@@ -367,7 +374,19 @@ class Workspace:
             return Merged(settings=self.settings)
 
     def _read_merged(self) -> Merged:
-        """Return what of `merged` is of these settings and of the inputs as they are now."""
+        """Return what of `merged` was of these settings and inputs when its state was first seen; not to be changed."""
+        try:
+            stat = self._state.stat()
+            key = stat.st_ino, stat.st_mtime_ns, stat.st_size
+        except FileNotFoundError:
+            key = None
+        seen = self._seen  # other threads come here as well
+        if seen is None or seen[0] != key:
+            seen = self._seen = key, self._read_current()
+        return seen[1]
+
+    def _read_current(self) -> Merged:
+        """Return what of `merged` is of these settings and of the inputs as they are now, each of which is looked at."""
         merged = self._read_state()
         try:
             whole = self._merged.stat().st_size >= merged.bytes and merged.settings == self.settings
@@ -383,7 +402,7 @@ class Workspace:
         return Merged(settings=self.settings, sources=current, bytes=size)
 
     def _merged_place(self, source: Path) -> Place:
-        return self._read_merged().place(source)
+        return self._read_merged().place(self.number(source))
 
     def _write_merged(self, merged: Merged, file: BinaryIO | None = None) -> None:
         if file:

@@ -21,7 +21,7 @@ import numpy as np
 
 from tools.chunks import CHANGES, KINDS, LOSSES, Chunk, ChunkReader, Problem
 from tools.json_lines import Documents, parse
-from tools.parts import Place, Segment, Workspace
+from tools.parts import MERGED_BYTES, Place, Segment, Workspace
 from tools.shard_stream import ShardStream
 from tools.text_encoders import TextEncoder
 from tools.text_files import TextReader, is_text_file, parse_file
@@ -53,14 +53,14 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A chunk on its way through the pool, or (`end`) the end of a segment behind its last one."""
+    """A chunk on its way through the pool; `end`: where the segment ends, if this is its last one."""
 
     segment: Segment
-    size: int = 0
-    consumed: int = 0  # bytes of the file on disk
-    encoded: Future[Encoded] | None = None
-    end: Place | None = None
-    sha256: str | None = None
+    size: int
+    consumed: int  # bytes of the file on disk
+    encoded: Future[Encoded]
+    end: Place | None
+    sha256: str | None
 
 
 class Pipeline:
@@ -83,6 +83,7 @@ class Pipeline:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
         self._merger = ThreadPoolExecutor(1, thread_name_prefix="merge") if merging else None
         self._merging: Future[None] | None = None
+        self._unmerged_bytes = 0  # of ids finished since the last merging began
         self._pending: deque[Pending] = deque()
         self._in_flight = 0
         self._taken: set[Segment] = set()
@@ -107,75 +108,80 @@ class Pipeline:
         """
         for owned in (True, False):
             for source in inputs if owned else self._workspace.missing(inputs):
+                if is_text_file(source):
+                    self._work_on_text(source)
+                    continue
                 with ExitStack() as stack:
                     if not owned or stack.enter_context(self._workspace.owning(source)):
                         self._work_on(source)
                         self._write_down_to(0)
+            self._write_down_to(0)
         if self._merging:
             self._merging.result()
 
+    def _work_on_text(self, source: Path) -> None:
+        """Bring a file of text, which is one segment of one chunk, into the pool, if nobody has it."""
+        if self._workspace.reach(source).ended or not (segment := self._take(source, 0)):
+            return
+        with ShardStream(source) as stream:
+            self._read_segment(TextReader(stream), stream, Place(), segment)
+
     def _work_on(self, source: Path) -> None:
-        """Bring the segments of an input that nobody has into the pool, and write what comes out of it."""
+        """Bring the segments of a shard that nobody has into the pool, and write what comes out of it."""
         workspace, settings = self._workspace, self._workspace.settings
         place = workspace.reach(source)
         if place.ended:
             return
         with ShardStream(source) as stream:
-            if is_text_file(source):
-                reader = TextReader(stream)
-            else:
-                reader = ChunkReader(stream, settings.chunk_bytes, settings.max_data)
+            reader = ChunkReader(stream, settings.chunk_bytes, settings.max_data)
             while not place.ended:
                 if done := workspace.place_after(source, place.segment):
                     place = done
                     continue
                 reader.skip_to(place.position, place.objects)
-                if segment := workspace.take(source, place.segment):
-                    self._taken.add(segment)
-                place = self._read_segment(reader, stream, place, segment)
+                place = self._read_segment(reader, stream, place, self._take(source, place.segment))
+
+    def _take(self, source: Path, number: int) -> Segment | None:
+        if segment := self._workspace.take(source, number):
+            self._taken.add(segment)
+        return segment
 
     def _read_segment(
         self, reader: ChunkReader | TextReader, stream: ShardStream, place: Place, segment: Segment | None
     ) -> Place:
         """Read the segment that begins at `place`, and have it encoded if it is taken; return where it ends."""
-        for _ in range(self._workspace.settings.segment_chunks):
-            consumed = stream.consumed
+        end, left = None, self._workspace.settings.segment_chunks
+        while not end:
+            before, left = stream.consumed, left - 1
             chunk = reader.next_chunk()
+            if reader.ended or not left:
+                end = Place(
+                    segment=place.segment + 1,
+                    position=reader.position,
+                    objects=reader.objects,
+                    consumed=stream.consumed,
+                    ended=reader.ended,
+                )
             if segment:
-                self._submit(chunk, segment, stream.consumed - consumed, reader.spare)
+                read = parse_file if is_text_file(segment.input) else self._parse_lines
+                size, encoded = len(chunk.data), self._pool.submit(self._encode, chunk, read, reader.spare)
+                self._pending.append(Pending(segment, size, stream.consumed - before, encoded, end, stream.sha256))
+                self._in_flight += size
+                self._write_down_to(self._depth)
             elif len(chunk.data) == self._workspace.settings.chunk_bytes:
                 reader.spare.append(chunk.data)
-            if reader.ended:
-                break
-        end = Place(
-            segment=place.segment + 1,
-            position=reader.position,
-            objects=reader.objects,
-            consumed=stream.consumed,
-            ended=reader.ended,
-        )
-        if segment:
-            self._pending.append(Pending(segment, end=end, sha256=stream.sha256))
         return end
-
-    def _submit(self, chunk: Chunk, segment: Segment, consumed: int, spare: list[bytearray]) -> None:
-        size = len(chunk.data)
-        read = parse_file if is_text_file(segment.input) else self._parse_lines
-        self._pending.append(Pending(segment, size, consumed, self._pool.submit(self._encode, chunk, read, spare)))
-        self._in_flight += size
-        self._write_down_to(self._depth)
 
     def _write_down_to(self, depth: int) -> None:
         """Write what is encoded; wait for it while more than `depth` chunks, or too many bytes, are on their way."""
         while self._pending:
             oldest = self._pending[0]
             waiting = len(self._pending) > depth or self._in_flight > IN_FLIGHT_BYTES
-            if not (waiting or oldest.encoded is None or oldest.encoded.done()):
+            if not (waiting or oldest.encoded.done()):
                 return
-            if oldest.encoded:
-                self._write(oldest)
-            else:
-                self._finish(oldest)
+            self._write(oldest)
+            if oldest.end:
+                self._finish(oldest.segment, oldest.end, oldest.sha256)
             self._pending.popleft()
             self._in_flight -= oldest.size
 
@@ -187,16 +193,18 @@ class Pipeline:
         segment.append(encoded.ids, encoded.documents, encoded.bytes, encoded.lines, encoded.problems)
         self._report(Work(pending.consumed, encoded.bytes, len(encoded.ids)))
 
-    def _finish(self, pending: Pending) -> None:
-        pending.segment.finish(pending.end, pending.sha256)
-        self._taken.discard(pending.segment)
-        if pending.end.ended:
-            self._report(Work(pending.segment.source.file_bytes - pending.end.consumed))
-        if is_text_file(pending.segment.input):
-            return  # of thousands each merging would look at all: they are merged at the end
-        if self._merger and (self._merging is None or self._merging.done()):
+    def _finish(self, segment: Segment, end: Place, sha256: str | None) -> None:
+        segment.finish(end, sha256)
+        self._taken.discard(segment)
+        if end.ended:
+            self._report(Work(segment.source.file_bytes - end.consumed))
+        self._unmerged_bytes += segment.source.tokens * self._workspace.dtype.itemsize
+        # Each merging looks at all inputs, which may be thousands of small ones: not for every one of these.
+        enough = self._unmerged_bytes >= MERGED_BYTES
+        if enough and self._merger and (self._merging is None or self._merging.done()):
             if self._merging:
                 self._merging.result()
+            self._unmerged_bytes = 0
             self._merging = self._merger.submit(self._workspace.merge)
 
     def _encode(self, chunk: Chunk, read: Callable[[Chunk], Documents], spare: list[bytearray]) -> Encoded:

@@ -82,7 +82,7 @@ class Helpers:
         job = Job(
             file=str(workspace.file.absolute()),
             inputs=[str(source.absolute()) for source in workspace.inputs],
-            mine=[workspace.inputs.index(source) for source in inputs],
+            mine=[workspace.number(source) for source in inputs],
             settings=workspace.settings,
             threads=1,
             merging=merging,

@@ -19,7 +19,7 @@ from huggingface_hub.utils import close_session
 
 from engine.tokenizer import END_OF_TEXT, load_encoding
 from tools import hub as hubs
-from tools import parts, prepare, workers
+from tools import parts, pipeline, prepare, workers
 from tools.download import REPOSITORY, download
 from tools.parts import Settings
 from tools.shards import ShardError, read_note
@@ -58,7 +58,8 @@ def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments of a few kilobytes, so that small inputs have many."""
     cut = {"chunk_bytes": 8000, "segment_chunks": 3}
     monkeypatch.setattr(prepare, "Settings", lambda **given: Settings(**given, **cut))
-    monkeypatch.setattr(parts, "MERGED_AT_ONCE", 2)
+    for module in (parts, pipeline):
+        monkeypatch.setattr(module, "MERGED_BYTES", 10_000)
     monkeypatch.setattr(workers, "BYTES_A_PROCESS", 100)
 
 
