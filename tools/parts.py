@@ -386,7 +386,7 @@ class Workspace:
         return seen[1]
 
     def _read_current(self) -> Merged:
-        """Return what of `merged` is of these settings and of the inputs as they are now, each of which is looked at."""
+        """Return what of `merged` is of these settings and of the inputs as they are now, looking at each."""
         merged = self._read_state()
         try:
             whole = self._merged.stat().st_size >= merged.bytes and merged.settings == self.settings
