@@ -12,12 +12,12 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-from tqdm import tqdm
 
 from engine.command_line import CommandLine
 from engine.tokenizer import DEFAULT_TOKENIZER, load_encoding
 from engine.whole_file import whole_file
 from tools.disk import write_json
+from tools.progress import Progress
 from tools.token_file import Description, PrepareError, Source, description_path, read_description
 
 HDF5_SUFFIXES = (".h5", ".hdf5")
@@ -121,11 +121,11 @@ def _tokens(file, source: Path):
 
 def _blocks(ids, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (place, ids from there on) of a dataset or array, a block at a time."""
-    with tqdm(total=len(ids), desc=name, unit=" ids", unit_scale=True, disable=None) as bar:
+    with Progress(name, len(ids), " ids") as bar:
         for start in range(0, len(ids), BLOCK_TOKENS):
             block = np.asarray(ids[start : start + BLOCK_TOKENS])
             yield start, block
-            bar.update(len(block))
+            bar.add(len(block))
 
 
 def _check_ids(ids: np.ndarray, vocab_size: int, start: int, source: Path, tokenizer_name: str) -> None:
@@ -171,8 +171,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         count = convert(options.source, options.target, options.tokenizer_name)
     except PrepareError as error:
-        print(f"convert_hdf5.py: {error}", file=sys.stderr)
-        return 1
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing is written", file=sys.stderr)
+        return 130
     print(f"{options.target}: {count} ids, each compared with {options.source}")
     return 0
 

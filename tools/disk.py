@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import os
 import zlib
 from collections.abc import Iterator
@@ -59,6 +60,12 @@ def checksum(path: Path) -> int:
         while block := file.read(COPY_BYTES):
             crc32 = zlib.crc32(block, crc32)
     return crc32
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of the bytes of `path` in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

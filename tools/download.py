@@ -21,13 +21,15 @@ import filelock
 import msgspec
 import zstandard
 from huggingface_hub.utils import WeakFileLock
-from tqdm import tqdm
 
 from engine.command_line import CommandLine
+from engine.report import human
+from tools.disk import hash_file
 from tools.embedded_corpus import SOURCE as EMBEDDED
 from tools.embedded_corpus import Corpus, write_embedded_corpus
 from tools.hub import RemoteFile, explained, find_files, read_through
-from tools.shards import Note, ShardError, ShardWriter, hash_file, publish, read_note, write_note
+from tools.progress import Progress
+from tools.shards import Note, ShardError, ShardWriter, publish, read_note, write_note
 
 REPOSITORY = "monology/pile-uncopyrighted"
 TRAIN_SHARDS = 30
@@ -145,10 +147,12 @@ def _check_space(orders: list[Order], remote: dict[str, RemoteFile]) -> None:
         needed[device] += size
     for device, size in needed.items():
         free = shutil.disk_usage(places[device]).free
-        print(f"{REPOSITORY}: up to {readable(size)} to fetch, {readable(free)} free on the disk of {places[device]}")
+        print(
+            f"{REPOSITORY}: up to {human(size, 'B')} to fetch, {human(free, 'B')} free on the disk of {places[device]}"
+        )
         if size > free:
             raise ShardError(
-                f"{readable(size)} do not fit into the {readable(free)} free on the disk of {places[device]}: "
+                f"{human(size, 'B')} do not fit into the {human(free, 'B')} free on the disk of {places[device]}: "
                 "free some space, choose another disk with --train_dir and --val_dir, lower --train_max, "
                 "or take --size small"
             )
@@ -178,14 +182,14 @@ def _fetch_whole(file: RemoteFile, shard: Path) -> None:
     """Fetch all of `file` and give it its name where its SHA-256 is right; else remove it and raise ShardError."""
     part = _part(file, shard)
     digest = hashlib.sha256()
-    with _bar(shard, file.bytes) as bar:
+    with Progress(shard.name, file.bytes) as bar:
         for chunk in read_through(file, part):
             digest.update(chunk)
-            bar.update(len(chunk))
+            bar.add(len(chunk))
     if digest.hexdigest() != file.sha256:
         raise _damaged(file, part)
     publish(part, shard, _whole(file))
-    print(f"{shard}: {readable(file.bytes)}, SHA-256 verified")
+    print(f"{shard}: {human(file.bytes, 'B')}, SHA-256 verified")
 
 
 def _fetch_text(file: RemoteFile, shard: Path, text_bytes: int) -> int:
@@ -197,7 +201,7 @@ def _fetch_text(file: RemoteFile, shard: Path, text_bytes: int) -> int:
     kept, used, documents, text = _kept_bytes(part), 0, 0, 0
     decompressor = zstandard.ZstdDecompressor().decompressobj(read_across_frames=True)
     rest = b""
-    with ShardWriter(shard) as writer, _bar(shard, text_bytes) as bar:
+    with ShardWriter(shard) as writer, Progress(shard.name, text_bytes) as bar:
         for chunk in read_through(file, part):
             used += len(chunk)
             try:
@@ -210,7 +214,7 @@ def _fetch_text(file: RemoteFile, shard: Path, text_bytes: int) -> int:
                 text += _text_bytes(lines[taken])
                 taken += 1
             documents += taken
-            bar.update(text - before)
+            bar.add(text - before)
             writer.write(b"".join(line + b"\n" for line in lines[:taken]))
             if text >= text_bytes:
                 break
@@ -219,14 +223,14 @@ def _fetch_text(file: RemoteFile, shard: Path, text_bytes: int) -> int:
             writer.publish(**origin, documents=documents, text_bytes=text)
             if kept <= used:  # a longer one is left from fetching the whole shard, which may go on later
                 part.unlink()
-            print(f"{shard}: the first {readable(text)} of text of {file}")
+            print(f"{shard}: the first {human(text, 'B')} of text of {file}")
             return text
     if rest:
         documents, text = documents + 1, text + _text_bytes(rest)
     if hash_file(part) != file.sha256:
         raise _damaged(file, part)
     publish(part, shard, _whole(file, documents=documents, text_bytes=text))
-    print(f"{shard}: {readable(text)} of text, all there is in {file}, SHA-256 verified")
+    print(f"{shard}: {human(text, 'B')} of text, all there is in {file}, SHA-256 verified")
     return text
 
 
@@ -252,22 +256,8 @@ def _damaged(file: RemoteFile, part: Path) -> ShardError:
     )
 
 
-def _bar(shard: Path, size: int) -> tqdm:
-    """Return a progress bar in bytes, for terminals only: a log file has the line that ends each shard."""
-    return tqdm(total=size, desc=shard.name, unit="B", unit_scale=True, disable=None)
-
-
-def readable(size: int) -> str:
-    """Return `size` bytes in the decimal unit that suits it."""
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, 1 with a message for a ShardError, 130 when interrupted."""
+    """Run the command line; return the exit code: 0, 2 with a message for a ShardError, 130 when interrupted."""
     parser = CommandLine(__doc__)
     about = f"training shards, 1 to {TRAIN_SHARDS} (default 1)"
     parser.add_argument("--train_max", type=int, default=1, metavar="N", help=about)
@@ -285,8 +275,8 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 download(options.train_dir, options.val_dir, train_max=options.train_max, size=options.size)
     except ShardError as error:
-        print(f"download.py: {error}", file=sys.stderr)
-        return 1
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
@@ -298,7 +288,9 @@ def _report(corpus: Corpus) -> None:
         (corpus.train_file, corpus.train_documents, corpus.train_bytes),
         (corpus.val_file, corpus.val_documents, corpus.val_bytes),
     ):
-        print(f"{file}: {readable(size)} of text in {documents} documents{'' if corpus.written else ', there already'}")
+        print(
+            f"{file}: {human(size, 'B')} of text in {documents} documents{'' if corpus.written else ', there already'}"
+        )
     if corpus.skipped:
         print("left out: " + ", ".join(f"{count} {reason}" for reason, count in corpus.skipped.items()))
 

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import msgspec
 
-from tools.shards import SHARD_PATTERNS, Note, ShardError, ShardWriter, read_note
+from tools.chunks import SHARD_ENDINGS
+from tools.shards import Note, ShardError, ShardWriter, read_note
 
 SOURCE = "stdlib"
 VAL_SHARE = 20  # one document in twenty is for validation
@@ -94,8 +95,8 @@ def _own_note(file: Path) -> Note | None:
 
 
 def _refuse_other_shards(*folders: Path, own: set[Path]) -> None:
-    found = sorted(file for folder in folders for pattern in SHARD_PATTERNS for file in folder.glob(pattern))
-    if others := [file for file in found if file not in own]:
+    found = (file for folder in folders for file in sorted(folder.glob("*")))
+    if others := [file for file in found if file.name.lower().endswith(SHARD_ENDINGS) and file not in own]:
         raise ShardError(
             f"{others[0]} is not part of the embedded corpus"
             f"{f' (nor are {len(others) - 1} more files)' if len(others) > 1 else ''}, and nothing is written over it: "

@@ -25,29 +25,34 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.command_line import CommandLine, positive
+from engine.report import human
 from engine.tokenizer import DEFAULT_TOKENIZER
 from tools.chunks import KINDS, SHARD_ENDINGS, TEXT_KEY, Problem
 from tools.parts import Settings, Workspace
-from tools.pipeline import Pipeline, refuse_losses
+from tools.pipeline import Pipeline, Work, refuse_losses
 from tools.progress import Progress
 from tools.text_encoders import TextEncoder, load_text_encoder
 from tools.text_files import TEXT_ENDINGS, is_text_file
-from tools.token_file import NoText, PrepareError, Source, claimed, description_path
+from tools.token_file import NoText, PrepareError, Source, claimed, description_path, listed
 from tools.workers import Helpers, available_cores, shares
 
 PATIENCE_S = 5
+MAX_LISTED = 20  # inputs whose lines are listed of each kind of problem
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def find_inputs(folder: Path) -> list[Path]:
-    """Return a folder's shards, or where it has none its text files, by name; PrepareError where it has neither."""
+    """Return a folder's shards, or where it has none its text files, by name.
+
+    PrepareError where it has neither, or one of them twice: unpacked, or compressed in two ways.
+    """
     if folder.is_file():
         raise PrepareError(f"{folder} is a file: name its folder")
     files = sorted(folder.glob("*"))
     shards = [file for file in files if file.name.lower().endswith(SHARD_ENDINGS)]
     texts = [file for file in files if is_text_file(file)]
     if shards and texts:  # such as a README or a licence
-        print(f"{folder}: {_listed([file.name for file in texts])} left out, since there are shards")
+        print(f"{folder}: {listed([file.name for file in texts])} left out, since there are shards")
     if not (shards or texts):
         what = f"holds no shards ({', '.join(SHARD_ENDINGS)}) and no texts ({', '.join(TEXT_ENDINGS)})"
         raise PrepareError(
@@ -55,6 +60,13 @@ def find_inputs(folder: Path) -> list[Path]:
             "To fetch some of the Pile: python tools/download.py --size small; without a network: "
             "python tools/download.py --source stdlib"
         )
+    named: dict[str, Path] = {}
+    for file in shards or texts:
+        ending = next(e for e in SHARD_ENDINGS + TEXT_ENDINGS if file.name.lower().endswith(e))
+        other = named.setdefault(file.name[: -len(ending)], file)
+        if other is not file:
+            what = "shard" if shards else "text"
+            raise PrepareError(f"{folder}: {other.name} and {file.name}: the same {what} twice? move one away")
     return shards or texts
 
 
@@ -120,9 +132,9 @@ def prepare(
 def _take_over(workspace: Workspace) -> None:
     """Begin with what earlier runs have left."""
     if changed := workspace.tidy():
-        print(f"{', '.join(changed)}: damaged, changed, or prepared in another way before; doing that part again")
+        print(f"{listed(changed)}: damaged, changed, or prepared in another way before; doing that part again")
     if reused := workspace.reuse():
-        print(f"{workspace.file}: keeping what it has of {', '.join(reused)}")
+        print(f"{workspace.file}: keeping what it has of {listed(reused)}")
 
 
 def _fill(
@@ -142,12 +154,17 @@ def _fill(
         left[source] = source.stat().st_size - place.consumed
         if place.segment:
             print(f"{source}: going on at line {workspace.made(source).lines + 1}")
+
+    def report(work: Work) -> None:
+        shown.add(work.consumed, work.bytes, work.tokens)
+
     # The first of several bad lines is only known where one process goes through the inputs in order.
     threads = [workers] if strict else shares(workers, sum(left.values()))
+    rates = ("B/s of text", " tokens/s")
     with (
-        Progress(workspace.file.name, sum(left.values()), progress) as bar,
-        Helpers(workspace, list(left), threads[1:], bar.add, merging=merging) as helpers,
-        Pipeline(workspace, encoder, threads[0], bar.add, merging=merging, strict=strict) as pipeline,
+        Progress(workspace.file.name, sum(left.values()), rates=rates, shown=progress) as shown,
+        Helpers(workspace, list(left), threads[1:], report, merging=merging) as helpers,
+        Pipeline(workspace, encoder, threads[0], report, merging=merging, strict=strict) as pipeline,
     ):
         pipeline.run(list(left))
         helpers.wait()
@@ -185,7 +202,7 @@ def check_output(out_file: Path, inputs: Sequence[Path], overwrite: bool = False
             "move it away, or name another file"
         )
     if not (overwrite or made.is_of(inputs, out_file)):
-        theirs, ours = _listed([source.file for source in made.sources]), _listed([path.name for path in inputs])
+        theirs, ours = listed([source.file for source in made.sources]), listed([path.name for path in inputs])
         folder = "" if made.folder is None else f" in {os.path.normpath(out_file.parent / made.folder)}"
         raise PrepareError(
             f"{out_file} was prepared from {theirs}{folder}, and now is to be from {ours} in {inputs[0].parent}: "
@@ -193,16 +210,12 @@ def check_output(out_file: Path, inputs: Sequence[Path], overwrite: bool = False
         )
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _check_complete(workspace: Workspace) -> None:
     """PrepareError naming the inputs that are not done."""
     if missing := workspace.missing(workspace.inputs):
         raise PrepareError(
             f"{workspace.file}: {len(missing)} of {len(workspace.inputs)} inputs are not done: "
-            f"{', '.join(source.name for source in missing)}. Prepare them with the same command without --merge, or "
+            f"{listed([source.name for source in missing])}. Prepare them with the same command without --merge, or "
             f"copy what other machines have in {workspace.folder.name} into {workspace.folder}"
         )
 
@@ -220,9 +233,9 @@ def _explained(workspace: Workspace) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise PrepareError(f"{error.filename or workspace.file}: {error.strerror}") from error
-        free = shutil.disk_usage(workspace.file.parent).free / 1e6
+        free = human(shutil.disk_usage(workspace.file.parent).free, "B")
         raise PrepareError(
-            f"no room left for {workspace.file} ({free:.0f} MB free): what is done is kept in {workspace.folder}. "
+            f"no room left for {workspace.file} ({free} free): what is done is kept in {workspace.folder}. "
             "Free some space and run the same command again"
         ) from error
 
@@ -236,12 +249,14 @@ def summarize(folder: Path, sources: Sequence[Source]) -> list[str]:
             continue
         count = sum((source.skipped | source.noted)[kind] for source in affected)
         lines.append(f"{count} x {meaning}:")
-        for source in affected:
+        for source in affected[:MAX_LISTED]:
             for line, detail in source.examples[kind]:
                 lines.append(f"    {folder / source.file}:{line}{f': {detail}' if detail else ''}")
             more = (source.skipped | source.noted)[kind] - len(source.examples[kind])
             if more:
                 lines.append(f"    and {more} more in {source.file}")
+        if others := affected[MAX_LISTED:]:
+            lines.append(f"    and more in {listed([source.file for source in others])}")
     return lines
 
 
@@ -315,8 +330,8 @@ def main(arguments: list[str] | None = None) -> int:
                 raise
             _print_summary(folder, sources)
     except PrepareError as error:
-        print(f"prepare.py: {error}", file=sys.stderr)
-        return 1
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130

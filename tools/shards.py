@@ -13,9 +13,7 @@ import msgspec
 import zstandard
 
 from engine.whole_file import sync
-from tools.disk import write_json
-
-SHARD_PATTERNS = ("*.jsonl.zst", "*.jsonl")
+from tools.disk import hash_file, write_json
 
 
 class ShardError(RuntimeError):
@@ -73,12 +71,6 @@ def publish(temporary: Path, shard: Path, note: Note) -> None:
     # The note goes first: a note without its file says nothing, a file without its note would pass for a person's own.
     write_note(shard, note)
     os.replace(temporary, shard)
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of the bytes of `path` in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ShardWriter:

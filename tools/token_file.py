@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from tools.chunks import LOSSES, TEXT_KEY, Problem
-from tools.shards import hash_file
+from tools.disk import hash_file
 
 FORMAT = 1
 MAX_EXAMPLES = 5  # lines named of each kind of problem and input
@@ -23,7 +23,7 @@ class NoText(PrepareError):
     """There is no text in any input; `sources` tell what is."""
 
     def __init__(self, sources: "list[Source]") -> None:
-        names = ", ".join(source.file for source in sources[:3]) + (", ..." if len(sources) > 3 else "")
+        names = listed([source.file for source in sources])
         hint = " (--text_key names another key of the texts)" if any("no_text" in s.skipped for s in sources) else ""
         super().__init__(f"no text in {names}: there is nothing to write{hint}")
         self.sources = sources
@@ -110,6 +110,11 @@ class Description(msgspec.Struct, kw_only=True):
         return ours or self.folder == folder_of(inputs, file)
 
 
+def listed(names: Sequence[str]) -> str:
+    """Return the first of some names and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 @functools.cache
 def _hash(path: Path, mtime_ns: int) -> str:
     return hash_file(path)
@@ -121,7 +126,8 @@ def description_path(file: Path) -> Path:
 
 def folder_of(inputs: Sequence[Path], file: Path) -> str:
     """Return the folder that has all inputs, as seen from a token file."""
-    return os.path.relpath(os.path.commonpath([path.parent.resolve() for path in inputs]), file.parent.resolve())
+    folders = {path.parent for path in inputs}  # each is resolved once: there may be thousands of inputs
+    return os.path.relpath(os.path.commonpath([folder.resolve() for folder in folders]), file.parent.resolve())
 
 
 def claimed(file: Path) -> Description | None:

@@ -144,14 +144,24 @@ def test_arguments_that_cannot_be_meant(tmp_path: Path, capsys) -> None:
     source = classic(tmp_path / "a.h5", ids())
     (tmp_path / "b.bin").write_bytes(b"precious")
     for target, message in (("b.bin", "there already"), ("b.h5", "one must be HDF5")):
-        assert main([str(source), str(tmp_path / target)]) == 1
+        assert main([str(source), str(tmp_path / target)]) == 2
         assert message in capsys.readouterr().err
-    assert main([str(source), str(tmp_path / "c.bin"), "--tokenizer_name", "r60k"]) == 1
+    assert main([str(source), str(tmp_path / "c.bin"), "--tokenizer_name", "r60k"]) == 2
     assert "unknown tokenizer 'r60k'" in capsys.readouterr().err
     assert (tmp_path / "b.bin").read_bytes() == b"precious"
     (tmp_path / "odd.bin").write_bytes(b"123")
     with pytest.raises(PrepareError, match="no whole number of uint16 ids"):
         convert(tmp_path / "odd.bin", tmp_path / "c.h5")
+
+
+def test_ctrl_c_says_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert_hdf5, "_compare", interrupted)
+    source = classic(tmp_path / "a.h5", ids())
+    assert main([str(source), str(tmp_path / "a.bin")]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing is written\n" and [*tmp_path.iterdir()] == [source]
 
 
 def test_without_h5py(tmp_path: Path, monkeypatch) -> None:

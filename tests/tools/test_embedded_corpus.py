@@ -162,7 +162,9 @@ def test_a_python_without_files_leaves_nothing(write: Callable[..., Corpus], tmp
     assert not [file for folder in ("train", "val") for file in (tmp_path / folder).iterdir()]
 
 
-@pytest.mark.parametrize("name", ["train/00.jsonl.zst", "train/17.jsonl.zst", "val/val.jsonl.zst", "val/mine.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["train/00.jsonl.zst", "train/17.jsonl.zst", "val/val.jsonl.zst", "val/mine.jsonl", "val/a.JSONL.gz"]
+)
 def test_other_shards_are_not_touched(python: Path, write: Callable[..., Corpus], tmp_path: Path, name: str) -> None:
     theirs = tmp_path / name
     theirs.parent.mkdir()

@@ -116,7 +116,7 @@ def test_where_there_is_no_text_the_reason_is_told(
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
     for _ in range(2):  # a rerun says it again
-        assert main([*map(str, run_flags(tmp_path))]) == 1
+        assert main([*map(str, run_flags(tmp_path))]) == 2
         shown = capsys.readouterr()
         assert said in shown.out and f"no text in {name}: there is nothing to write" in shown.err
         assert ("--text_key names another" in shown.err) == ("a text:" in shown.out)
@@ -285,9 +285,36 @@ def test_outputs_are_looked_at_before_anything_is_prepared(tmp_path: Path, capsy
         main([*flags, f"--out_val_file={tmp_path}/val/../train.bin"])
     assert "train.bin: name two files" in capsys.readouterr().err
     (tmp_path / "val.bin").write_bytes(b"precious")
-    assert main(flags) == 1
+    assert main(flags) == 2
     assert "val.bin is there already" in capsys.readouterr().err
     assert not (tmp_path / "train.bin").exists() and (tmp_path / "val.bin").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    "names", [("00.jsonl", "00.jsonl.zst"), ("00.JSONL.GZ", "00.jsonl.zst"), ("a.txt", "a.txt.gz")]
+)
+def test_an_input_that_lies_there_twice_is_refused(names: tuple[str, str], tmp_path: Path) -> None:
+    for name in (*names, "a.jsonlines", "00.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(PrepareError, match=f"{names[0]} and {names[1]}: the same (shard|text) twice. move one away"):
+        find_inputs(tmp_path)
+
+
+def test_hundreds_of_inputs_are_not_all_named(tmp_path: Path, capsys) -> None:
+    for i in range(24):
+        (tmp_path / f"{i:02}.txt").write_text(f"{i} <|endoftext|>")
+    out = tmp_path / "out.bin"
+    with pytest.raises(PrepareError, match="24 of 24 inputs are not done: 00.txt, 01.txt, 02.txt and 21 more. Prepare"):
+        prepare.prepare(find_inputs(tmp_path), out, merge=True)
+    sources = prepare.prepare(find_inputs(tmp_path), out)
+    assert summarize(tmp_path, sources)[-2:] == [
+        f"    {tmp_path}/19.txt:1",
+        "    and more in 20.txt, 21.txt, 22.txt and 1 more",
+    ]
+    (tmp_path / "24.txt").write_text("one more")
+    capsys.readouterr()
+    prepare.prepare(find_inputs(tmp_path), out)
+    assert "keeping what it has of 00.txt, 01.txt, 02.txt and 21 more\n" in capsys.readouterr().out
 
 
 def test_inputs_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -329,9 +356,9 @@ def test_errors_say_what_to_do(name: str, tmp_path: Path, capfd) -> None:
     for path in [tmp_path / path for path in given if not path.startswith("--")]:
         path.parent.mkdir(exist_ok=True)
         path.write_text("nonsense") if path.suffix else path.mkdir()
-    assert main([*map(str, run_flags(tmp_path)), *[flag for flag in given if flag.startswith("--")]]) == 1
+    assert main([*map(str, run_flags(tmp_path)), *[flag for flag in given if flag.startswith("--")]]) == 2
     error = capfd.readouterr().err
-    assert re.search(message, error) and error.startswith("prepare.py: ")
+    assert re.search(message, error) and error.startswith("error: ")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo-terminal")
@@ -344,7 +371,7 @@ def test_a_terminal_shows_rates_and_time_left(tmp_path: Path) -> None:
     os.close(theirs)
     shown = os.read(ours, 1 << 16).decode()
     os.close(ours)
-    assert re.search(r"train.bin: 100%.*<.*MB/s of text, .* M tokens/s", shown)
+    assert re.search(r"train.bin: 100%.*<.*B/s of text, .* tokens/s", shown)
 
 
 @pytest.mark.slow

@@ -44,9 +44,9 @@ def test_a_vocabulary_that_cannot_be_had(tmp_path: Path, monkeypatch, capsys) ->
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     for folder in ("train", "val"):
         write_shard(tmp_path / folder / "a.jsonl.zst", ["text"])
-    assert prepare.main([*map(str, run_flags(tmp_path)), "--tokenizer_name=cl100k_base"]) == 1
+    assert prepare.main([*map(str, run_flags(tmp_path)), "--tokenizer_name=cl100k_base"]) == 2
     assert re.fullmatch(
-        r"prepare.py: the download that cl100k_base needs of https://\S+cl100k_base.tiktoken failed "
+        r"error: the download that cl100k_base needs of https://\S+cl100k_base.tiktoken failed "
         r"\(ConnectionError\): check network and proxy; r50k_base needs none\n",
         capsys.readouterr().err,
     )
