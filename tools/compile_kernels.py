@@ -8,7 +8,6 @@ Registers are a thread's; stack is what spilled; shared memory is a block's. End
 does not fit its chip or does not compile. Finished rows are cached by source, options and Triton's version.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.environment import RESULTS, environment, write_result
-from engine.command_line import positive
+from engine.command_line import CommandLine, positive
 from kernels import aot
 from kernels.dispatch import CHIPS, OPS, TRITON_PRESENT
 
@@ -25,7 +24,7 @@ COLUMNS = ("kernel", "warps", "stages", "registers", "stack B", "shared KiB", "o
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print, and write the table of a whole run; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--target", action="append", choices=[t for t in CHIPS if t != "cpu"], help="only this chip")
     parser.add_argument("--op", action="append", choices=list(OPS), help="only this op")
     parser.add_argument("--workers", type=positive, default=2, help="processes side by side (2)")

@@ -5,11 +5,10 @@ python tools/export_weights.py --model_path runs/gpt2 --format gpt2 --out gpt2/ 
 python tools/export_weights.py --model_path runs/13m --format classic --out 13m.pt     # for train-llm-from-scratch
 """
 
-import argparse
 import sys
 
 from engine.checkpoint import CheckpointError
-from engine.command_line import positive
+from engine.command_line import CommandLine, positive
 from engine.config import ConfigError
 from engine.device import DTYPES
 from engine.formats import R50K_PADDED, R50K_TOKENS, WeightsError, resize_vocab
@@ -26,9 +25,7 @@ from engine.weights import (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tools/export_weights.py", description="Write a model's weights for other programs.", allow_abbrev=False
-    )
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     add("--model_path", required=True, metavar="PATH", help="run, checkpoint, .safetensors, GPT-2 folder, .pt")
     add("--out", required=True, metavar="PATH", help="a folder; a .pt for classic; a .safetensors")

@@ -4,20 +4,17 @@ python tools/import_weights.py --model_path gpt2/ --out weights/gpt2          # 
 python tools/import_weights.py --model_path 13m.pt --out weights/13m          # train-llm-from-scratch's
 """
 
-import argparse
 import sys
 
 from engine.checkpoint import CheckpointError
-from engine.command_line import positive
+from engine.command_line import CommandLine, positive
 from engine.config import ConfigError
 from engine.formats import WeightsError, resize_vocab
 from engine.weights import check_target, find_weights, read_weights, recorded_tokenizer, write_weights
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tools/import_weights.py", description="Bring another program's weights in.", allow_abbrev=False
-    )
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     add("--model_path", required=True, metavar="PATH", help="GPT-2 folder, classic .pt, .safetensors, run")
     add("--out", required=True, metavar="PATH", help="folder, or .safetensors file, to write")

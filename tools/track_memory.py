@@ -9,7 +9,6 @@ memory: a step of two billion parameters takes seconds and nothing. What it cann
 inside ops, the optimizer's states, the context, fragmentation.
 """
 
-import argparse
 import dataclasses
 import sys
 import time
@@ -21,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import kernels.cross_entropy
-from engine.command_line import positive
+from engine.command_line import CommandLine, positive
 from engine.config import PRESETS, ModelConfig
 from engine.device import DTYPES
 from engine.footprint import METHODS, Footprint, Recompute, predict
@@ -89,9 +88,7 @@ def predict_tracked(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tools/track_memory.py", description="Count a step's memory on fake tensors.", allow_abbrev=False
-    )
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     add("--preset", required=True, choices=list(PRESETS))
     add("--micro_batch_size", type=positive, default=1, metavar="N", help="sequences [1]")
