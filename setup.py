@@ -14,6 +14,8 @@ setup(
         "kernels",
         "tools",
         "tools.bpe",
+        "tools.fetching",
+        "tools.preparing",
         "tools.profiling",
         "tools.tuning",
         "benchmarks",

@@ -26,9 +26,10 @@ import zstandard
 
 from benchmarks.corpus import documents
 from benchmarks.environment import RESULTS, environment, write_result
-from tools import prepare, workers
-from tools.chunks import CHUNK_BYTES, ChunkReader
-from tools.shard_stream import ShardStream
+from tools import prepare
+from tools.preparing import workers
+from tools.preparing.chunks import CHUNK_BYTES, ChunkReader
+from tools.preparing.shard_stream import ShardStream
 
 SIZE_BYTES = 100_000_000
 ROUNDS = 5

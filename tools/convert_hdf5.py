@@ -17,8 +17,8 @@ from engine.command_line import CommandLine
 from engine.tokenizer import DEFAULT_TOKENIZER, load_encoding
 from engine.whole_file import whole_file
 from tools.disk import write_json
+from tools.preparing.token_file import Description, PrepareError, Source, description_path, read_description
 from tools.progress import Progress
-from tools.token_file import Description, PrepareError, Source, description_path, read_description
 
 HDF5_SUFFIXES = (".h5", ".hdf5")
 BLOCK_TOKENS = 4 << 20
@@ -76,7 +76,7 @@ def _to_token_file(source: Path, target: Path, partial: Path, tokenizer_name: st
         bytes=found.bytes,
         sources=[found],
     )
-    # As in tools/parts.py: a token file without its JSON, which gets its name last, would pass for GPT-2's.
+    # As in preparing/workspace.py: a token file without its JSON, which gets its name last, would pass for GPT-2's.
     write_json(description_path(target), description)
     return found.tokens
 

@@ -25,11 +25,11 @@ from huggingface_hub.utils import WeakFileLock
 from engine.command_line import CommandLine
 from engine.report import human
 from tools.disk import hash_file
-from tools.embedded_corpus import SOURCE as EMBEDDED
-from tools.embedded_corpus import Corpus, write_embedded_corpus
-from tools.hub import RemoteFile, explained, find_files, read_through
+from tools.fetching.embedded_corpus import SOURCE as EMBEDDED
+from tools.fetching.embedded_corpus import Corpus, write_embedded_corpus
+from tools.fetching.hub import RemoteFile, explained, find_files, read_through
+from tools.fetching.shards import Note, ShardError, ShardWriter, publish, read_note, write_note
 from tools.progress import Progress
-from tools.shards import Note, ShardError, ShardWriter, publish, read_note, write_note
 
 REPOSITORY = "monology/pile-uncopyrighted"
 TRAIN_SHARDS = 30

@@ -27,14 +27,14 @@ from pathlib import Path
 from engine.command_line import CommandLine, positive
 from engine.report import human
 from engine.tokenizer import DEFAULT_TOKENIZER
-from tools.chunks import KINDS, SHARD_ENDINGS, TEXT_KEY, Problem
-from tools.parts import Settings, Workspace
-from tools.pipeline import Pipeline, Work, refuse_losses
+from tools.preparing.chunks import KINDS, SHARD_ENDINGS, TEXT_KEY, Problem
+from tools.preparing.pipeline import Pipeline, Work, refuse_losses
+from tools.preparing.text_encoders import TextEncoder, load_text_encoder
+from tools.preparing.text_files import TEXT_ENDINGS, is_text_file
+from tools.preparing.token_file import NoText, PrepareError, Source, claimed, description_path, listed
+from tools.preparing.workers import Helpers, available_cores, shares
+from tools.preparing.workspace import Settings, Workspace
 from tools.progress import Progress
-from tools.text_encoders import TextEncoder, load_text_encoder
-from tools.text_files import TEXT_ENDINGS, is_text_file
-from tools.token_file import NoText, PrepareError, Source, claimed, description_path, listed
-from tools.workers import Helpers, available_cores, shares
 
 PATIENCE_S = 5
 MAX_LISTED = 20  # inputs whose lines are listed of each kind of problem

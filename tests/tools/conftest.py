@@ -18,11 +18,12 @@ import zstandard
 from huggingface_hub.utils import close_session
 
 from engine.tokenizer import END_OF_TEXT, load_encoding
-from tools import hub as hubs
-from tools import parts, pipeline, prepare, workers
+from tools import prepare
 from tools.download import REPOSITORY, download
-from tools.parts import Settings
-from tools.shards import ShardError, read_note
+from tools.fetching import hub as hubs
+from tools.fetching.shards import ShardError, read_note
+from tools.preparing import pipeline, workers, workspace
+from tools.preparing.workspace import Settings
 
 TEXTS = [
     "Hello, world!", "  \n\n\t x", "naïve café 中文 日本語 😀👍🏽", "<|endoftext|>", "1234567 it's WE'LL\r\n", "a" * 999
@@ -58,7 +59,7 @@ def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments of a few kilobytes, so that small inputs have many."""
     cut = {"chunk_bytes": 8000, "segment_chunks": 3}
     monkeypatch.setattr(prepare, "Settings", lambda **given: Settings(**given, **cut))
-    for module in (parts, pipeline):
+    for module in (workspace, pipeline):
         monkeypatch.setattr(module, "MERGED_BYTES", 10_000)
     monkeypatch.setattr(workers, "BYTES_A_PROCESS", 100)
 
@@ -81,7 +82,8 @@ def expected() -> list[int]:
 def command(*arguments: object, cut: bool = True) -> list[str]:
     """The program, with small segments."""
     start = (
-        "import functools, sys; from tools import prepare as p, workers; workers.BYTES_A_PROCESS = 100;"
+        "import functools, sys; from tools import prepare as p; from tools.preparing import workers;"
+        "workers.BYTES_A_PROCESS = 100;"
         f"p.Settings = functools.partial(p.Settings, chunk_bytes=8000, segment_chunks=3) if {cut} else p.Settings;"
         "sys.exit(p.main(sys.argv[1:]))"
     )

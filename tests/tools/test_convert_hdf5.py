@@ -13,7 +13,7 @@ from engine.data import TokenFile
 from engine.tokenizer import END_OF_TEXT, load_encoding
 from tools import convert_hdf5
 from tools.convert_hdf5 import convert, main
-from tools.token_file import PrepareError, description_path, read_description
+from tools.preparing.token_file import PrepareError, description_path, read_description
 
 h5py = pytest.importorskip("h5py")
 

@@ -27,9 +27,9 @@ from tests.tools.conftest import (
     visible_files,
 )
 from tools import download as downloads
-from tools import hub as hubs
 from tools.download import REPOSITORY, download, main
-from tools.shards import Note, ShardError, read_note, write_note
+from tools.fetching import hub as hubs
+from tools.fetching.shards import Note, ShardError, read_note, write_note
 
 PROGRAM = Path(downloads.__file__)
 

@@ -11,7 +11,7 @@ import zstandard
 from tests.tools.conftest import FILES, TRAIN_00, Hub, assert_complete, lose_network, part_files, visible_files
 from tools import download as downloads
 from tools.download import SIZES, download
-from tools.shards import ShardError, read_note
+from tools.fetching.shards import ShardError, read_note
 
 
 def lines(content: bytes) -> list[bytes]:

@@ -15,9 +15,10 @@ import zstandard
 
 from engine.data import TokenFile
 from tests.tools.conftest import TEXTS, command, ids, run_flags, texts, tokens, write_shard
-from tools import pipeline, prepare
+from tools import prepare
 from tools.prepare import find_inputs, main, summarize
-from tools.token_file import PrepareError, description_path, read_description
+from tools.preparing import pipeline
+from tools.preparing.token_file import PrepareError, description_path, read_description
 
 
 def test_documents_become_tiktokens_ids_in_order(tmp_path: Path) -> None:

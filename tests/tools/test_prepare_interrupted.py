@@ -16,17 +16,18 @@ import numpy as np
 import pytest
 
 from tests.tools.conftest import TEXTS, command, ids, run_flags, texts, tokens, write_shard
-from tools import parts, prepare
-from tools.parts import Settings, Workspace
-from tools.token_file import PrepareError, description_path, read_description
+from tools import prepare
+from tools.preparing import workspace
+from tools.preparing.token_file import PrepareError, description_path, read_description
+from tools.preparing.workspace import Settings, Workspace
 
 TOUCHES_THE_DISK = (
     (os, "replace"),
     (os, "fsync"),
     (os, "open"),
     (Path, "unlink"),
-    (parts, "write_all"),
-    (parts, "append_file"),
+    (workspace, "write_all"),
+    (workspace, "append_file"),
     (shutil, "rmtree"),
 )
 

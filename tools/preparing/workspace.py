@@ -24,9 +24,9 @@ import msgspec
 import numpy as np
 
 from engine.whole_file import sync
-from tools.chunks import CHUNK_BYTES, TEXT_KEY, Problem
 from tools.disk import append_file, checksum, is_at, lock, try_lock, write_all, write_json, write_whole
-from tools.token_file import (
+from tools.preparing.chunks import CHUNK_BYTES, TEXT_KEY, Problem
+from tools.preparing.token_file import (
     FORMAT,
     Description,
     NoText,

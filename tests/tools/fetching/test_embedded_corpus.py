@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from tools import embedded_corpus
-from tools.embedded_corpus import Corpus, write_embedded_corpus
-from tools.shards import ShardError, note_path
+from tools.fetching import embedded_corpus
+from tools.fetching.embedded_corpus import Corpus, write_embedded_corpus
+from tools.fetching.shards import ShardError, note_path
 
 PACKAGE = b'''"""Shapes."""
 import math

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import msgspec
 
-from tools.chunks import SHARD_ENDINGS
-from tools.shards import Note, ShardError, ShardWriter, read_note
+from tools.fetching.shards import Note, ShardError, ShardWriter, read_note
+from tools.preparing.chunks import SHARD_ENDINGS
 
 SOURCE = "stdlib"
 VAL_SHARE = 20  # one document in twenty is for validation

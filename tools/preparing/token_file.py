@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from tools.chunks import LOSSES, TEXT_KEY, Problem
 from tools.disk import hash_file
+from tools.preparing.chunks import LOSSES, TEXT_KEY, Problem
 
 FORMAT = 1
 MAX_EXAMPLES = 5  # lines named of each kind of problem and input

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools import json_lines
-from tools.chunks import Chunk
-from tools.json_lines import Documents, parse
+from tools.preparing import json_lines
+from tools.preparing.chunks import Chunk
+from tools.preparing.json_lines import Documents, parse
 
 GOOD = b'{"text": "caf\xc3\xa9 \\u00e9\\n", "meta": {"pile_set_name": "Pile-CC"}}'
 GOOD_TEXT = "café é\n".encode()

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from tests.tools.test_json_lines import BAD_LINES, GOOD, GOOD_TEXT, parsed, texts_of
-from tools import chunks
-from tools.chunks import ChunkReader
-from tools.json_lines import parse
-from tools.shard_stream import ShardStream
+from tests.tools.preparing.test_json_lines import BAD_LINES, GOOD, GOOD_TEXT, parsed, texts_of
+from tools.preparing import chunks
+from tools.preparing.chunks import ChunkReader
+from tools.preparing.json_lines import parse
+from tools.preparing.shard_stream import ShardStream
 
 
 def shard(folder: Path, content: bytes) -> Path:

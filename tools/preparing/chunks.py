@@ -1,6 +1,6 @@
 """Shards in chunks: `.jsonl.zst`, `.jsonl.gz` and `.jsonl`, one JSON object with a text a line.
 
-A shard is cut into chunks of whole lines, and a chunk is parsed on its own (tools/json_lines.py), so that several can
+A shard is cut into chunks of whole lines, and a chunk is parsed on its own (json_lines.py), so that several can
 be at once. What a shard should not contain becomes a `Problem` with its line. Lines of white space are passed over:
 they count as lines, no more.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from tools.shard_stream import ShardStream
+from tools.preparing.shard_stream import ShardStream
 
 SHARD_ENDINGS = (".jsonl.zst", ".jsonl.gz", ".jsonl")
 TEXT_KEY = "text"  # of a line's object, unless another is named

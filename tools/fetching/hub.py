@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-from tools.shards import ShardError
+from tools.fetching.shards import ShardError
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_S = 30.0  # without a byte

@@ -11,10 +11,10 @@ from llvmlite import ir
 from numba import njit, types, uint64
 from numba.extending import intrinsic
 
-from tools import chunks
 from tools.bpe import intrinsics
 from tools.bpe.digest import digest
 from tools.bpe.intrinsics import BYTE, WORD, load64, pointer, trailing_zeros
+from tools.preparing import chunks
 
 # What unescape returns in place of where a string ends.
 NOT_JSON, NOT_UTF8 = -1, -2

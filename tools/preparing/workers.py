@@ -12,10 +12,10 @@ from pathlib import Path
 
 import msgspec
 
-from tools.parts import Settings, Workspace
-from tools.pipeline import Pipeline, Work
-from tools.text_encoders import TextEncoder
-from tools.token_file import PrepareError
+from tools.preparing.pipeline import Pipeline, Work
+from tools.preparing.text_encoders import TextEncoder
+from tools.preparing.token_file import PrepareError
+from tools.preparing.workspace import Settings, Workspace
 
 THREADS = 4  # of a process: a thread does 200 MB of text a second, a decompressor 900 (results/prepare.json)
 BYTES_A_PROCESS = 64 << 20  # of inputs; for less it is not worth starting one
@@ -121,10 +121,10 @@ class Helpers:
 
 def _start(job: Job) -> subprocess.Popen:
     process = subprocess.Popen(
-        [sys.executable, "-c", "from tools.workers import help_out; help_out()"],
+        [sys.executable, "-c", "from tools.preparing.workers import help_out; help_out()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        cwd=Path(__file__).parents[1],  # where `tools` is found, installed or not
+        cwd=Path(__file__).parents[2],  # where `tools` is found, installed or not
         start_new_session=True,  # a Ctrl-C reaches it as the end of the pipe
     )
     process.stdin.write(msgspec.json.encode(job) + b"\n")

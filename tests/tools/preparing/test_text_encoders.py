@@ -9,8 +9,9 @@ import tiktoken
 
 from engine.data import TokenFile
 from tests.tools.conftest import TEXTS, run_flags, write_shard
-from tools import prepare, text_encoders
-from tools.token_file import read_description
+from tools import prepare
+from tools.preparing import text_encoders
+from tools.preparing.token_file import read_description
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(1 << 16, "uint16"), ((1 << 16) + 1, "uint32")])

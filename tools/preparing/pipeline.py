@@ -19,13 +19,13 @@ from threading import local
 import msgspec
 import numpy as np
 
-from tools.chunks import CHANGES, KINDS, LOSSES, Chunk, ChunkReader, Problem
-from tools.json_lines import Documents, parse
-from tools.parts import MERGED_BYTES, Place, Segment, Workspace
-from tools.shard_stream import ShardStream
-from tools.text_encoders import TextEncoder
-from tools.text_files import TextReader, is_text_file, parse_file
-from tools.token_file import PrepareError
+from tools.preparing.chunks import CHANGES, KINDS, LOSSES, Chunk, ChunkReader, Problem
+from tools.preparing.json_lines import Documents, parse
+from tools.preparing.shard_stream import ShardStream
+from tools.preparing.text_encoders import TextEncoder
+from tools.preparing.text_files import TextReader, is_text_file, parse_file
+from tools.preparing.token_file import PrepareError
+from tools.preparing.workspace import MERGED_BYTES, Place, Segment, Workspace
 
 # A thread back from decompressing or encoding waits this long for one that parses; it has little to do with the GIL.
 SWITCH_INTERVAL_S = 5e-4

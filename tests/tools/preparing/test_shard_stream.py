@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from tools.shard_stream import ShardStream
+from tools.preparing.shard_stream import ShardStream
 
 CONTENT = b"".join(b"line %d of some text that compresses a little\n" % (i * i) for i in range(60))
 SKIPPABLE = (0x184D2A53).to_bytes(4, "little") + (7).to_bytes(4, "little") + b"unknown"

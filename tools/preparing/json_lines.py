@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from tools.chunks import MAX_TEXT_BYTES, OF_A_FILE, SEPARATOR, TEXT_KEY, Chunk, Problem
-from tools.json_strings import COLUMNS, NOT_JSON, NOT_UTF8, QUOTE, read_lines, undo
+from tools.preparing.chunks import MAX_TEXT_BYTES, OF_A_FILE, SEPARATOR, TEXT_KEY, Chunk, Problem
+from tools.preparing.json_strings import COLUMNS, NOT_JSON, NOT_UTF8, QUOTE, read_lines, undo
 
 LINES = 1024  # that compiled code reads at once
 LONG_LINE_BYTES = 16 << 20  # of a longer one no str is made

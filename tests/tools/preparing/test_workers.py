@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.tools.conftest import ids, texts, tokens, write_shard
-from tools import prepare, workers
+from tools import prepare
+from tools.preparing import workers
 
 
 def test_helpers_share_one_shard(small_segments: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

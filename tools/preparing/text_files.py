@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.chunks import MAX_TEXT_BYTES, SEPARATOR, Chunk, Problem
-from tools.json_lines import Documents, judge
-from tools.shard_stream import READ_BYTES, ShardStream
+from tools.preparing.chunks import MAX_TEXT_BYTES, SEPARATOR, Chunk, Problem
+from tools.preparing.json_lines import Documents, judge
+from tools.preparing.shard_stream import READ_BYTES, ShardStream
 
 TEXT_ENDINGS = (".txt", ".txt.zst", ".txt.gz")
 DECODED_BYTES = 16 << 20  # at once: one emoji makes four bytes a character of a str

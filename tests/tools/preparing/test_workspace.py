@@ -11,9 +11,9 @@ import pytest
 
 from tests.tools.conftest import tokens
 from tools import prepare
-from tools.parts import Settings, Workspace
 from tools.prepare import parse_shard
-from tools.token_file import PrepareError, description_path
+from tools.preparing.token_file import PrepareError, description_path
+from tools.preparing.workspace import Settings, Workspace
 
 
 def test_two_runs_on_one_output_refuse_each_other(inputs, expected, tmp_path: Path) -> None:

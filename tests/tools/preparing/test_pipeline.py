@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from tests.tools.conftest import ids, tokens
-from tools import pipeline, prepare
-from tools.parts import Settings, Workspace
-from tools.token_file import Source
+from tools import prepare
+from tools.preparing import pipeline
+from tools.preparing.token_file import Source
+from tools.preparing.workspace import Settings, Workspace
 
 
 def write_texts(folder: Path, count: int, ending: str = "txt") -> list[Path]:

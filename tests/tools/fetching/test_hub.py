@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from tests.tools.conftest import FILES, TRAIN_00, Hub, assert_complete
-from tools import hub as hubs
 from tools.download import REPOSITORY, download
-from tools.shards import ShardError
+from tools.fetching import hub as hubs
+from tools.fetching.shards import ShardError
 
 
 def test_token_stays_on_the_hub(hub: Hub, folders: tuple[Path, Path]) -> None:
