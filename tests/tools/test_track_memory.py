@@ -31,7 +31,7 @@ SHORT = {
 
 
 @pytest.mark.parametrize(
-    ("preset", "micro_batch_size", "dtype", "weights"),
+    "case",
     slow_unless(
         lambda case: case[:2] in (("13m", 16), ("2b", 1)),
         [
@@ -46,8 +46,10 @@ SHORT = {
             ("3b", 4, "fp16", "fp16"),
         ],
     ),
+    ids=lambda case: "-".join(map(str, case)),
 )
-def test_formulas_are_within_five_percent_of_the_tracker(preset, micro_batch_size, dtype, weights):
+def test_formulas_are_within_five_percent_of_the_tracker(case):
+    preset, micro_batch_size, dtype, weights = case
     model = model_of(preset, **SHORT[preset])
     for kind in ("none", "blocks", "selective"):
         asked = dict(
