@@ -31,13 +31,13 @@ from torch import Tensor
 from benchmarks.environment import RESULTS, environment, write_result
 from benchmarks.meters import STATUS, status_bytes
 from engine import footprint
-from engine.cards import CLASSIC, Card, get
+from engine.cards import CLASSIC, Card, GiB, get
 from engine.command_line import positive
 from engine.config import PRESETS, Config, ModelConfig, from_dict
 from engine.data import Batch
 from engine.device import DTYPES, peak_memory
 from engine.distributed import Processes
-from engine.footprint import Footprint, GiB, MiB, predict
+from engine.footprint import Footprint, MiB, predict
 from engine.memory import Plan, best_first, choose, plan
 from engine.model import GPT
 from engine.strategy import build

@@ -32,9 +32,8 @@ from engine import cards
 from engine.cards import Card
 from engine.command_line import parse, positive
 from engine.config import Config, did_you_mean, require, settings
-from engine.device import choose_dtype, find_device
+from engine.device import choose_dtype, find_device, host_memory
 from engine.model import GPT, flops_per_token
-from engine.placement import host_memory
 from engine.report import human
 from engine.step_time import chip_of
 from kernels import dispatch

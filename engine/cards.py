@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 
 GB, GiB, TFLOPS = 10**9, 2**30, 10**12
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # One direction, all lanes, after line coding.
 PCIE3_X16, PCIE4_X8, PCIE4_X16, PCIE5_X8, PCIE5_X16 = 15.75e9, 15.75e9, 31.5e9, 31.5e9, 63.0e9
 
@@ -42,11 +44,8 @@ class Card:
 
     def peak_flops(self, dtype: torch.dtype | str) -> float:
         """Peak FLOP/s in `dtype`: a torch dtype, or "bf16", "fp16", "fp32". Emulated bf16 runs at the rate of fp32."""
-        name = _DTYPES.get(dtype, dtype)
+        name = DTYPE_NAMES.get(dtype, dtype)
         return getattr(self, f"{name}_flops") or self.fp32_flops
-
-
-_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def _card(

@@ -1,16 +1,22 @@
-"""Which device and number format a run uses, each with its reason."""
+"""Which device and number format a run uses, each with its reason, and what memory is there."""
 
 import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 
+from engine.cards import CARDS, DTYPES, Card, find, parse_memory
 from engine.config import ConfigError, require
+from engine.footprint import CONTEXT_BYTES
 from kernels import dispatch
 
 _STATUS = Path("/proc/self/status")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> tuple[torch.device, str]:
@@ -88,6 +94,50 @@ def choose_dtype(wanted: Literal["auto", "fp32", "bf16", "fp16"], device: torch.
         "float32": "16-bit numbers are slower here",
     }
     return getattr(torch, chip.dtype), reason[chip.dtype]
+
+
+def card_of(device: torch.device) -> Card:
+    """Return the card of a CUDA device with the memory that it really has and that this process may use.
+
+    What other programs hold of it, a desktop for one, is not there for us. A card that the table does not have gets
+    the speeds of a listed one of its kind: enough to choose, not to promise.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    free, total = torch.cuda.mem_get_info(device)
+    others = max(0, total - free - torch.cuda.memory_reserved(device) - CONTEXT_BYTES)
+    memory = int(properties.total_memory * torch.cuda.get_per_process_memory_fraction(device)) - others
+    target = dispatch.chip(device).target
+    kin = next((card for card in CARDS if card.target == target), CARDS[0])
+    known = find(properties.name)
+    return replace(known or replace(kin, name=properties.name), memory_bytes=memory)
+
+
+def host_memory(asked: str = "") -> int:
+    """Return the bytes of host memory to plan with: what is asked for, as "32GB", or what the machine or container has.
+
+    ConfigError where `asked` is no size of memory.
+    """
+    if not asked:
+        return min([psutil.virtual_memory().total, *_memory_limits()])
+    try:
+        return parse_memory(asked)
+    except ValueError as error:
+        raise ConfigError(f"--host_memory: {error}") from None
+
+
+def _memory_limits() -> Iterator[int]:
+    """The limits of the control groups that this process is in, of either version of them; none outside Linux."""
+    lines = _OWN_CGROUPS.read_text().splitlines() if _OWN_CGROUPS.exists() else []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, file = (_CGROUPS / "memory", "memory.limit_in_bytes") if controllers else (_CGROUPS, "memory.max")
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):  # a group has no more than those that it is in
+            if folder.is_relative_to(root):
+                with suppress(OSError, ValueError):  # not seen from inside a container; "max"
+                    yield int((folder / file).read_text())
 
 
 def peak_memory(device: torch.device) -> int:

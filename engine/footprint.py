@@ -9,6 +9,7 @@ Shapes: B micro-batch, T tokens, C n_embd, H heads, V words, N parameters, n blo
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from engine.cards import GiB
 from engine.config import ModelConfig
 from engine.optimizer import MOMENT_BYTES, RESIDUAL_BYTES, Moments, Weights
 from engine.strategy.activations import ON_DEVICE
@@ -19,7 +20,7 @@ from kernels.cross_entropy_gpu import LOGITS_BYTES, SLAB_BYTES, WORKSPACE_BYTES
 from kernels.dispatch import Chip
 from kernels.number_formats import BLOCK
 
-MiB, GiB = 2**20, 2**30
+MiB = 2**20
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 PARTS = {
     "weights": "weights",

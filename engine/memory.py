@@ -8,14 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from engine.cards import CARDS, Card, find
+from engine.cards import CARDS, Card, GiB
 from engine.config import ConfigError, ModelConfig, require
-from engine.footprint import CONTEXT_BYTES, METHODS, Elements, Footprint, GiB, Method, Recompute, predict
+from engine.footprint import METHODS, Elements, Footprint, Method, Recompute, predict
 from engine.model import flops_per_token
 from engine.step_time import NETWORK_BYTES_S, StepTime, chip_of, communication_bytes, step_time
-from kernels import dispatch
 
 HOST_RESERVE_BYTES = 4 * GiB  # assumed: the system and other programs
 CARD_RESERVE = 0.02  # of the card, assumed: what the estimate of context and fragmentation may be wrong by
@@ -317,19 +314,3 @@ def nearest(model: ModelConfig, card: Card, host_memory: int, **options: Any) ->
         if found:
             return words, found
     return None
-
-
-def card_of(device: torch.device) -> Card:
-    """Return the card of a CUDA device with the memory that it really has and that this process may use.
-
-    What other programs hold of it, a desktop for one, is not there for us. A card that the table does not have gets
-    the speeds of a listed one of its kind: enough to choose, not to promise.
-    """
-    properties = torch.cuda.get_device_properties(device)
-    free, total = torch.cuda.mem_get_info(device)
-    others = max(0, total - free - torch.cuda.memory_reserved(device) - CONTEXT_BYTES)
-    memory = int(properties.total_memory * torch.cuda.get_per_process_memory_fraction(device)) - others
-    target = dispatch.chip(device).target
-    kin = next((card for card in CARDS if card.target == target), CARDS[0])
-    known = find(properties.name)
-    return replace(known or replace(kin, name=properties.name), memory_bytes=memory)

@@ -1,27 +1,22 @@
 """What a run leaves open, settled: strategy, formats, recomputation, micro-batch. With a card the planner chooses."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.util import find_spec
-from pathlib import Path
 
-import psutil
 import torch
 
-from engine.cards import Card, parse_memory
+from engine.cards import DTYPE_NAMES, Card, GiB
 from engine.config import PRESETS, Config, ConfigError, ModelConfig, OptimizerConfig, require
-from engine.footprint import METHODS, GiB, Method, states_bytes
-from engine.memory import Plan, card_of, choose, nearest, plan, reason
+from engine.device import card_of, host_memory
+from engine.footprint import METHODS, Method, states_bytes
+from engine.memory import Plan, choose, nearest, plan, reason
 from engine.schedule import decay_length
 from kernels import dispatch
 
 CPU_MICRO_BATCH_TOKENS = 8192  # beyond this a CPU gains nothing and the activations leave its caches
 _OPEN = (None, "auto")
-_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _EXACT = ("auto", "fp32")
-_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def settle(
@@ -76,13 +71,13 @@ def explain(chosen: Plan) -> list[str]:
     """Return the lines that say what was chosen, why, and what it is predicted to hold."""
     missing = [] if find_spec("deepspeed") else ["plan: DeepSpeed is not installed, so what needs it is left out"]
     parts = ", ".join(
-        f"{part.replace('_', ' ')} {size / 2**30:.2f}" for part, size in chosen.footprint.card.items() if size
+        f"{part.replace('_', ' ')} {size / GiB:.2f}" for part, size in chosen.footprint.card.items() if size
     )
     return missing + [
         f"plan: {chosen.title}; tools/plan.py shows the others",
         f"plan: {chosen.why}",
-        f"plan: {chosen.footprint.card_bytes / 2**30:.2f} GiB on the card ({parts}), "
-        f"{chosen.host_bytes / 2**30:.1f} GiB on the host",
+        f"plan: {chosen.footprint.card_bytes / GiB:.2f} GiB on the card ({parts}), "
+        f"{chosen.host_bytes / GiB:.1f} GiB on the host",
     ]
 
 
@@ -116,7 +111,7 @@ def _shorten_warmup(config: Config) -> None:
 
 def _refuse_what_memory_cannot_hold(config: Config, dtype: torch.dtype, world_size: int) -> None:
     """ConfigError where a CPU's memory is less than states alone take: the system would end the run without a word."""
-    strategy, limit, name = config.strategy, host_memory(config.strategy.host_memory), _DTYPE_NAMES[dtype]
+    strategy, limit, name = config.strategy, host_memory(config.strategy.host_memory), DTYPE_NAMES[dtype]
     ours = {key: getattr(strategy, key) for key in ("weights", "moments")} | {
         "in_backward": bool(strategy.optimizer_in_backward)
     }
@@ -164,7 +159,7 @@ def _plan(config: Config, device: torch.device, dtype: torch.dtype, world_size: 
     card, host = card_of(device), host_memory(config.strategy.host_memory)
     if other:
         card = replace(other, memory_bytes=min(other.memory_bytes, card.memory_bytes))
-    options = {"gpus": world_size, "batch_tokens": config.optimizer.batch_tokens, "dtype": _DTYPE_NAMES[dtype]}
+    options = {"gpus": world_size, "batch_tokens": config.optimizer.batch_tokens, "dtype": DTYPE_NAMES[dtype]}
     given = {
         "micro_batch_size": config.optimizer.micro_batch_size or None,
         "recomputed_blocks": config.strategy.recomputed_blocks,
@@ -182,7 +177,7 @@ def _plan(config: Config, device: torch.device, dtype: torch.dtype, world_size: 
         would = f"--batch_tokens {lesser.batch_tokens} --grad_clip 0"
         require(
             False,
-            f"{card.memory_bytes / 2**30:.1f} GiB leave only an update inside the backward pass, "
+            f"{card.memory_bytes / GiB:.1f} GiB leave only an update inside the backward pass, "
             f"which neither accumulates nor clips: {would} would do",
         )
     if chosen is None:
@@ -191,7 +186,7 @@ def _plan(config: Config, device: torch.device, dtype: torch.dtype, world_size: 
         require(
             False,
             f"no way that the settings allow fits {config.preset} "
-            f"into {card.memory_bytes / 2**30:.1f} GiB{hint}; tools/plan.py shows all",
+            f"into {card.memory_bytes / GiB:.1f} GiB{hint}; tools/plan.py shows all",
         )
     return replace(chosen, why=reason(chosen, plans))
 
@@ -211,34 +206,6 @@ def _keeps_what_is_set(config: Config, candidate: Plan) -> bool:
     usual, asked = _usual(config), config.optimizer
     keeps_batch = candidate.keeps_batch or asked.batch_tokens == usual.batch_tokens
     return keeps_batch and (not candidate.method.in_backward or asked.grad_clip in (0, usual.grad_clip))
-
-
-def host_memory(asked: str = "") -> int:
-    """Return the bytes of host memory to plan with: what is asked for, as "32GB", or what the machine or container has.
-
-    ConfigError where `asked` is no size of memory.
-    """
-    if not asked:
-        return min([psutil.virtual_memory().total, *_memory_limits()])
-    try:
-        return parse_memory(asked)
-    except ValueError as error:
-        raise ConfigError(f"--host_memory: {error}") from None
-
-
-def _memory_limits() -> Iterator[int]:
-    """The limits of the control groups that this process is in, of either version of them; none outside Linux."""
-    lines = _OWN_CGROUPS.read_text().splitlines() if _OWN_CGROUPS.exists() else []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root, file = (_CGROUPS / "memory", "memory.limit_in_bytes") if controllers else (_CGROUPS, "memory.max")
-        group = root / path.lstrip("/")
-        for folder in (group, *group.parents):  # a group has no more than those that it is in
-            if folder.is_relative_to(root):
-                with suppress(OSError, ValueError):  # not seen from inside a container; "max"
-                    yield int((folder / file).read_text())
 
 
 def _fill(config: Config, values: dict[str, object]) -> None:

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from engine.cards import CARDS, CLASSIC, Card, get, parse_memory
+from engine.cards import CARDS, CLASSIC, Card, GiB, get, parse_memory
 from engine.command_line import parse
 from engine.config import PRESETS, ConfigError, ModelConfig, require, settings
-from engine.footprint import PARTS, Elements, GiB
-from engine.memory import GPUS_PER_MACHINE, Plan, card_of, choose, cost, nearest, passed_over, plan, reason
+from engine.device import card_of
+from engine.footprint import PARTS, Elements
+from engine.memory import GPUS_PER_MACHINE, Plan, choose, cost, nearest, passed_over, plan, reason
 
 SHORT = {
     "weights": "weights", "gradients": "grads", "master_weights": "master", "optimizer_states": "states",

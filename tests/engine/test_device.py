@@ -1,15 +1,17 @@
 """The number format follows from what the chip can really do."""
 
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from engine import device
-from engine.cards import CARDS
+from engine.cards import CARDS, GiB, get
 from engine.config import ConfigError
-from engine.device import DTYPES, choose_device, choose_dtype, find_device
+from engine.device import DTYPES, card_of, choose_device, choose_dtype, find_device
 from engine.memory import best_dtype
 from engine.step_time import chip_of
 from kernels import dispatch
@@ -106,3 +108,44 @@ def test_the_peak_is_the_programs_own_and_not_its_parents(start):
     child = "import torch\nfrom engine.device import peak_memory\nprint(peak_memory(torch.device('cpu')))"
     output, _ = start("-c", child).communicate(timeout=60)
     assert held.nbytes > int(output.splitlines()[-1]) > 50 << 20
+
+
+def test_a_container_has_no_more_memory_than_its_limit(monkeypatch, tmp_path):
+    monkeypatch.setattr(device.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 64 * GiB}))
+    monkeypatch.setattr(device, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(device, "_OWN_CGROUPS", own := tmp_path / "own")
+    assert device.host_memory() == 64 * GiB  # no control groups
+    for limits, lines in (
+        ({"memory.max": 48 * GiB}, "0::/"),
+        ({"memory.max": "max", "job/memory.max": 48 * GiB, "job/step/memory.max": "max"}, "0::/job/step"),
+        ({"memory.max": 48 * GiB}, "0::/not/seen/from/inside"),
+        (
+            {"memory/memory.limit_in_bytes": 2**63 - 4096, "memory/job/memory.limit_in_bytes": 48 * GiB},
+            "3:cpu:/\n2:rdma,memory:/job",
+        ),
+    ):
+        for name, limit in limits.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(f"{limit}\n")
+        own.write_text(lines + "\n")
+        assert device.host_memory() == 48 * GiB, lines
+        for name in limits:
+            (tmp_path / name).unlink()
+        assert device.host_memory() == 64 * GiB
+
+
+def test_a_device_is_known_by_its_name_and_its_real_memory(monkeypatch):
+    properties = SimpleNamespace(name="NVIDIA GeForce RTX 3090", total_memory=24 * GiB)
+    free = [23.5 * GiB]  # our own context takes the rest
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free[0]), 24 * GiB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.5)
+    monkeypatch.setattr("kernels.dispatch.chip", lambda device: SimpleNamespace(target="cuda:86"))
+    assert card_of(torch.device("cuda")) == replace(get("RTX 3090"), memory_bytes=12 * GiB)
+    free[0] = 21.5 * GiB
+    assert card_of(torch.device("cuda")).memory_bytes == 10 * GiB, "2 GiB are a desktop's"
+    free[0] = 23.5 * GiB
+    properties.name = "NVIDIA RTX of next year"
+    unknown = card_of(torch.device("cuda"))
+    assert unknown.name == properties.name and unknown.target == "cuda:86" and unknown.memory_bytes == 12 * GiB

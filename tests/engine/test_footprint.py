@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from engine import footprint
+from engine.cards import GiB
 from engine.config import PRESETS, ModelConfig
-from engine.footprint import METHODS, PARTS, Elements, GiB, Recompute, predict
+from engine.footprint import METHODS, PARTS, Elements, Recompute, predict
 from engine.model import GPT
 from engine.streamed_adamw import HOST_SLAB_BYTES
 from kernels.dispatch import CHIPS
@@ -115,6 +116,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from engine import footprint
+from engine.cards import GiB
 from engine.config import from_dict
 from engine.data import Batch
 from engine.device import DTYPES

@@ -1,15 +1,13 @@
 """The planner: what it says fits, what it prefers and why, and what it says where nothing fits."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
-import torch
 
-from engine.cards import CLASSIC, get
+from engine.cards import CLASSIC, GiB, get
 from engine.config import PRESETS, ConfigError, ModelConfig, from_dict
-from engine.footprint import METHODS, GiB
-from engine.memory import PREFERENCE, Plan, best_first, card_of, choose, nearest, plan, reason
+from engine.footprint import METHODS
+from engine.memory import PREFERENCE, Plan, best_first, choose, nearest, plan, reason
 
 TWO_B = ModelConfig(**PRESETS["2b"]["model"])
 HOST = 64 * GiB
@@ -168,20 +166,3 @@ def test_where_nothing_fits_the_nearest_change_is_named():
     host_too_small = [p for p in plan(TWO_B, get("RTX 3080"), 16 * GiB) if p.method.stage]
     assert choose(host_too_small) is None
     assert nearest(ModelConfig(n_layer=100, n_head=128, n_embd=16384, block_size=1024), card, HOST) is None
-
-
-def test_a_device_is_known_by_its_name_and_its_real_memory(monkeypatch):
-    properties = SimpleNamespace(name="NVIDIA GeForce RTX 3090", total_memory=24 * GiB)
-    free = [23.5 * GiB]  # our own context takes the rest
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free[0]), 24 * GiB))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.5)
-    monkeypatch.setattr("kernels.dispatch.chip", lambda device: SimpleNamespace(target="cuda:86"))
-    assert card_of(torch.device("cuda")) == replace(get("RTX 3090"), memory_bytes=12 * GiB)
-    free[0] = 21.5 * GiB
-    assert card_of(torch.device("cuda")).memory_bytes == 10 * GiB, "2 GiB are a desktop's"
-    free[0] = 23.5 * GiB
-    properties.name = "NVIDIA RTX of next year"
-    unknown = card_of(torch.device("cuda"))
-    assert unknown.name == properties.name and unknown.target == "cuda:86" and unknown.memory_bytes == 12 * GiB

@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from engine import placement
-from engine.cards import get
+from engine import device, placement
+from engine.cards import GiB, get
 from engine.command_line import parse
 from engine.config import ConfigError, StrategyConfig
 from engine.memory import plan
 from engine.schedule import decay_length, learning_rate
 
-GiB = 2**30
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -20,7 +19,7 @@ def on_card(monkeypatch):
 
     def pretend(card: str, host_gib: int) -> None:
         monkeypatch.setattr(placement, "card_of", lambda device: get(card))
-        monkeypatch.setattr(placement.psutil, "virtual_memory", lambda: type("Memory", (), {"total": host_gib * GiB}))
+        monkeypatch.setattr(device.psutil, "virtual_memory", lambda: type("Memory", (), {"total": host_gib * GiB}))
 
     return pretend
 
@@ -121,30 +120,6 @@ def test_a_compiled_model_in_several_processes_is_not_deepspeeds():
         settled("--preset=13m", "--compile", device=CPU, dtype=torch.float32, world_size=2)[0].strategy.strategy
         == "resident"
     )
-
-
-def test_a_container_has_no_more_memory_than_its_limit(monkeypatch, tmp_path):
-    monkeypatch.setattr(placement.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 64 * GiB}))
-    monkeypatch.setattr(placement, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(placement, "_OWN_CGROUPS", own := tmp_path / "own")
-    assert placement.host_memory() == 64 * GiB  # no control groups
-    for limits, lines in (
-        ({"memory.max": 48 * GiB}, "0::/"),
-        ({"memory.max": "max", "job/memory.max": 48 * GiB, "job/step/memory.max": "max"}, "0::/job/step"),
-        ({"memory.max": 48 * GiB}, "0::/not/seen/from/inside"),
-        (
-            {"memory/memory.limit_in_bytes": 2**63 - 4096, "memory/job/memory.limit_in_bytes": 48 * GiB},
-            "3:cpu:/\n2:rdma,memory:/job",
-        ),
-    ):
-        for name, limit in limits.items():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_text(f"{limit}\n")
-        own.write_text(lines + "\n")
-        assert placement.host_memory() == 48 * GiB, lines
-        for name in limits:
-            (tmp_path / name).unlink()
-        assert placement.host_memory() == 64 * GiB
 
 
 def test_what_needs_deepspeed_is_not_chosen_where_it_is_not_installed(on_card, monkeypatch):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from engine.cards import CARDS, get
+from engine.cards import CARDS, GiB, get
 from engine.config import PRESETS, ModelConfig
-from engine.footprint import METHODS, Elements, GiB, Recompute
+from engine.footprint import METHODS, Elements, Recompute
 from engine.memory import plan
 from engine.step_time import StepTime, communication_bytes, step_time
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from engine import placement
-from engine.cards import get
+from engine import device, placement
+from engine.cards import GiB, get
 from engine.command_line import parse
 from engine.config import ModelConfig
 from engine.data import Batch
@@ -14,7 +14,6 @@ from engine.memory import best_dtype, choose, plan
 from engine.model import GPT
 from engine.strategy import build
 
-GiB = 2**30
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SMALL = ModelConfig(n_layer=2, n_head=4, n_embd=64, block_size=32, vocab_size=128, positions="rotary")
 
@@ -24,7 +23,7 @@ SMALL = ModelConfig(n_layer=2, n_head=4, n_embd=64, block_size=32, vocab_size=12
 def test_the_chosen_settings_train_a_smaller_model(monkeypatch, name, host_gib):
     card = get(name)
     monkeypatch.setattr(placement, "card_of", lambda device: card)
-    monkeypatch.setattr(placement.psutil, "virtual_memory", lambda: type("Memory", (), {"total": host_gib * GiB}))
+    monkeypatch.setattr(device.psutil, "virtual_memory", lambda: type("Memory", (), {"total": host_gib * GiB}))
     dtype = DTYPES[best_dtype(card)]
     config, grad_accum, chosen = placement.settle(parse(["--preset=2b"])[0], CUDA, dtype, 1)
     assert chosen.fits and chosen.method.streamed and chosen.keeps_batch and config.strategy.offload == "states"
