@@ -120,7 +120,7 @@ def measure(job: Job, rank: int, port: int, channel: Connection) -> None:
         dispatch.set_backend(config.strategy.kernels)
         dtype, _ = choose_dtype(config.strategy.dtype, device)
         kernels = kernels_in_use(device)
-        config, grad_accum, plan = settle(config, device, dtype, job.processes, job.card)
+        config, grad_accum, plan = settle(config, device, dtype, processes, job.card)
         if device.type == "cuda":
             limit_memory(device, job.gpu_memory, context_counts=True)
         batches = random_batches(config, config.optimizer.micro_batch_size, grad_accum, config.seed + rank)

@@ -31,7 +31,7 @@ def run(device: torch.device, tmp_path: Path) -> tuple[Config, Strategy, GPT]:
         "run_dir": str(tmp_path / "run"),
     }
     dtype = choose_dtype("auto", device)[0]
-    config, grad_accum, _ = settle(from_dict(merge(preset(PRESET), small)), device, dtype, 1)
+    config, grad_accum, _ = settle(from_dict(merge(preset(PRESET), small)), device, dtype, Processes())
     model = GPT.outline(config.model)
     strategy = build(config, model, Processes(), device, dtype, grad_accum, some_weights(model, config.seed))
     strategy.set_lr(config.optimizer.lr)

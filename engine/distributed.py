@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,14 @@ class Processes:
         if self.world_size > 1:
             dist.all_reduce(values)
             values /= self.world_size
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every process's `value`, which pickle takes, in the order of their ranks; all processes call it."""
+        values = [value]
+        if self.world_size > 1:
+            values *= self.world_size
+            dist.all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:

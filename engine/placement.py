@@ -9,6 +9,7 @@ import torch
 from engine.cards import DTYPE_NAMES, Card, GiB
 from engine.config import PRESETS, Config, ConfigError, ModelConfig, OptimizerConfig, require
 from engine.device import card_of, host_memory
+from engine.distributed import Processes
 from engine.footprint import METHODS, Method, states_bytes
 from engine.memory import Plan, choose, nearest, plan, reason
 from engine.schedule import decay_length
@@ -20,14 +21,18 @@ _EXACT = ("auto", "fp32")
 
 
 def settle(
-    config: Config, device: torch.device, dtype: torch.dtype, world_size: int, card: Card | None = None
+    config: Config, device: torch.device, dtype: torch.dtype, processes: Processes, card: Card | None = None
 ) -> tuple[Config, int, Plan | None]:
     """Return `config` with every open choice made, the accumulation steps, and on a card the plan that made them.
 
-    What a person has set is kept. ConfigError where nothing fits the card, with the nearest thing that does, or where
-    the batch cannot be shared evenly. card: plan for this one, with what memory the device leaves, not for the device.
+    What a person has set is kept. All processes call it, and choose the same: what fits the one with the least memory.
+    ConfigError where nothing fits, with the nearest thing that does, or where the batch cannot be shared evenly. card:
+    plan for this one, with what memory the device leaves, not for the device.
     """
-    config = copy.deepcopy(config)
+    config, world_size = copy.deepcopy(config), processes.world_size
+    here = card_of(device) if device.type == "cuda" else None
+    cards, hosts = zip(*processes.gather((here, host_memory(config.strategy.host_memory))))
+    host = min(hosts)
     sequences = config.optimizer.batch_tokens // config.model.block_size
     require(
         sequences % world_size == 0,
@@ -39,7 +44,11 @@ def settle(
         not micro or mine % micro == 0,
         f"micro_batch_size ({micro}) must divide the {mine} sequences of a process and step",
     )
-    chosen = _plan(config, device, dtype, world_size, card) if device.type == "cuda" else None
+    chosen = None
+    if here:
+        least = min(cards, key=lambda c: c.memory_bytes)
+        card = replace(card, memory_bytes=min(card.memory_bytes, least.memory_bytes)) if card else least
+        chosen = _plan(config, card, host, dtype, world_size)
     _shorten_warmup(config)
     if chosen:
         _fill(config, chosen.settings["strategy"])
@@ -63,7 +72,7 @@ def settle(
     _refuse_what_is_unused(config)
     triton = strategy.kernels != "triton" or dispatch.interpreting()
     require(triton, "--kernels triton: Triton has no CPU; leave it out, or give --kernels torch")
-    _refuse_what_memory_cannot_hold(config, dtype, world_size)
+    _refuse_what_memory_cannot_hold(config, host, dtype, world_size)
     return config, mine // micro, None
 
 
@@ -109,9 +118,9 @@ def _shorten_warmup(config: Config) -> None:
         options.warmup_steps = short
 
 
-def _refuse_what_memory_cannot_hold(config: Config, dtype: torch.dtype, world_size: int) -> None:
+def _refuse_what_memory_cannot_hold(config: Config, limit: int, dtype: torch.dtype, world_size: int) -> None:
     """ConfigError where a CPU's memory is less than states alone take: the system would end the run without a word."""
-    strategy, limit, name = config.strategy, host_memory(config.strategy.host_memory), DTYPE_NAMES[dtype]
+    strategy, name = config.strategy, DTYPE_NAMES[dtype]
     ours = {key: getattr(strategy, key) for key in ("weights", "moments")} | {
         "in_backward": bool(strategy.optimizer_in_backward)
     }
@@ -155,10 +164,7 @@ def _asks_for_zero(config: Config, world_size: int) -> bool:
     return world_size > 1 and not only_resident
 
 
-def _plan(config: Config, device: torch.device, dtype: torch.dtype, world_size: int, other: Card | None) -> Plan:
-    card, host = card_of(device), host_memory(config.strategy.host_memory)
-    if other:
-        card = replace(other, memory_bytes=min(other.memory_bytes, card.memory_bytes))
+def _plan(config: Config, card: Card, host: int, dtype: torch.dtype, world_size: int) -> Plan:
     options = {"gpus": world_size, "batch_tokens": config.optimizer.batch_tokens, "dtype": DTYPE_NAMES[dtype]}
     given = {
         "micro_batch_size": config.optimizer.micro_batch_size or None,

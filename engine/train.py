@@ -146,7 +146,7 @@ def set_up(config: Config, start_from: Path | None, processes: Processes) -> Run
     """Build everything that `config` describes, with the states of the checkpoint to start from where there is one."""
     device, dtype, where = place(config, processes)
     asked = config  # saved as it is: a run may be resumed elsewhere, where other choices are better
-    config, grad_accum, plan = settle(asked, device, dtype, processes.world_size)
+    config, grad_accum, plan = settle(asked, device, dtype, processes)
     prepare_default_data(asked, processes)
     config.data = asked.data
     progress = Progress.of(start_from) if start_from else Progress()

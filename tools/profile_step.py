@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         dispatch.set_backend(config.strategy.kernels)
         dtype, _ = choose_dtype(config.strategy.dtype, device)
         kernels_in_use(device)
-        config, grad_accum, _ = settle(within_minutes(config, device), device, dtype, 1)
+        config, grad_accum, _ = settle(within_minutes(config, device), device, dtype, Processes())
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages say nothing to a person
         folder = options.out or Path(f"runs/profile-{config.preset}")
         require(folder.is_dir() or not folder.exists(), f"--out {folder} is a file: name a folder")

@@ -32,7 +32,7 @@ FLAGS = [
 
 def tiny(name="gpt2", **model):
     config = from_dict(merge(preset(name), TINY, {"model": model}))
-    return settle(config, CPU, torch.float32, 1)[0]
+    return settle(config, CPU, torch.float32, Processes())[0]
 
 
 def loss_of(name, config, weights=None):

@@ -1,12 +1,15 @@
 """Open choices are made by the planner on a card and by plain defaults without one; what a person set is kept."""
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 
 from engine import device, placement
-from engine.cards import GiB, get
+from engine.cards import Card, GiB, get
 from engine.command_line import parse
 from engine.config import ConfigError, StrategyConfig
+from engine.distributed import Processes
 from engine.memory import plan
 from engine.schedule import decay_length, learning_rate
 
@@ -17,15 +20,26 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def on_card(monkeypatch):
     """on_card("rtx3090", 64): plan as if that card and so many GiB of host memory were here."""
 
-    def pretend(card: str, host_gib: int) -> None:
-        monkeypatch.setattr(placement, "card_of", lambda device: get(card))
+    def pretend(card: str | Card, host_gib: int) -> None:
+        monkeypatch.setattr(placement, "card_of", lambda device: get(card) if isinstance(card, str) else card)
         monkeypatch.setattr(device.psutil, "virtual_memory", lambda: type("Memory", (), {"total": host_gib * GiB}))
 
     return pretend
 
 
-def settled(*flags: str, device=CUDA, dtype=torch.bfloat16, world_size=1):
-    return placement.settle(parse(list(flags))[0], device, dtype, world_size)
+@dataclass(frozen=True)
+class Together(Processes):
+    """Stands for a process among others, which have `others`' cards and host memories."""
+
+    others: tuple = ()
+
+    def gather(self, value):
+        return [*(self.others or [value] * (self.world_size - 1)), value]
+
+
+def settled(*flags: str, device=CUDA, dtype=torch.bfloat16, world_size=1, others=()):
+    processes = Together(world_size=world_size, others=others)
+    return placement.settle(parse(list(flags))[0], device, dtype, processes)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +242,22 @@ def test_kernels_that_a_cpu_does_not_have_are_refused(monkeypatch):
 def test_every_plan_is_a_valid_configuration():
     for candidate in plan(parse(["--preset=gpt2"])[0].model, get("rtx3090"), 64 * GiB):
         StrategyConfig(**candidate.settings["strategy"])
+
+
+def test_all_processes_plan_for_the_least_memory_of_any(on_card):
+    """Else one would stream its states where another shares them, and each wait for the other."""
+    on_card("rtx3080", 64)
+    whole, desktop = get("rtx3080"), replace(get("rtx3080"), memory_bytes=8 * GiB)
+    alone = settled("--preset=2b", world_size=2)[0]
+    behind = settled("--preset=2b", world_size=2, others=((desktop, 64 * GiB),))[0]
+    assert alone.strategy != behind.strategy
+    on_card(desktop, 64)
+    assert settled("--preset=2b", world_size=2, others=((whole, 64 * GiB),))[0] == behind
+    on_card("rtx3080", 64)
+    lacking = settled("--preset=2b", world_size=2, others=((whole, 24 * GiB),))[2]
+    assert lacking.host_bytes <= lacking.host_limit < 24 * GiB
+    with pytest.raises(ConfigError, match="there are 24.0 GiB of memory"):
+        settled("--preset=2b", device=CPU, dtype=torch.float32, world_size=2, others=((None, 24 * GiB),))
 
 
 def test_what_was_excluded_is_not_said_to_be_slower(on_card):

@@ -25,7 +25,7 @@ def test_the_chosen_settings_train_a_smaller_model(monkeypatch, name, host_gib):
     monkeypatch.setattr(placement, "card_of", lambda device: card)
     monkeypatch.setattr(device.psutil, "virtual_memory", lambda: type("Memory", (), {"total": host_gib * GiB}))
     dtype = DTYPES[best_dtype(card)]
-    config, grad_accum, chosen = placement.settle(parse(["--preset=2b"])[0], CUDA, dtype, 1)
+    config, grad_accum, chosen = placement.settle(parse(["--preset=2b"])[0], CUDA, dtype, Processes())
     assert chosen.fits and chosen.method.streamed and chosen.keeps_batch and config.strategy.offload == "states"
 
     config.model = SMALL
