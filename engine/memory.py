@@ -120,77 +120,104 @@ class Plan:
         return {"strategy": strategy, "optimizer": optimizer | ({"grad_clip": 0.0} if method.in_backward else {})}
 
 
-def plan(
-    model: ModelConfig,
-    card: Card,
-    host_memory: int,
-    *,
-    gpus: int = 1,
-    block_size: int | None = None,
-    micro_batch_size: int | None = None,
-    batch_tokens: int = 524_288,
-    dtype: str | None = None,
-    recomputed_blocks: int | None = None,
-    gpus_per_machine: int = GPUS_PER_MACHINE,
-    network_bytes_s: float = NETWORK_BYTES_S,
-) -> list[Plan]:
-    """Return a plan for each method and way of recomputing, with its best micro-batch, best plan first.
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What there is to plan for: a model and its batch, and cards with their hosts.
 
-    host_memory: bytes of one machine. block_size: other than the model's. micro_batch_size: this one rather than the
-    best. dtype: other than the card's best. recomputed_blocks: this number, where any are. ConfigError where
-    batch_tokens does not divide into sequences and cards.
+    host_memory: bytes of one machine, which has up to gpus_per_machine cards. batch_tokens: tokens a step, over all of
+    them. micro_batch_size, in sequences, and dtype: None for the best. recomputed_blocks: this number, where any are.
+    network_bytes_s: between machines. methods: to weigh. ConfigError where the batch does not divide into sequences,
+    cards and micro-batches.
     """
-    if block_size:
-        model = replace(model, block_size=block_size)
-    require(gpus > 0 and gpus_per_machine > 0, f"at least one card: gpus {gpus}, gpus_per_machine {gpus_per_machine}")
-    sequences = batch_tokens // model.block_size
-    require(
-        sequences > 0 and batch_tokens % model.block_size == 0,
-        f"batch_tokens ({batch_tokens}) must be a multiple of block_size ({model.block_size})",
-    )
-    require(
-        sequences % gpus == 0,
-        f"{sequences} sequences of {model.block_size} a step cannot be shared by {gpus} cards evenly: "
-        f"--batch_tokens {max(1, sequences // gpus) * gpus * model.block_size} would do",
-    )
-    mine = sequences // gpus
-    require(
-        micro_batch_size is None or micro_batch_size > 0, f"micro_batch_size must be positive, got {micro_batch_size}"
-    )
-    require(network_bytes_s > 0, f"a network of {network_bytes_s:g} bytes a second moves nothing")
-    require(
-        micro_batch_size is None or mine % micro_batch_size == 0,
-        f"micro_batch_size ({micro_batch_size}) must divide the {mine} sequences of a card and step",
-    )
-    sizes = [micro_batch_size] if micro_batch_size else [size for size in range(1, mine + 1) if mine % size == 0]
-    dtype = dtype or best_dtype(card)
-    processes = min(gpus, gpus_per_machine)
 
-    def make(method: Method, recompute: Recompute, size: int) -> Plan:
-        grad_accum = 1 if method.in_backward else mine // size
-        common = dict(dtype=dtype, micro_batch_size=size, gpus=gpus)
+    model: ModelConfig
+    card: Card
+    host_memory: int
+    gpus: int = 1
+    batch_tokens: int = 524_288
+    micro_batch_size: int | None = None
+    dtype: str | None = None
+    recomputed_blocks: int | None = None
+    gpus_per_machine: int = GPUS_PER_MACHINE
+    network_bytes_s: float = NETWORK_BYTES_S
+    methods: tuple[Method, ...] = METHODS
+
+    def __post_init__(self) -> None:
+        gpus, length, size = self.gpus, self.model.block_size, self.micro_batch_size
+        require(
+            gpus > 0 and self.gpus_per_machine > 0,
+            f"at least one card: gpus {gpus}, gpus_per_machine {self.gpus_per_machine}",
+        )
+        require(self.network_bytes_s > 0, f"a network of {self.network_bytes_s:g} bytes a second moves nothing")
+        sequences = self.batch_tokens // length
+        require(
+            sequences > 0 and self.batch_tokens % length == 0,
+            f"batch_tokens ({self.batch_tokens}) must be a multiple of block_size ({length})",
+        )
+        require(
+            sequences % gpus == 0,
+            f"{sequences} sequences of {length} a step cannot be shared by {gpus} cards evenly: "
+            f"--batch_tokens {max(1, sequences // gpus) * gpus * length} would do",
+        )
+        require(size is None or size > 0, f"micro_batch_size must be positive, got {size}")
+        require(
+            size is None or self.sequences % size == 0,
+            f"micro_batch_size ({size}) must divide the {self.sequences} sequences of a card and step",
+        )
+
+    @property
+    def sequences(self) -> int:
+        """Those of one card and step."""
+        return self.batch_tokens // self.model.block_size // self.gpus
+
+    def plans(self) -> list[Plan]:
+        """Return a plan for each method and way of recomputing, with its best micro-batch, best plan first."""
+        divisors = [size for size in range(1, self.sequences + 1) if self.sequences % size == 0]
+        sizes = [self.micro_batch_size] if self.micro_batch_size else divisors
+        plans = []
+        for method in self.methods:
+            for options in _ways_to_recompute(self.model.n_layer, self.recomputed_blocks):
+                made = [self._first_that_fits(method, options, size) for size in sizes]
+                fitting = [p for p in made if p.fits]
+                plans.append(max(fitting, key=_merit) if fitting else min(made, key=lambda p: p.footprint.card_bytes))
+        return best_first(plans)
+
+    def plan(self, method: Method, recompute: Recompute, micro_batch_size: int) -> Plan:
+        """Return this one plan, whether it fits or not."""
+        model, card = self.model, self.card
+        grad_accum = 1 if method.in_backward else self.sequences // micro_batch_size
+        dtype = self.dtype or best_dtype(card)
+        common = dict(dtype=dtype, micro_batch_size=micro_batch_size, gpus=self.gpus)
         footprint = predict(
             model, method, recompute=recompute, accumulates=grad_accum > 1, chip=chip_of(card), **common
         )
         time = step_time(
             model, card, method, recompute, grad_accum=grad_accum,
-            gpus_per_machine=gpus_per_machine, network_bytes_s=network_bytes_s, **common,
+            gpus_per_machine=self.gpus_per_machine, network_bytes_s=self.network_bytes_s, **common,
         )  # fmt: skip
-        tokens = size * grad_accum * gpus * model.block_size
+        tokens = micro_batch_size * grad_accum * self.gpus * model.block_size
         return Plan(
-            card=card, model=model, method=method, recompute=recompute, processes=processes, grad_accum=grad_accum,
-            batch_tokens=tokens, keeps_batch=tokens == batch_tokens, footprint=footprint, time=time,
-            card_limit=int(card.memory_bytes * (1 - CARD_RESERVE)), host_limit=host_memory - HOST_RESERVE_BYTES,
-            **common,
+            card=card, model=model, method=method, recompute=recompute, grad_accum=grad_accum, footprint=footprint,
+            time=time, processes=min(self.gpus, self.gpus_per_machine), batch_tokens=tokens,
+            keeps_batch=tokens == self.batch_tokens, card_limit=int(card.memory_bytes * (1 - CARD_RESERVE)),
+            host_limit=self.host_memory - HOST_RESERVE_BYTES, **common,
         )  # fmt: skip
 
-    plans = []
-    for method in METHODS:
-        for options in _ways_to_recompute(model.n_layer, recomputed_blocks):
-            made = [_first_that_fits(options, lambda recompute: make(method, recompute, size)) for size in sizes]
-            fitting = [p for p in made if p.fits]
-            plans.append(max(fitting, key=_merit) if fitting else min(made, key=lambda p: p.footprint.card_bytes))
-    return best_first(plans)
+    def _first_that_fits(self, method: Method, options: list[Recompute], micro_batch_size: int) -> Plan:
+        """Return the plan of the first option that fits, found by halving: each takes less than the one before it."""
+        first, last = 0, len(options) - 1
+        if not (least := self.plan(method, options[last], micro_batch_size)).fits:
+            return least
+        while first < last:
+            middle = (first + last) // 2
+            fits = self.plan(method, options[middle], micro_batch_size).fits
+            first, last = (first, middle) if fits else (middle + 1, last)
+        return self.plan(method, options[first], micro_batch_size)
+
+
+def plan(model: ModelConfig, card: Card, host_memory: int, **options: Any) -> list[Plan]:
+    """Return `Setup.plans` of these, and of its further fields in `options`."""
+    return Setup(model=model, card=card, host_memory=host_memory, **options).plans()
 
 
 def best_dtype(card: Card) -> str:
@@ -205,17 +232,6 @@ def _ways_to_recompute(n_layer: int, asked: int | None) -> Iterator[list[Recompu
         yield [Recompute(kind, asked or n_layer)]
         if n_layer > 1 and not asked:
             yield [Recompute(kind, layers) for layers in range(1, n_layer)]
-
-
-def _first_that_fits(options: list[Recompute], make: Callable[[Recompute], Plan]) -> Plan:
-    """Return the plan of the first option that fits, found by halving: each takes less than the one before it."""
-    first, last = 0, len(options) - 1
-    if not (least := make(options[last])).fits:
-        return least
-    while first < last:
-        middle = (first + last) // 2
-        first, last = (first, middle) if make(options[middle]).fits else (middle + 1, last)
-    return make(options[first])
 
 
 def _merit(p: Plan) -> tuple[bool, float]:
@@ -239,26 +255,25 @@ def best_first(plans: list[Plan]) -> list[Plan]:
 
 
 def choose(plans: list[Plan]) -> Plan | None:
-    """Return the best plan that fits; None where none does."""
-    best = best_first(plans)[:1]
+    """Return the best plan that fits, of all or of those that are allowed; None where none does."""
+    best = best_first(plans)[:1]  # of fewer plans another is the fastest
     return best[0] if best and best[0].fits else None
 
 
 def reason(chosen: Plan, plans: list[Plan]) -> str:
-    """Say why `chosen` rather than what would be preferred to it, and what it costs."""
+    """Say why `chosen` of `plans`, best first, rather than what would be preferred to it, and what it costs."""
     others = passed_over(chosen, plans)
     first = "Not chosen: " + "; ".join(others) if others else "Nothing more exact is left to choose"
     return ". ".join([first, *cost(chosen, plans)]) + "."
 
 
 def passed_over(chosen: Plan, plans: list[Plan]) -> list[str]:
-    """Return the methods that are preferred to the chosen one, each with what speaks against it."""
-    others, ordered = [], best_first(plans)
-    preferred = ordered[: ordered.index(chosen)]
+    """Return the methods that are preferred to `chosen` of `plans`, best first, each with what speaks against it."""
+    others, preferred = [], plans[: plans.index(chosen)]
     for method in METHODS:
         if method.rank >= chosen.method.rank or (method.stage and method.offload == "none" and chosen.gpus == 1):
             continue
-        best = next((p for p in ordered if p.method == method), None)
+        best = next((p for p in plans if p.method == method), None)
         if best is None:
             continue
         if not best.fits_card:
@@ -290,25 +305,25 @@ def _gib(size: float) -> str:
     return f"{size / GiB:.1f}"
 
 
-def nearest(model: ModelConfig, card: Card, host_memory: int, **options: Any) -> tuple[str, Plan] | None:
+def nearest(setup: Setup, accepts: Callable[[list[Plan]], list[Plan]] = lambda plans: plans) -> tuple[str, Plan] | None:
     """For what does not fit: the smallest change that makes it fit, in words, and its plan; None where none is found.
 
-    Tried in this order: more host memory, shorter sequences, more cards, another card. Options as in `plan`.
+    Tried in this order: more host memory, shorter sequences, more cards, another card. accepts: which plans will do.
     """
-    options = {"gpus": 1, "batch_tokens": 524_288} | options
-    length = options.pop("block_size", None) or model.block_size
-    memories = [size * GiB for size in (32, 48, 64, 96, 128, 192, 256, 512) if size * GiB > host_memory]
-    changes: list[tuple[str, Card, int, dict[str, Any]]] = []
-    changes += [(f"with {size // GiB} GiB of host memory", card, size, {}) for size in memories]
+    length, card = setup.model.block_size, setup.card
+    memories = [size * GiB for size in (32, 48, 64, 96, 128, 192, 256, 512) if size * GiB > setup.host_memory]
+    changes: list[tuple[str, dict[str, Any]]] = []
+    changes += [(f"with {size // GiB} GiB of host memory", {"host_memory": size}) for size in memories]
     shorter = [length >> n for n in range(1, 5) if (length >> n) >= 128]
-    changes += [(f"with sequences of {size} tokens", card, host_memory, {"block_size": size}) for size in shorter]
-    more = [options["gpus"] * n for n in (2, 4, 8)]
-    changes += [(f"with {count} cards", card, host_memory, {"gpus": count}) for count in more]
+    changes += [
+        (f"with sequences of {size} tokens", {"model": replace(setup.model, block_size=size)}) for size in shorter
+    ]
+    changes += [(f"with {setup.gpus * n} cards", {"gpus": setup.gpus * n}) for n in (2, 4, 8)]
     sizes = {c.label_gb: c for c in reversed(CARDS) if c.memory_bytes > card.memory_bytes}  # the first of each size
-    changes += [(f"on the {sizes[size].name}", sizes[size], host_memory, {}) for size in sorted(sizes)]
-    for words, other, memory, change in changes:
+    changes += [(f"on the {sizes[size].name}", {"card": sizes[size]}) for size in sorted(sizes)]
+    for words, change in changes:
         try:
-            found = choose(plan(model, other, memory, **({"block_size": length} | options | change)))
+            found = choose(accepts(replace(setup, **change).plans()))
         except ConfigError:
             continue
         if found:

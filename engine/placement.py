@@ -7,16 +7,17 @@ from importlib.util import find_spec
 import torch
 
 from engine.cards import DTYPE_NAMES, Card, GiB
-from engine.config import PRESETS, Config, ConfigError, ModelConfig, OptimizerConfig, require
+from engine.config import PRESETS, Config, ConfigError, ModelConfig, OptimizerConfig, StrategyConfig, require
 from engine.device import card_of, host_memory
 from engine.distributed import Processes
 from engine.footprint import METHODS, Method, states_bytes
-from engine.memory import Plan, choose, nearest, plan, reason
+from engine.memory import Plan, Setup, choose, nearest, reason
 from engine.schedule import decay_length
 from kernels import dispatch
 
 CPU_MICRO_BATCH_TOKENS = 8192  # beyond this a CPU gains nothing and the activations leave its caches
 _OPEN = (None, "auto")
+_LEFT_AS_IT_IS = ("device", "dtype", "kernels", "compile", "host_memory")  # the planner does not choose these
 _EXACT = ("auto", "fp32")
 
 
@@ -165,40 +166,60 @@ def _asks_for_zero(config: Config, world_size: int) -> bool:
 
 
 def _plan(config: Config, card: Card, host: int, dtype: torch.dtype, world_size: int) -> Plan:
-    options = {"gpus": world_size, "batch_tokens": config.optimizer.batch_tokens, "dtype": DTYPE_NAMES[dtype]}
-    given = {
-        "micro_batch_size": config.optimizer.micro_batch_size or None,
-        "recomputed_blocks": config.strategy.recomputed_blocks,
-    }
-    plans = plan(config.model, card, host, **options, **given)
+    setup = Setup(
+        model=config.model,
+        card=card,
+        host_memory=host,
+        gpus=world_size,
+        batch_tokens=config.optimizer.batch_tokens,
+        dtype=DTYPE_NAMES[dtype],
+        micro_batch_size=config.optimizer.micro_batch_size or None,
+        recomputed_blocks=config.strategy.recomputed_blocks,
+    )
+    plans = setup.plans()
     ways = allowed(config, plans)
-    given = {
+    if not ways:
+        raise ConfigError(f"the planner knows no way that is all of {_set(config)}: leave some of it open, as auto")
+    chosen = choose(_keeping_batch(config, ways))
+    if chosen:
+        return replace(chosen, why=reason(chosen, plans))
+    if lesser := choose(ways):
+        raise ConfigError(
+            f"{card.memory_bytes / GiB:.1f} GiB leave only an update inside the backward pass, which neither "
+            f"accumulates nor clips: --batch_tokens {lesser.batch_tokens} --grad_clip 0 would do"
+        )
+    raise ConfigError(
+        f"no way that the settings allow fits {config.preset} into {card.memory_bytes / GiB:.1f} GiB"
+        f"{_what_would_fit(config, setup)}; tools/plan.py shows all"
+    )
+
+
+def _set(config: Config) -> dict[str, object]:
+    """Return what a person has set of the ways to run a step, where the planner would choose."""
+    return {
         key: value
         for key, value in asdict(config.strategy).items()
-        if value not in _OPEN and key in plans[0].settings["strategy"]
+        if value not in (*_OPEN, "") and key not in _LEFT_AS_IT_IS
     }
-    require(ways, f"the planner knows no way that is all of {given}: leave some of it open, as auto")
-    chosen = choose([p for p in ways if _keeps_what_is_set(config, p)])
-    if chosen is None and (lesser := choose(ways)):
-        would = f"--batch_tokens {lesser.batch_tokens} --grad_clip 0"
-        require(
-            False,
-            f"{card.memory_bytes / GiB:.1f} GiB leave only an update inside the backward pass, "
-            f"which neither accumulates nor clips: {would} would do",
-        )
-    if chosen is None:
-        found = nearest(config.model, card, host, **options)
-        hint = f"; it fits {found[0]}" if found else ""
-        require(
-            False,
-            f"no way that the settings allow fits {config.preset} "
-            f"into {card.memory_bytes / GiB:.1f} GiB{hint}; tools/plan.py shows all",
-        )
-    return replace(chosen, why=reason(chosen, plans))
+
+
+def _what_would_fit(config: Config, setup: Setup) -> str:
+    """Return what to change where nothing fits: first what a person has set, then the machine."""
+    kept = {key: getattr(config.strategy, key) for key in _LEFT_AS_IT_IS}
+    opened = replace(config, strategy=StrategyConfig(**kept))
+    given = _set(config) | ({"micro_batch_size": setup.micro_batch_size} if setup.micro_batch_size else {})
+    flags = " ".join(f"--{key} {value}" for key, value in given.items())
+    plans = replace(setup, recomputed_blocks=None, micro_batch_size=None).plans()
+    if flags and choose(_keeping_batch(config, allowed(opened, plans))):
+        return f"; it fits without {flags}"
+    found = nearest(setup, lambda plans: _keeping_batch(config, allowed(config, plans)))
+    return f"; it fits {found[0]}" if found else ""
 
 
 def allowed(config: Config, plans: list[Plan]) -> list[Plan]:
     """Return the plans that contradict nothing that a person has set."""
+    if config.strategy.recomputed_blocks and config.strategy.activation_checkpointing == "auto":
+        plans = [p for p in plans if p.recompute.layers]
     asked = {key: value for key, value in asdict(config.strategy).items() if value not in _OPEN}
     if config.strategy.compile:  # which offloaded inputs and DeepSpeed's engine cannot be
         plans = [p for p in plans if p.recompute.kind != "offloaded" and not p.method.stage]
@@ -207,11 +228,14 @@ def allowed(config: Config, plans: list[Plan]) -> list[Plan]:
     return [p for p in plans if all(asked.get(key, value) == value for key, value in p.settings["strategy"].items())]
 
 
-def _keeps_what_is_set(config: Config, candidate: Plan) -> bool:
-    """Whether a plan takes the batch and the clipping that a person has set, known by being other than the preset's."""
+def _keeping_batch(config: Config, plans: list[Plan]) -> list[Plan]:
+    """Return the plans that take the batch and the clipping that a person has set, which differ from the preset's."""
     usual, asked = _usual(config), config.optimizer
-    keeps_batch = candidate.keeps_batch or asked.batch_tokens == usual.batch_tokens
-    return keeps_batch and (not candidate.method.in_backward or asked.grad_clip in (0, usual.grad_clip))
+    batch_is_set, clipping_is_set = (
+        asked.batch_tokens != usual.batch_tokens,
+        asked.grad_clip not in (0, usual.grad_clip),
+    )
+    return [p for p in plans if (p.keeps_batch or not batch_is_set) and not (p.method.in_backward and clipping_is_set)]
 
 
 def _fill(config: Config, values: dict[str, object]) -> None:

@@ -29,7 +29,7 @@ from engine.command_line import parse
 from engine.config import PRESETS, ConfigError, ModelConfig, require, settings
 from engine.device import card_of
 from engine.footprint import PARTS, Elements
-from engine.memory import GPUS_PER_MACHINE, Plan, choose, cost, nearest, passed_over, plan, reason
+from engine.memory import GPUS_PER_MACHINE, Plan, Setup, choose, cost, nearest, passed_over, reason
 
 SHORT = {
     "weights": "weights", "gradients": "grads", "master_weights": "master", "optimizer_states": "states",
@@ -285,7 +285,9 @@ def run(asked: argparse.Namespace, flags: list[str]) -> int:
         model = replace(model, block_size=asked.block_size)
     host_memory = parse_memory(asked.host_memory)
     batch_tokens = preset["optimizer"]["batch_tokens"] if asked.batch_tokens is None else asked.batch_tokens
-    options = dict(
+    common = dict(
+        model=model,
+        host_memory=host_memory,
         gpus=asked.gpus,
         batch_tokens=batch_tokens,
         dtype=asked.dtype,
@@ -295,9 +297,10 @@ def run(asked: argparse.Namespace, flags: list[str]) -> int:
     )
     made = {}
     for card in cards:
-        plans = plan(model, card, host_memory, **options)
+        setup = Setup(card=card, **common)
+        plans = setup.plans()
         chosen = choose(plans)
-        made[card] = chosen, plans, None if chosen else nearest(model, card, host_memory, **options)
+        made[card] = chosen, plans, None if chosen else nearest(setup)
     millions = Elements.of(model).total / 1e6
     shape = f"sequences of {model.block_size}, {batch_tokens:,} tokens a step"
     title = f"{' '.join([asked.preset, *flags])}: {millions:,.0f} M parameters, {shape}"
@@ -318,8 +321,8 @@ def run(asked: argparse.Namespace, flags: list[str]) -> int:
         text = show_card(card, plans, chosen, near)
         machine = f"{asked.gpus_per_machine} to a machine, {gib(host_memory)} GiB of its memory for each"
         text += f"\n\nMore of them, up to {machine}:\n"
-        text += show_scales(scales(model, card, host_memory, options))
-        title += f" on {options['gpus']} x {card.name}" if options["gpus"] > 1 else f" on {card.name}"
+        text += show_scales(scales(setup))
+        title += f" on {asked.gpus} x {card.name}" if asked.gpus > 1 else f" on {card.name}"
     if asked.picture:
         draw(bars, title).savefig(asked.picture, dpi=150)
     print(json.dumps(entries, indent=1) if asked.json else f"{title}\n{text}")
@@ -339,13 +342,13 @@ def cards_of(name: str | None) -> tuple[Card, ...]:
         raise ValueError(f"{error}; {example}") from None
 
 
-def scales(model: ModelConfig, card: Card, host_memory: int, options: dict[str, Any]) -> dict[int, Plan | None]:
+def scales(setup: Setup) -> dict[int, Plan | None]:
     """Return the choice for several numbers of cards; numbers that cannot share the batch are left out."""
     made = {}
     for gpus in SCALES:
-        here = host_memory * min(gpus, options["gpus_per_machine"])
+        here = setup.host_memory * min(gpus, setup.gpus_per_machine)
         try:
-            made[gpus] = choose(plan(model, card, here, **(options | {"gpus": gpus})))
+            made[gpus] = choose(replace(setup, gpus=gpus, host_memory=here).plans())
         except ConfigError:
             continue
     return made

@@ -7,7 +7,7 @@ import pytest
 from engine.cards import CLASSIC, GiB, get
 from engine.config import PRESETS, ConfigError, ModelConfig, from_dict
 from engine.footprint import METHODS
-from engine.memory import PREFERENCE, Plan, best_first, choose, nearest, plan, reason
+from engine.memory import PREFERENCE, Plan, Setup, best_first, choose, nearest, plan, reason
 
 TWO_B = ModelConfig(**PRESETS["2b"]["model"])
 HOST = 64 * GiB
@@ -157,12 +157,13 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_the_reason():
 def test_where_nothing_fits_the_nearest_change_is_named():
     card = replace(get("RTX 3080"), memory_bytes=3 * GiB)
     assert choose(plan(TWO_B, card, HOST)) is None
-    words, found = nearest(TWO_B, card, HOST)
+    words, found = nearest(Setup(model=TWO_B, card=card, host_memory=HOST))
     assert found.fits and words == "on the GTX 1060 6GB"
     card = replace(card, memory_bytes=6 * GiB)
-    words, found = nearest(TWO_B, card, 8 * GiB)
+    words, found = nearest(Setup(model=TWO_B, card=card, host_memory=8 * GiB))
     assert found.fits and words == "with 64 GiB of host memory"
     assert [choose(plan(TWO_B, card, size * GiB)) for size in (8, 48, 64)] == [None, None, found]
     host_too_small = [p for p in plan(TWO_B, get("RTX 3080"), 16 * GiB) if p.method.stage]
     assert choose(host_too_small) is None
-    assert nearest(ModelConfig(n_layer=100, n_head=128, n_embd=16384, block_size=1024), card, HOST) is None
+    huge = ModelConfig(n_layer=100, n_head=128, n_embd=16384, block_size=1024)
+    assert nearest(Setup(model=huge, card=card, host_memory=HOST)) is None

@@ -211,10 +211,34 @@ def test_a_number_of_recomputed_blocks_asks_for_recomputation():
     assert settled("--preset=gpt2", device=CPU)[0].strategy.activation_checkpointing == "none"
 
 
+def test_all_blocks_are_recomputed_where_so_many_are_asked_for(on_card):
+    on_card("h100", 64)
+    recompute = settled("--preset=gpt2", "--recomputed_blocks=12")[2].recompute
+    assert recompute.kind != "none" and recompute.layers == 12
+    kept = settled("--preset=gpt2", "--recomputed_blocks=12", "--activation_checkpointing=none")[2].recompute
+    assert kept.layers == 0  # as a run's resolved.json has it
+
+
 def test_what_fits_nowhere_is_refused_with_what_would(on_card):
     on_card("rtx3080", 16)
     with pytest.raises(ConfigError, match="it fits "):
         settled("--preset=3b", "--weights=fp32")
+
+
+def test_what_is_said_to_fit_fits(on_card):
+    """Formats that somebody set keep more host memory from helping: what helps is to leave them open."""
+    exact = ["--strategy=resident", "--weights=fp32", "--moments=fp32"]
+    on_card("rtx3090", 64)
+    with pytest.raises(ConfigError, match="it fits without --strategy resident --weights fp32 --moments fp32;"):
+        settled("--preset=2b", *exact)
+    assert settled("--preset=2b")[2].fits
+    with pytest.raises(ConfigError, match="it fits without --strategy resident --micro_batch_size 256;"):
+        settled("--preset=2b", "--strategy=resident", "--micro_batch_size=256")
+    on_card("rtx3060", 8)
+    with pytest.raises(ConfigError, match="it fits on the MI210;"):
+        settled("--preset=3b", *exact)
+    on_card("mi210", 8)
+    assert settled("--preset=3b", *exact)[2].fits
 
 
 def test_states_that_a_cpus_memory_cannot_hold_are_refused_with_what_would(on_card):
