@@ -14,7 +14,7 @@ from engine.config import ModelConfig
 from engine.footprint import ITEMSIZE, Elements, Method, Recompute, itemsizes
 from engine.optimizer import MOMENT_BYTES, RESIDUAL_BYTES
 from engine.strategy.activations import ON_DEVICE
-from kernels.dispatch import CHIPS, Chip
+from kernels.dispatch import Chip, row_of
 
 # Share of the peak that large matrix products reach, by compile target, and by name for cards held back by power.
 MATMUL_SHARE = {
@@ -72,8 +72,8 @@ class StepTime:
 
 
 def chip_of(card: Card) -> Chip:
-    """Return the row of kernels/dispatch.py for a card; one that is newer than the table gets its newest row."""
-    return CHIPS.get(card.target, CHIPS["cuda:90"])
+    """Return the row of kernels/dispatch.py that serves a card."""
+    return row_of(card.target, bf16=card.bf16_flops > 0)
 
 
 def step_time(

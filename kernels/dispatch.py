@@ -203,26 +203,34 @@ def _check_preference(preference: str, what: str) -> None:
         raise ValueError(f"{what}={preference}: should be auto, triton or torch")
 
 
+def row_of(target: str, bf16: bool) -> Chip:
+    """The row of the table that serves a compile target; `bf16`, whether it is native, matters for AMD's unlisted ones.
+
+    An unlisted NVIDIA chip gets the nearest older row, or the oldest. An AMD chip outside the table keeps PyTorch's
+    kernels: nothing of ours was compiled for it.
+    """
+    if target in CHIPS:
+        return CHIPS[target]
+    if target.startswith("hip:"):
+        dtype = "bfloat16" if bf16 else "float16"
+        return replace(CHIPS["hip:gfx906"], target=target, name=target, dtype=dtype, sdpa="flash")
+    capability = int(target.removeprefix("cuda:"))
+    known = [int(key.removeprefix("cuda:")) for key in CHIPS if key.startswith("cuda:")]
+    return CHIPS[f"cuda:{max((n for n in known if n <= capability), default=min(known))}"]
+
+
 def _look_up(device: torch.device) -> Chip:
     if device.type != "cuda":
         return CHIPS["cpu"]
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         target = "hip:" + properties.gcnArchName.split(":")[0]
-        # An AMD chip outside the table keeps PyTorch's kernels: nothing of ours was compiled for it.
-        row = CHIPS.get(target, replace(CHIPS["hip:gfx906"], target=target, sdpa="flash"))
-        if target not in CHIPS and torch.cuda.is_bf16_supported(including_emulation=False):
-            row = replace(row, dtype="bfloat16")
-        return replace(row, name=properties.name)
-    capability = properties.major * 10 + properties.minor
-    known = max((n for n in _cuda_capabilities() if n <= capability), default=min(_cuda_capabilities()))
-    row = replace(CHIPS[f"cuda:{known}"], name=properties.name)
+    else:
+        target = f"cuda:{properties.major * 10 + properties.minor}"
+    bf16 = bool(torch.version.hip) and torch.cuda.is_bf16_supported(including_emulation=False)
+    row = replace(row_of(target, bf16), name=properties.name)
     optin_bytes = getattr(properties, "shared_memory_per_block_optin", row.shared_bytes)
-    return row if known == capability else replace(row, shared_bytes=min(row.shared_bytes, optin_bytes))
-
-
-def _cuda_capabilities() -> list[int]:
-    return [int(target.removeprefix("cuda:")) for target in CHIPS if target.startswith("cuda:")]
+    return row if row.target == target else replace(row, shared_bytes=min(row.shared_bytes, optin_bytes))
 
 
 def _decide(op: str, device: torch.device) -> tuple[str, str]:

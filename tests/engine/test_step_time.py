@@ -1,12 +1,17 @@
 """Estimated times against figures that others published, and against what must hold of any estimate."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from engine.cards import CARDS, GiB, get
 from engine.config import PRESETS, ModelConfig
 from engine.footprint import METHODS, Elements, Recompute
 from engine.memory import plan
-from engine.step_time import StepTime, communication_bytes, step_time
+from engine.step_time import StepTime, chip_of, communication_bytes, step_time
+from kernels import dispatch
 
 BY_NAME = {method.name: method for method in METHODS}
 TWO_B = ModelConfig(**PRESETS["2b"]["model"])
@@ -78,6 +83,21 @@ def test_communication_is_that_of_the_ring_algorithms():
     assert sent("zero-2", 10**6) == pytest.approx(4 * n, rel=1e-3)
     assert sent("zero-2", 10**6, grad_accum=4) == pytest.approx(10 * n, rel=1e-3)
     assert sent("zero-3", 10**6, grad_accum=4) == pytest.approx(24 * n, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["rtx5090", "a40", "rx7900xtx", "rx6800", "rx9070", "mi300x"])
+def test_a_card_is_planned_with_the_kernels_that_it_gets(name, monkeypatch):
+    """A chip that no kernel was compiled for runs PyTorch's, whichever table it is looked up from."""
+    card = get(name)
+    family, number = card.target.split(":")
+    properties = SimpleNamespace(name=card.name, gcnArchName=f"{number}:sramecc-")
+    if family == "cuda":
+        properties.major, properties.minor = divmod(int(number), 10)
+    monkeypatch.setattr(torch.version, "hip", "7.0" if family == "hip" else None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: card.bf16_flops > 0)
+    monkeypatch.setattr(dispatch, "_chips", {})
+    assert replace(dispatch.chip(torch.device("cuda")), name="") == replace(chip_of(card), name="")
 
 
 def test_a_slow_network_shows_only_beyond_one_machine():
