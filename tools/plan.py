@@ -2,12 +2,12 @@
 
     python tools/plan.py --preset 2b --gpu rtx3090                       # every method on this card, and the choice
     python tools/plan.py --preset 2b --gpu rtx3090 --gpus 8 --host_memory 256GB
-    python tools/plan.py --preset 2b --gpu all --picture plan.png        # the choice for every card
+    python tools/plan.py --preset 2b --gpu all --picture plan.png        # the choice for each common card; or: every
     python tools/plan.py --preset 2b --gpu t4 --json                     # for programs
     python tools/plan.py --preset 2b --n_layer 30                        # another model: engine/train.py's flags of one
     python tools/plan.py --preset 2b --gpu rtx3080 --gpu_memory 12GB     # one that is not listed, as one that is
 
-Without --gpu it plans for the GPU that is here, or without one for every card.
+Without --gpu it plans for the GPU that is here, or without one for all.
 
 Bytes are formulas checked against torch's memory tracker; times are estimates from published peaks and the shares of
 them named in engine/step_time.py.
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from engine.cards import CARDS, CLASSIC, Card, GiB, get, parse_memory
+from engine.cards import CARDS, CLASSIC, COMMON, Card, GiB, get, parse_memory
 from engine.command_line import parse
 from engine.config import PRESETS, ConfigError, ModelConfig, require, settings
 from engine.device import card_of
@@ -240,7 +240,11 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, li
     )  # fmt: skip
     add = parser.add_argument
     add("--preset", required=True, choices=list(PRESETS))
-    add("--gpu", metavar="NAME", help="such as rtx3090; all: the classic ten, then the others [the one here, or all]")
+    add(
+        "--gpu",
+        metavar="NAME",
+        help="such as rtx3090; all: the classic ten and common ones; every: whatever is known [the one here, or all]",
+    )
     add("--gpus", type=int, default=1, metavar="N", help="how many of them [1]")
     add("--host_memory", default="64GB", metavar="SIZE", help="of one machine [64GB]")
     add("--gpu_memory", metavar="SIZE", help="other than the card's: so a listed card stands for one that is not")
@@ -330,10 +334,12 @@ def run(asked: argparse.Namespace, flags: list[str]) -> int:
 
 
 def cards_of(name: str | None) -> tuple[Card, ...]:
-    """Return the cards to plan for: the one that is called `name`, or all; without a name the GPU that is here."""
+    """Return the cards to plan for: the one that is called `name`, or many; without a name the GPU that is here."""
     if name is None and torch.cuda.is_available():
         return (card_of(torch.device("cuda", 0)),)
     if name in (None, "all"):
+        return COMMON
+    if name == "every":
         return CARDS
     try:
         return (get(name),)

@@ -27,7 +27,16 @@ from kernels.dispatch import CHIPS
         ("Tesla V100-SXM2-32GB", "V100 32GB"),
         ("Tesla P100-PCIE-16GB", "P100"),
         ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
-        ("NVIDIA A100 80GB PCIe", "A100 80GB"),
+        ("NVIDIA A100 80GB PCIe", "A100 80GB PCIe"),
+        ("NVIDIA A100-PCIE-40GB", "A100 40GB PCIe"),
+        ("NVIDIA A10", "A10"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000 Blackwell"),
+        ("NVIDIA TITAN Xp", "Titan Xp"),
+        ("AMD Radeon RX 7900 XTX", "RX 7900 XTX"),
+        ("AMD Radeon PRO W7900", "W7900"),
+        ("AMD Instinct MI250X/MI250", "MI250X"),
+        ("AMD Instinct MI60 / MI50", "MI50"),
         ("NVIDIA A10G", "A10G"),
         ("NVIDIA RTX A6000", "RTX A6000"),
         ("NVIDIA L40S", "L40S"),
@@ -49,7 +58,6 @@ def test_a_drivers_name_finds_its_card(device_name, name):
         "cpu",
         "",
         "NVIDIA GeForce RTX 3080 Laptop GPU",
-        "NVIDIA A10",
         "NVIDIA GeForce RTX 2050",
         "NVIDIA TITAN V",
         "GeForce GTX TITAN",
@@ -64,6 +72,14 @@ def test_people_may_leave_out_the_family_and_spaces():
     assert get("rtx3090") is get("RTX 3090") is get("3090")
     assert get("radeonvii") is get("Radeon VII")
     assert get("a100-40gb").label_gb == 40
+    names = {"rtx6000ada": "RTX 6000 Ada", "7900xtx": "RX 7900 XTX", "a5000": "RTX A5000", "rtxa5000": "RTX A5000"}
+    names |= {"rtxpro6000blackwell": "RTX PRO 6000 Blackwell", "titanxp": "Titan Xp"}
+    assert {typed: get(typed).name for typed in names} == names
+
+
+def test_bridges_are_not_counted():
+    assert get("a100-pcie-40gb").link_bytes_s == get("a100 80gb pcie").link_bytes_s == get("a100-40gb").pcie_bytes_s
+    assert get("a100 80gb pcie").bandwidth_bytes_s < get("a100 80gb").bandwidth_bytes_s
 
 
 @pytest.mark.parametrize(
@@ -80,7 +96,7 @@ def test_a_suggestion_is_of_the_same_series(typed):
     with pytest.raises(ValueError) as error:
         get(typed)
     meant = re.findall(r"\w*?X (\d+)", str(error.value).partition("did you mean")[2])
-    series = {"rtx2061": "20", "gtx1050ti": "10", "rtx3060m": "30"}.get(typed)
+    series = {"rtx2061": "20", "gtx1050ti": "10", "rtx3060m": "30", "rtx6000": "60"}.get(typed)
     assert {number[:-2] for number in meant} == ({series} if series else set())
     assert series or "known: " in str(error.value)
 

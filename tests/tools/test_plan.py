@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.cards import CARDS, CLASSIC, GiB, get, parse_memory
+from engine.cards import CARDS, CLASSIC, COMMON, GiB, get, parse_memory
 from engine.config import PRESETS, ModelConfig
 from engine.footprint import PARTS, Elements
 from engine.memory import plan
@@ -47,11 +47,12 @@ def entries(capsys, *arguments: str) -> list[dict]:
 
 def test_every_card_is_shown_the_ten_of_the_classic_table_first(capsys, tmp_path):
     picture = tmp_path / "plan.png"
-    lines = output(capsys, "--preset", "2b", "--gpu", "all", "--picture", str(picture)).splitlines()
+    asked = ("--preset", "2b", "--micro_batch_size", "1", "--gpu", "all", "--picture", str(picture))
+    lines = output(capsys, *asked).splitlines()
     assert lines[0].startswith("2b: 2,017 M parameters")
     assert [line.split("  ")[0] for line in lines[2:12]] == [card.name for card in CLASSIC]
-    table, legend = lines[: 2 + len(CARDS)], lines[2 + len(CARDS) :]
-    assert [line.split("  ")[0] for line in table[2:]] == [card.name for card in CARDS] and legend[0] == ""
+    table, legend = lines[: 2 + len(COMMON)], lines[2 + len(COMMON) :]
+    assert [line.split("  ")[0] for line in table[2:]] == [card.name for card in COMMON] and legend[0] == ""
     assert all(f"{column}:" in " ".join(legend) for column in ("GiB", "micro", "days/1e9"))
     assert not any("nothing fits" in line for line in lines[2:12])
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -75,8 +76,10 @@ def test_a_card_is_shown_with_every_method_the_choice_and_more_cards(capsys, tmp
 
 
 def test_without_a_name_it_plans_for_the_gpu_that_is_here_or_for_all(capsys, monkeypatch):
-    command = ("--preset", "gpt2", "--n_layer", "6", "--json")
-    assert [entry["gpu"] for entry in entries(capsys, *command)] == [card.name for card in CARDS]
+    command = ("--preset", "gpt2", "--n_layer", "2", "--micro_batch_size", "8", "--json")
+    assert [entry["gpu"] for entry in entries(capsys, *command)] == [card.name for card in COMMON]
+    every = entries(capsys, *command, "--gpu", "every")
+    assert [entry["gpu"] for entry in every] == [card.name for card in CARDS]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(program, "card_of", lambda device: replace(get("t4"), name="here"))
     assert {entry["gpu"] for entry in entries(capsys, *command)} == {"here"}
@@ -95,8 +98,6 @@ def test_json_holds_what_programs_need(capsys):
         assert entry["gpu"] == "T4" and set(entry["peak_bytes"]) == set(PARTS)
         assert sum(entry["peak_bytes"].values()) == entry["card_bytes"]
         assert entry["fits"] or not entry["chosen"]
-    everything = entries(capsys, "--preset", "gpt2", "--gpu", "all")
-    assert [entry["gpu"] for entry in everything] == [card.name for card in CARDS]
 
 
 def test_settings_reach_the_planner(capsys):
@@ -116,11 +117,12 @@ def test_settings_reach_the_planner(capsys):
     assert f"2b --n_layer 12 --positions=learned: {Elements.of(layers).total / 1e6:,.0f} M parameters" in half
 
 
-def test_what_does_not_fit_says_what_would(capsys):
+def test_what_does_not_fit_says_what_would(capsys, monkeypatch):
     text = output(capsys, "--preset", "2b", "--gpu", "rtx4060", "--host_memory", "16GB")
     assert "Nothing fits." in text and "Nearest: with" in text
     made = entries(capsys, "--preset", "2b", "--gpu", "rtx4060", "--host_memory", "16GB")
     assert not any(entry["chosen"] for entry in made) and made[0]["nearest"]["strategy"]
+    monkeypatch.setattr(program, "COMMON", (get("rtx4060"), get("h100")))
     assert "nothing fits" in output(capsys, "--preset", "2b", "--gpu", "all", "--host_memory", "16GB")
 
 
