@@ -40,6 +40,9 @@ CONTEXT_BYTES = GiB // 2
 FRAGMENTATION, FRAGMENTATION_BYTES = 0.08, 192 * MiB
 NCCL_BYTES = 256 * MiB  # assumed: NCCL's channels and their buffers, outside of the allocator, where cards talk
 HOST_PROCESS_BYTES = 3 * GiB  # assumed: Python, torch, the CUDA libraries, the file's pages of one process
+# A number of the largest parameter: a checkpoint is written a parameter at a time, its weight and both moments in fp32.
+# More than it takes to make the weights (engine/strategy), a parameter at a time as well and in fp32.
+SAVING_BYTES = 4 + 4 + 4
 DEEPSPEED_BUCKET = 50_000_000  # elements, engine/strategy/zero.py
 DEEPSPEED_REDUCE = 500_000_000  # elements that its bf16 stage 1 reduces at once
 DEEPSPEED_LIVE = 1_000_000_000  # elements of gathered parameters that stage 3 keeps
@@ -197,8 +200,7 @@ def predict(
         inputs = micro_batch_size * model.block_size * model.n_embd * ITEMSIZE[dtype]
         host = host | {"saved_activations": _on_host(max(0, recompute.layers - ON_DEVICE) * inputs, pins)}
     held = {part: int(size) for part, size in host.items()}
-    # Weights are made in fp32 in host memory, one parameter at a time (engine/strategy), when there are no moments yet.
-    held["process"] = HOST_PROCESS_BYTES + max(0, 4 * max(sizes.head, sizes.largest) - held.get("optimizer_states", 0))
+    held["process"] = HOST_PROCESS_BYTES + SAVING_BYTES * max(sizes.head, sizes.largest)
     return Footprint(card, held, name)
 
 

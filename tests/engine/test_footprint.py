@@ -110,6 +110,13 @@ def test_a_card_has_the_parameters_that_zero_3_offloads_pinned_twice():
     assert on_card > 2 ** math.ceil(math.log2(2 * n)) + 2 * 0.99 * n
 
 
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_a_process_has_room_to_save_its_largest_parameter(method):
+    model = model_of("2b")
+    held = predict(model, method, dtype="bf16", micro_batch_size=1, chip=H100).host["process"]
+    assert held == footprint.HOST_PROCESS_BYTES + 3 * 4 * model.vocab_size * model.n_embd
+
+
 DEEPSPEED = """
 import json, weakref
 import torch

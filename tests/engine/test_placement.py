@@ -234,10 +234,10 @@ def test_what_is_said_to_fit_fits(on_card):
     assert settled("--preset=2b")[2].fits
     with pytest.raises(ConfigError, match="it fits without --strategy resident --micro_batch_size 256;"):
         settled("--preset=2b", "--strategy=resident", "--micro_batch_size=256")
-    on_card("rtx3060", 8)
+    on_card("rtx3060", 16)
     with pytest.raises(ConfigError, match="it fits on the MI210;"):
         settled("--preset=3b", *exact)
-    on_card("mi210", 8)
+    on_card("mi210", 16)
     assert settled("--preset=3b", *exact)[2].fits
 
 
