@@ -6,6 +6,7 @@ the best. Bytes come from engine/footprint.py, seconds from engine/step_time.py.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from engine.cards import CARDS, Card, GiB
@@ -36,16 +37,30 @@ class Plan:
     recompute: Recompute
     dtype: str
     gpus: int
-    processes: int
+    gpus_per_machine: int
+    network_bytes_s: float
     micro_batch_size: int
     grad_accum: int
     batch_tokens: int
     keeps_batch: bool
     footprint: Footprint
-    time: StepTime
     card_limit: int
     host_limit: int
     why: str = ""
+
+    @cached_property
+    def time(self) -> StepTime:
+        """The estimated time of a step; most plans are looked at for their memory alone."""
+        return step_time(
+            self.model, self.card, self.method, self.recompute, dtype=self.dtype, gpus=self.gpus,
+            micro_batch_size=self.micro_batch_size, grad_accum=self.grad_accum,
+            gpus_per_machine=self.gpus_per_machine, network_bytes_s=self.network_bytes_s,
+        )  # fmt: skip
+
+    @property
+    def processes(self) -> int:
+        """Those of one machine."""
+        return min(self.gpus, self.gpus_per_machine)
 
     @property
     def host_bytes(self) -> int:
@@ -177,7 +192,11 @@ class Setup:
         plans = []
         for method in self.methods:
             for options in _ways_to_recompute(self.model.n_layer, self.recomputed_blocks):
-                made = [self._first_that_fits(method, options, size) for size in sizes]
+                made: list[Plan] = []
+                for size in sizes:
+                    # Each takes more than the one before, but for the whole batch at once, which accumulates nothing.
+                    if not made or made[-1].fits or size == sizes[-1]:
+                        made.append(self._first_that_fits(method, options, size))
                 fitting = [p for p in made if p.fits]
                 plans.append(max(fitting, key=_merit) if fitting else min(made, key=lambda p: p.footprint.card_bytes))
         return best_first(plans)
@@ -191,14 +210,10 @@ class Setup:
         footprint = predict(
             model, method, recompute=recompute, accumulates=grad_accum > 1, chip=chip_of(card), **common
         )
-        time = step_time(
-            model, card, method, recompute, grad_accum=grad_accum,
-            gpus_per_machine=self.gpus_per_machine, network_bytes_s=self.network_bytes_s, **common,
-        )  # fmt: skip
         tokens = micro_batch_size * grad_accum * self.gpus * model.block_size
         return Plan(
             card=card, model=model, method=method, recompute=recompute, grad_accum=grad_accum, footprint=footprint,
-            time=time, processes=min(self.gpus, self.gpus_per_machine), batch_tokens=tokens,
+            gpus_per_machine=self.gpus_per_machine, network_bytes_s=self.network_bytes_s, batch_tokens=tokens,
             keeps_batch=tokens == self.batch_tokens, card_limit=int(card.memory_bytes * (1 - CARD_RESERVE)),
             host_limit=self.host_memory - HOST_RESERVE_BYTES, **common,
         )  # fmt: skip

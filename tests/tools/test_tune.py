@@ -268,7 +268,8 @@ def test_what_was_tuned_can_be_tuned_again(own_configs):
     """Once its table has a format of AdamW, its compile case is labelled with the chip."""
     chip, tunable = CHIPS["cuda:86"], TUNABLE["adamw"]
     table = {"adamw": {"bf16_residual_moments_int8": {"ROWS": 8, "num_warps": 4}}}
-    (own_configs / "cuda_86.json").write_text(json.dumps({}))
+    for family in ("cuda_86", "hip_gfx942", "cpu"):
+        (own_configs / f"{family}.json").write_text("{}")
     before = tunable.cases(chip)
     launch_configs.write_config_table("cuda:86", table)
     assert sorted(tunable.cases(chip)) == sorted(before) and "bf16_residual_moments_int8" in tunable.usual(chip)
@@ -301,7 +302,7 @@ def test_a_dry_run_compiles_for_a_chip_that_is_not_here(start, triton_here):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert "attention_forward, 128: of 2 candidates" in output
-    assert "registers" in output and "compiles" in output and "of shared memory or more, the chip has 99" in output
+    assert "registers" in output and "compiles" in output
 
 
 @pytest.mark.parametrize(
