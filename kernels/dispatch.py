@@ -206,7 +206,8 @@ def _check_preference(preference: str, what: str) -> None:
 def row_of(target: str, bf16: bool) -> Chip:
     """The row of the table that serves a compile target; `bf16`, whether it is native, matters for AMD's unlisted ones.
 
-    An unlisted NVIDIA chip gets the nearest older row, or the oldest. An AMD chip outside the table keeps PyTorch's
+    An unlisted NVIDIA chip gets the nearest older row, or the oldest; but never Hopper's, whose tiles are made for
+    matrix instructions that no later chip has (on sm_100 they spill). An AMD chip outside the table keeps PyTorch's
     kernels: nothing of ours was compiled for it.
     """
     if target in CHIPS:
@@ -215,7 +216,7 @@ def row_of(target: str, bf16: bool) -> Chip:
         dtype = "bfloat16" if bf16 else "float16"
         return replace(CHIPS["hip:gfx906"], target=target, name=target, dtype=dtype, sdpa="flash")
     capability = int(target.removeprefix("cuda:"))
-    known = [int(key.removeprefix("cuda:")) for key in CHIPS if key.startswith("cuda:")]
+    known = [int(key.removeprefix("cuda:")) for key in CHIPS if key.startswith("cuda:") and key != "cuda:90"]
     return CHIPS[f"cuda:{max((n for n in known if n <= capability), default=min(known))}"]
 
 

@@ -254,11 +254,10 @@ def _fault(options: argparse.Namespace) -> str:
 def _no_row(target: str) -> str:
     """Say that kernels/dispatch.py has no row for a chip, and which one serves it there: the nearest older."""
     family, _, number = target.partition(":")
-    known = {int(t.removeprefix("cuda:")): t for t in CHIPS if t.startswith("cuda:")}
-    older = [n for n in known if n <= int(number)] if family == "cuda" and number.isdecimal() else []
-    if not older:
+    oldest = min(int(t.removeprefix("cuda:")) for t in CHIPS if t.startswith("cuda:"))
+    if family != "cuda" or not number.isdecimal() or int(number) < oldest:
         return f"no such chip; known: {', '.join(t for t in CHIPS if t != 'cpu')}"
-    nearest = known[max(older)]
+    nearest = dispatch.row_of(target, bf16=True).target
     return f"has no row in kernels/dispatch.py, where {nearest} serves it: --chip {nearest}, of its own shared memory"
 
 

@@ -90,7 +90,7 @@ def test_chip_from_the_environment(monkeypatch):
 
 @pytest.mark.parametrize(
     "major, minor, shared_kib, target, config",
-    [(9, 0, 227, "cuda:90", "cuda:90"), (12, 0, 99, "cuda:90", "cuda:86"), (10, 0, 227, "cuda:90", "cuda:90"),
+    [(9, 0, 227, "cuda:90", "cuda:90"), (12, 0, 99, "cuda:89", "cuda:86"), (10, 0, 227, "cuda:89", "cuda:86"),
      (8, 9, 99, "cuda:89", "cuda:86"), (8, 7, 163, "cuda:86", "cuda:86"), (5, 2, 48, "cuda:60", None)],
 )  # fmt: skip
 def test_an_unlisted_gpu_is_treated_as_the_nearest_older_one(major, minor, shared_kib, target, config, monkeypatch):

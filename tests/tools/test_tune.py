@@ -312,7 +312,7 @@ def test_a_dry_run_compiles_for_a_chip_that_is_not_here(start, triton_here):
         (["--kernels", "gelu"], "--kernels knows attention_forward"),
         (["--dry_run"], "needs --chip"),
         (["--dry_run", "--chip", "cuda:12"], "no such chip; known: cuda:90"),
-        (["--dry_run", "--chip", "cuda:120"], "where cuda:90 serves it: --chip cuda:90"),
+        (["--dry_run", "--chip", "cuda:120"], "where cuda:89 serves it: --chip cuda:89"),
         (["--dry_run", "--chip", "cuda:87"], "where cuda:86 serves it: --chip cuda:86"),
         (["--dry_run", "--chip", "hip:gfx1100"], "no such chip; known: cuda:90"),
         (["--chip", "cuda:86"], "goes with --dry_run"),
