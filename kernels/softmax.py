@@ -7,7 +7,6 @@ from kernels.aot import Case, as_launched
 from kernels.dispatch import LOG2_E, backend, chip, custom_op, tl, triton, wrap_triton
 from kernels.launch_configs import launch_config
 from kernels.rows import (
-    WIDE_LAUNCH,
     WIDEST_TILE,
     contiguous_rows,
     row_tile,
@@ -217,6 +216,9 @@ def _backward_wide_kernel(
         p, grad_p = _pair(p_ptr, grad_p_ptr, cols, n_cols, visible, CAUSAL)
         grad_x = p * (grad_p - average) * scale
         tl.store(grad_x_ptr + cols, grad_x.to(grad_x_ptr.dtype.element_ty), mask=cols < n_cols)
+
+
+WIDE_LAUNCH = {"BLOCK": 4096, "num_warps": 16}  # of rows that do not fit a tile: one program a row
 
 
 def _launch(kernel: str, p: Tensor) -> tuple[bool, dict[str, int]]:

@@ -5,9 +5,7 @@ import torch
 
 from engine import train
 from engine.command_line import parse
-from engine.config import from_dict, preset
 from engine.distributed import Processes
-from engine.footprint import HOST_PROCESS_BYTES, METHODS, predict
 from engine.model import GPT
 
 SIZE = ["--n_layer=8", "--n_embd=512", "--tie_head=true"]  # 26 million parameters, the largest a million
@@ -91,12 +89,3 @@ def test_every_exact_strategy_begins_with_the_weights_that_the_seed_draws(tiny_f
     model = run.strategy.module
     assert (model.lm_head.weight is model.transformer["wte"].weight) == (tied == "true")
     assert all(p.dtype == (torch.bfloat16 if flags and p.dim() >= 2 else torch.float32) for p in model.parameters())
-
-
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_the_planner_counts_one_parameter_in_fp32(method):
-    """Which the host needs beside the process until the moments, where it keeps these, take more."""
-    model = from_dict(preset("2b")).model
-    host = predict(model, method, dtype="bf16", micro_batch_size=1).host
-    largest = 4 * max(p.numel() for p in GPT.outline(model).parameters())
-    assert host["process"] == HOST_PROCESS_BYTES + (0 if method.streamed or method.offload != "none" else largest)
