@@ -218,7 +218,7 @@ def _backward_wide_kernel(
         tl.store(grad_x_ptr + cols, grad_x.to(grad_x_ptr.dtype.element_ty), mask=cols < n_cols)
 
 
-WIDE_LAUNCH = {"BLOCK": 4096, "num_warps": 16}  # of rows that do not fit a tile: one program a row
+WIDE_LAUNCH = {"BLOCK": 2048, "num_warps": 8}  # of rows that do not fit a tile: one program a row
 
 
 def _launch(kernel: str, p: Tensor) -> tuple[bool, dict[str, int]]:
