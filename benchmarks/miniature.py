@@ -138,10 +138,8 @@ def train(asked: Trial) -> dict[str, Any]:
         if config.strategy.strategy == "zero":
             from deepspeed.accelerator import get_accelerator
 
-            from engine.strategy import zero
-
             get_accelerator().is_fp16_supported = lambda: True  # so that DeepSpeed runs it on a CPU
-            zero.BUCKET_ELEMENTS = BUCKET
+            footprint.DEEPSPEED_BUCKET = BUCKET
         # What the first call of each op loads belongs to no model.
         tiny = replace(config.model, n_embd=64, n_head=2, vocab_size=256, block_size=16)
         steps(replace(config, model=tiny), asked.grad_accum, 2)

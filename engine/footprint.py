@@ -6,7 +6,7 @@ What torch.compile saves instead is not in them. Sizes in bytes.
 Shapes: B micro-batch, T tokens, C n_embd, H heads, V words, N parameters, n blocks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from engine.cards import GiB
@@ -43,7 +43,8 @@ HOST_PROCESS_BYTES = 3 * GiB  # assumed: Python, torch, the CUDA libraries, the 
 # A number of the largest parameter: a checkpoint is written a parameter at a time, its weight and both moments in fp32.
 # More than it takes to make the weights (engine/strategy), a parameter at a time as well and in fp32.
 SAVING_BYTES = 4 + 4 + 4
-DEEPSPEED_BUCKET = 50_000_000  # elements, engine/strategy/zero.py
+DEEPSPEED_BUCKET = 50_000_000  # elements that engine/strategy/zero.py has it send at once; its own 5e8 take 1 GB
+DEEPSPEED_SWAPPED = 50_000_000  # elements from which on it has it update parameters on a drive together; its own is 1e9
 DEEPSPEED_REDUCE = 500_000_000  # elements that its bf16 stage 1 reduces at once
 DEEPSPEED_LIVE = 1_000_000_000  # elements of gathered parameters that stage 3 keeps
 
@@ -55,7 +56,7 @@ class Method:
     rank: order of preference among methods of about equal speed, exactness first. weights and moments as in
     engine/optimizer.py. streamed: residuals and moments lie in pinned host memory (engine/streamed_adamw.py).
     in_backward: each gradient is used and freed in the backward pass, so there is no accumulation and no global
-    clipping. stage: DeepSpeed's, 0 for ours; offload as in the config.
+    clipping. stage: DeepSpeed's, 0 for ours; offload as in the config. nvme: to a drive (`on_nvme`).
     """
 
     name: str
@@ -67,6 +68,7 @@ class Method:
     in_backward: bool = False
     stage: int = 0
     offload: Literal["none", "optimizer", "params"] = "none"
+    nvme: bool = False
 
 
 def _resident(name: str, title: str, rank: int, **kinds: Any) -> Method:
@@ -102,6 +104,14 @@ METHODS: tuple[Method, ...] = (
     _resident("stochastic-in-backward", "16-bit weights, 8-bit moments, updated inside the backward pass", 8,
               weights="stochastic", moments="int8", in_backward=True),
 )  # fmt: skip
+
+
+def on_nvme(method: Method) -> Method:
+    """Return a method of ZeRO stage 3 such that what it offloads lies on a drive; any other as it is."""
+    if method.stage < 3 or method.offload == "none":
+        return method
+    name, title = method.name.replace("offload", "nvme"), method.title.replace("in host memory", "on a drive")
+    return replace(method, name=name, title=title, nvme=True)
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,11 @@ class Elements:
         head = V * C * (not model.tie_head) + V * model.head_bias
         return cls(block, 4 * C * C, V * C, V * C + positions + model.n_layer * block + 2 * C + head)
 
+    @property
+    def parameter(self) -> int:
+        """The largest parameter's."""
+        return max(self.head, self.largest)
+
 
 def itemsizes(method: Method, dtype: str) -> tuple[int, int]:
     """Return the bytes of a stored weight and of an activation when computing in `dtype`."""
@@ -187,7 +202,7 @@ def predict(
     if method.stage:
         states, host, extra = _deepspeed(model, method, sizes, dtype, gpus, pins)
     else:
-        states, host, extra = _ours(method, sizes, dtype)
+        (states, host), extra = _ours(method, sizes, dtype), {}
     # With several processes the gradients lie in the buckets that are averaged, for good (strategy/data_parallel.py).
     accumulates = accumulates or gpus > 1
     phases = _phases(model, method, sizes, dtype, micro_batch_size, recompute, accumulates, chip, traced) | extra
@@ -200,46 +215,49 @@ def predict(
         inputs = micro_batch_size * model.block_size * model.n_embd * ITEMSIZE[dtype]
         host = host | {"saved_activations": _on_host(max(0, recompute.layers - ON_DEVICE) * inputs, pins)}
     held = {part: int(size) for part, size in host.items()}
-    held["process"] = HOST_PROCESS_BYTES + SAVING_BYTES * max(sizes.head, sizes.largest)
+    held["process"] = HOST_PROCESS_BYTES + SAVING_BYTES * sizes.parameter
     return Footprint(card, held, name)
 
 
 def states_bytes(model: ModelConfig, method: Method, dtype: str, gpus: int = 1) -> int:
     """Return what weights, gradients and optimizer states take where there is no card, whatever the batch."""
     sizes = Elements.of(model)
-    states, host, _ = (
-        _deepspeed(model, method, sizes, dtype, gpus, False) if method.stage else _ours(method, sizes, dtype)
-    )
+    if method.stage:
+        states, host, _ = _deepspeed(model, method, sizes, dtype, gpus, False)
+    else:
+        states, host = _ours(method, sizes, dtype)
     gradients = 0 if method.in_backward or method.stage else itemsizes(method, dtype)[0] * sizes.total
     return int(sum(states.values()) + sum(host.values()) + gradients)
 
 
-def _ours(method: Method, sizes: Elements, dtype: str) -> tuple[dict, dict, dict]:
-    """Bytes of the states of our own strategy on the card and on the host, and its further phases."""
+def _ours(method: Method, sizes: Elements, dtype: str) -> tuple[dict, dict]:
+    """Bytes of the states of our own strategy on the card and on the host."""
     n, stored = sizes.total, itemsizes(method, dtype)[0]
     moments = MOMENT_BYTES[method.moments] + (1 / BLOCK if method.moments == "int8" else 0)
     card = {"weights": stored * n}
     parts = {"master_weights": RESIDUAL_BYTES[method.weights], "optimizer_states": moments}
     if not method.streamed:
-        return card | {part: size * n for part, size in parts.items()}, {}, {}
+        return card | {part: size * n for part, size in parts.items()}, {}
     passing = min(SLOTS, -(-n // PORTION)) * min(PORTION, n)  # elements
     host = {part: size * n for part, size in parts.items()}
     # The slabs that they are cut from: what is left of the last and of those before it.
     host["optimizer_states"] += min(2 * HOST_SLAB_BYTES, sum(host.values()))
-    return card | {part: size * passing for part, size in parts.items()}, host, {}
+    return card | {part: size * passing for part, size in parts.items()}, host
 
 
 def _deepspeed(
     model: ModelConfig, method: Method, sizes: Elements, dtype: str, gpus: int, pins: bool
 ) -> tuple[dict, dict, dict]:
-    """The same of DeepSpeed with fp32 accumulation of gradients, as engine/strategy/zero.py configures it."""
+    """The same of DeepSpeed with fp32 accumulation of gradients, as zero.py configures it, and its further phases."""
     n, share, w = sizes.total, sizes.total / gpus, ITEMSIZE[dtype]
     # A flat buffer of the bucket's length, two where communication overlaps; and the gradients that wait to be reduced,
     # as they are, flattened and in fp32.
     bucket = w * DEEPSPEED_BUCKET * (2 if gpus > 1 else 1) + 8 * min(DEEPSPEED_BUCKET, n)
     in_double = 8 * sizes.head / (gpus if method.stage == 3 else 1)  # the norm of the largest gradient is taken in fp64
     if method.stage == 3:
-        gathered = w * min(n, DEEPSPEED_LIVE) if gpus > 1 or method.offload == "params" else 0
+        # Nothing stays that comes from a drive: a parameter, and the next while the one before it is let go.
+        live = 2 * sizes.parameter if method.nvme and method.offload == "params" else DEEPSPEED_LIVE
+        gathered = w * min(n, live) if gpus > 1 or method.offload == "params" else 0
         weights = gathered + (w * share if method.offload != "params" else 0)
     else:
         gathered, weights = 0, w * n
@@ -258,7 +276,15 @@ def _deepspeed(
         return card, {}, {"update": {"weights": -gathered, "gradients": -gone, "communication": max(copied, in_double)}}
     if method.stage == 1:
         card["gradients"] = 4 * n
-    staging = w * max(sizes.head, sizes.largest) if method.stage < 3 else 0  # one parameter on its way, at both ends
+    if method.nvme:
+        # The accumulated gradients stay. What is updated together has, one group at a time, an update's gradient, four
+        # pinned buffers for weight, gradient and moments, and in the first step new moments. Each of five buffers takes
+        # whatever parameter is read; one more takes a group's that are written.
+        group = min(share, max(sizes.head, DEEPSPEED_SWAPPED + (sizes.largest if model.tie_head else sizes.parameter)))
+        read = 5 * sizes.parameter / gpus + group if method.offload == "params" else 0
+        host = {"gradients": _on_host(4 * share, pins) + 4 * group, "optimizer_states": (4 + 2) * 4 * group}
+        return card, host | {"weights": w * read}, {"norm": {"communication": in_double}}
+    staging = w * sizes.parameter if method.stage < 3 else 0  # one parameter on its way, at both ends
     card["communication"] += staging
 
     def matrices(itemsize: int) -> int:

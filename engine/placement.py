@@ -10,7 +10,7 @@ from engine.cards import DTYPE_NAMES, Card, GiB
 from engine.config import PRESETS, Config, ConfigError, ModelConfig, OptimizerConfig, StrategyConfig, require
 from engine.device import card_of, host_memory
 from engine.distributed import Processes
-from engine.footprint import METHODS, Method, states_bytes
+from engine.footprint import METHODS, Method, on_nvme, states_bytes
 from engine.memory import Plan, Setup, choose, nearest, reason
 from engine.schedule import decay_length
 from kernels import dispatch
@@ -131,6 +131,7 @@ def _refuse_what_memory_cannot_hold(config: Config, limit: int, dtype: torch.dty
         rank=0,
         stage=strategy.zero_stage or 0,
         offload=strategy.offload if strategy.zero_stage else "none",
+        nvme=bool(strategy.nvme_path),
         **ours,
     )
     needed = states_bytes(config.model, method, name, world_size)
@@ -175,6 +176,7 @@ def _plan(config: Config, card: Card, host: int, dtype: torch.dtype, world_size:
         dtype=DTYPE_NAMES[dtype],
         micro_batch_size=config.optimizer.micro_batch_size or None,
         recomputed_blocks=config.strategy.recomputed_blocks,
+        methods=tuple(map(on_nvme, METHODS)) if config.strategy.nvme_path else METHODS,
     )
     plans = setup.plans()
     ways = allowed(config, plans)
@@ -209,7 +211,7 @@ def _what_would_fit(config: Config, setup: Setup) -> str:
     opened = replace(config, strategy=StrategyConfig(**kept))
     given = _set(config) | ({"micro_batch_size": setup.micro_batch_size} if setup.micro_batch_size else {})
     flags = " ".join(f"--{key} {value}" for key, value in given.items())
-    plans = replace(setup, recomputed_blocks=None, micro_batch_size=None).plans()
+    plans = replace(setup, recomputed_blocks=None, micro_batch_size=None, methods=METHODS).plans()
     if flags and choose(_keeping_batch(config, allowed(opened, plans))):
         return f"; it fits without {flags}"
     found = nearest(setup, lambda plans: _keeping_batch(config, allowed(config, plans)))

@@ -41,6 +41,7 @@ ATTENTION_SHARE = {
 ATTENTION_SHARE_BY_SDPA = {"flash": 0.50, "efficient": 0.25, "none": 0.15}  # assumed
 BANDWIDTH_SHARE = 0.80  # assumed; 82 to 90% are published for softmax and norms
 LINK_SHARE = 0.80  # assumed, of PCIe, NVLink and network
+DRIVE_BYTES_S = 3e9  # assumed of a drive that ZeRO offloads to: reads and writes alike, for all processes of a machine
 NETWORK_BYTES_S = 12.5e9  # assumed between machines: 100 Gb/s
 HOST_ADAM_S = 1.3e9  # parameters a second, DeepSpeed's CPU Adam and torch's fused AdamW, measured on two cores
 LAUNCH_S = 8e-6  # assumed: Python, autograd and driver for one op
@@ -163,7 +164,7 @@ def communication_bytes(method: Method, n: int, dtype: str, gpus: int, grad_accu
 def _host(
     method: Method, sizes: Elements, dtype: str, card: Card, gpus: int, gpus_per_machine: int
 ) -> tuple[float, float, float]:
-    """Seconds that PCIe takes for each micro-batch and each step, and that the host's AdamW takes for a step."""
+    """Seconds that PCIe and a drive take for each micro-batch and each step, and the host's AdamW for a step."""
     n, w, pcie = sizes.total, ITEMSIZE[dtype], card.pcie_bytes_s * LINK_SHARE
     if method.streamed:
         moved = RESIDUAL_BYTES[method.weights] + MOMENT_BYTES[method.moments]
@@ -171,14 +172,21 @@ def _host(
     if method.stage == 0 or method.offload == "none":
         return 0.0, 0.0, 0.0
     share = n / gpus
-    host_adam = share * min(gpus, gpus_per_machine) / HOST_ADAM_S  # the processes of a machine share its memory
+    machine = share * min(gpus, gpus_per_machine)  # its processes share its memory and its drive
+    host_adam = machine / HOST_ADAM_S
     if method.stage == 1:
         return 0.0, (4 + w) * share / pcie, host_adam
     # Stages 2 and 3 add each micro-batch's gradients to those in host memory: down and up again in fp32.
     micro = 2 * 4 * share / pcie
     if method.offload == "params":
         micro += 2 * w * share / pcie  # the weights, forward and backward
-    return micro, w * share / pcie, host_adam
+    step = w * share / pcie
+    if method.nvme:  # weights, gradients and moments in and out for the update, which waits for them
+        step += 2 * 4 * 4 * machine / DRIVE_BYTES_S
+        if method.offload == "params":
+            micro += 2 * w * machine / DRIVE_BYTES_S
+            step += w * machine / DRIVE_BYTES_S
+    return micro, step, host_adam
 
 
 def _optimizer_bytes(method: Method, w: int) -> float:

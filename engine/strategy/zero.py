@@ -18,6 +18,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from engine import footprint
 from engine.config import Config, ConfigError, load_file, merge
 from engine.data import Batch
 from engine.distributed import Processes
@@ -30,29 +31,32 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 # gloo does what this extension does, and building it takes over a minute at the first run on a CPU.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-BUCKET_ELEMENTS = 50_000_000  # DeepSpeed's own 5e8 costs about 1 GB a bucket
-
 
 def deepspeed_config(config: Config, dtype: torch.dtype, grad_accum: int, world_size: int) -> dict[str, Any]:
     """Return the DeepSpeed configuration that follows from ours, with `--deepspeed_config FILE` laid over it."""
     strategy, micro_batch_size = config.strategy, config.optimizer.micro_batch_size
-    where = (
-        {"device": "nvme", "nvme_path": strategy.nvme_path}
-        if strategy.nvme_path
-        else {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    )
+    bucket = footprint.DEEPSPEED_BUCKET
     zero: dict[str, Any] = {
         "stage": strategy.zero_stage,
         "overlap_comm": world_size > 1,
         "contiguous_gradients": True,
-        "reduce_bucket_size": BUCKET_ELEMENTS,
-        "allgather_bucket_size": BUCKET_ELEMENTS,
-        "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": bucket,
     }
+    where: dict[str, Any] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if strategy.nvme_path:
+        where = {"device": "nvme", "nvme_path": strategy.nvme_path}
+        zero["sub_group_size"] = footprint.DEEPSPEED_SWAPPED
     if strategy.offload != "none":
         zero["offload_optimizer"] = where
     if strategy.offload == "params":
         zero["offload_param"] = where
+        if strategy.nvme_path:
+            # A buffer must take the largest parameter, and is the parameter's for as long as the device has that.
+            largest = -(-footprint.Elements.of(config.model).parameter // world_size)
+            zero["offload_param"] = where | {"buffer_size": largest, "max_in_cpu": 0}
+            zero |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": grad_accum,
@@ -95,6 +99,7 @@ class Zero:
         processes.connect(device)
         self.device, self.dtype = device, dtype
         self.stage, self.offload, self.grad_accum = config.strategy.zero_stage, config.strategy.offload, grad_accum
+        self.place = f" on {config.strategy.nvme_path}" if config.strategy.nvme_path else " in host memory"
         recomputed = config.strategy.activation_checkpointing, config.strategy.recomputed_blocks
         recompute_blocks(model, *recomputed)
         self.recomputed = in_words(*recomputed)
@@ -133,14 +138,10 @@ class Zero:
                 shared._convert_to_zero_parameters([parameters[name]])
 
     def describe(self) -> str:
-        moved = {
-            "none": "",
-            "optimizer": ", optimizer in host memory",
-            "params": ", optimizer and parameters in host memory",
-        }
+        moved = {"none": "", "optimizer": ", optimizer", "params": ", optimizer and parameters"}[self.offload]
         recomputed = f"; {self.recomputed}" if self.recomputed else ""
         return (
-            f"DeepSpeed ZeRO stage {self.stage}{moved[self.offload]}, "
+            f"DeepSpeed ZeRO stage {self.stage}{moved}{moved and self.place}, "
             f"{self.engine.world_size} process{'es' * (self.engine.world_size > 1)}{recomputed}"
         )
 

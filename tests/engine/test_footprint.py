@@ -156,7 +156,7 @@ class Held(TorchDispatchMode):
 
 from deepspeed.accelerator import get_accelerator
 get_accelerator().is_fp16_supported = lambda: True  # so that DeepSpeed runs it on a CPU
-zero.BUCKET_ELEMENTS = footprint.DEEPSPEED_BUCKET = 500_000
+footprint.DEEPSPEED_BUCKET = 500_000
 processes = Processes.from_environment()
 rows = []
 for stage, offload, dtype in CASES:

@@ -241,6 +241,20 @@ def test_what_is_said_to_fit_fits(on_card):
     assert settled("--preset=3b", *exact)[2].fits
 
 
+def test_a_drive_takes_what_host_memory_does_not(on_card):
+    asked = ["--preset=2b", "--zero_stage=3", "--offload=params"]
+    on_card("rtx3080", 24)
+    with pytest.raises(ConfigError, match="it fits without --zero_stage 3 --offload params;"):
+        settled(*asked)
+    config, _, chosen = settled(*asked, "--nvme_path=/nvme")
+    assert chosen.method.nvme and "optimizer and parameters on a drive" in chosen.title
+    assert 8 * GiB < chosen.host_bytes < 20 * GiB  # of which 8 are gradients, which DeepSpeed keeps in fp32
+    cpu = dict(device=CPU, dtype=torch.float32)
+    with pytest.raises(ConfigError, match="there are 24.0 GiB of memory"):
+        settled(*asked, **cpu)
+    settled(*asked, "--nvme_path=/nvme", **cpu)
+
+
 def test_states_that_a_cpus_memory_cannot_hold_are_refused_with_what_would(on_card):
     cpu = dict(device=CPU, dtype=torch.float32)
     on_card("h100", 24)

@@ -8,9 +8,9 @@ import torch
 
 from engine.cards import CARDS, GiB, get
 from engine.config import PRESETS, ModelConfig
-from engine.footprint import METHODS, Elements, Recompute
+from engine.footprint import METHODS, Elements, Recompute, on_nvme
 from engine.memory import plan
-from engine.step_time import StepTime, chip_of, communication_bytes, step_time
+from engine.step_time import DRIVE_BYTES_S, StepTime, chip_of, communication_bytes, step_time
 from kernels import dispatch
 
 BY_NAME = {method.name: method for method in METHODS}
@@ -64,6 +64,15 @@ def test_offload_of_two_billion_parameters_costs_about_two_seconds_a_step():
 def test_stage_two_pays_for_offload_at_every_micro_batch():
     one, two = (time_of(method=f"zero-{stage}-offload-optimizer") for stage in (1, 2))
     assert two.host_transfer > 50 * one.host_transfer
+
+
+def test_a_drive_is_waited_for():
+    near = BY_NAME["zero-3-offload-params"]
+    asked = dict(dtype="bf16", micro_batch_size=2, grad_accum=128)
+    in_memory, on_drive = (step_time(TWO_B, get("RTX 4090"), m, Recompute(), **asked) for m in (near, on_nvme(near)))
+    n = Elements.of(TWO_B).total
+    moved = 32 * n + (2 * 128 + 1) * 2 * n  # a step's weights, gradients and moments in fp32; weights as they are used
+    assert on_drive.host_transfer - in_memory.host_transfer == pytest.approx(moved / DRIVE_BYTES_S)
 
 
 def test_small_models_wait_for_the_host():

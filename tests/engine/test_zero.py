@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine import checkpoint, train
+from engine.command_line import parse
 from engine.report import read_metrics
 
 pytest.importorskip("deepspeed")
@@ -160,3 +162,15 @@ def test_a_step_that_is_not_finite_is_skipped(tiny_flags, start, tmp_path, stage
     until = [(step, "loss") for step in (1, 2, 3)]
     assert [poisoned[at] for at in until] == pytest.approx([plain[at] for at in until], rel=1e-6)
     assert abs(poisoned[4, "loss"] / plain[4, "loss"] - 1) > 1e-5
+
+
+def test_what_lies_on_a_drive_is_swapped_in_small_parts(monkeypatch):
+    """DeepSpeed's own sizes hold 16 GB in buffers, and refuse a parameter of over 1e8 numbers: 2b's embedding."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from engine.strategy.zero import deepspeed_config  # asks at import which accelerator there is
+
+    config, _ = parse(["--preset=2b", "--zero_stage=3", "--offload=params", "--nvme_path=/nvme"])
+    made = deepspeed_config(config, torch.bfloat16, 1, 2)["zero_optimization"]
+    assert made["offload_optimizer"] == {"device": "nvme", "nvme_path": "/nvme"}
+    assert made["offload_param"]["buffer_size"] == 50304 * 2560 // 2 and made["offload_param"]["max_in_cpu"] == 0
+    assert made["sub_group_size"] <= 10**8 and made["stage3_max_live_parameters"] == 0
