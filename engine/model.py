@@ -85,6 +85,11 @@ class Head(nn.Linear):
 
 
 class Attention(nn.Module):
+    """Causal self-attention in H heads of D: (B, T, C) to (B, T, C), C = H D.
+
+    rope: rotary tables. doc_start, int32 (B, T): attention begins there. cache: keys and values of earlier tokens.
+    """
+
     # An instance may have its own, as the one that engine/strategy/activations.py gives.
     attend = staticmethod(attention)
 
@@ -118,6 +123,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two matrices and the activation between, four times as wide: (B, T, C) to (B, T, C)."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.c_fc = ActivatedLinear(config.n_embd, 4 * config.n_embd, config.bias, config.activation)
@@ -128,6 +135,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each on the normed residual stream and added to it: (B, T, C) to (B, T, C)."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd, eps=config.norm_eps)

@@ -288,7 +288,7 @@ class InBackwardAdamW(AdamW):
         parameter.grad = None
 
     def step(self, closure: None = None, **scaling: Tensor | None) -> Tensor:
-        """End the step, whose updates are made, and return the global norm that the gradients had, unscaled."""
+        """End the step, whose updates are made; return the norm of all gradients as they came, without grad_scale."""
         if closure is not None or scaling:
             raise ValueError("the updates were made inside the backward pass: nothing given to step() can change them")
         norm = torch.linalg.vector_norm(torch.stack(list(self._norms.values())))

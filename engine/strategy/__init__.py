@@ -1,4 +1,4 @@
-"""How a training step is run: one small interface, one file for each way.
+"""How a training step is run: one small interface, and two ways, resident.py and zero.py; the other files are parts.
 
 The loop calls `set_lr`, `forward_backward`, `step`, and for a checkpoint `state` and `load_state`; it knows
 nothing of their inside.
@@ -32,17 +32,16 @@ class StepResult:
 
 
 class Strategy(Protocol):
-    """`module` is the model to call, for training, validation and samples; `parameters` are its own, by name.
-
-    `describe` says how the step is run.
-    """
+    """`module` is the model to call, for training, validation and samples; `parameters` are its own, by name."""
 
     module: Callable[..., Tensor]
     parameters: dict[str, Tensor]
 
-    def describe(self) -> str: ...
+    def describe(self) -> str:
+        """Return how a step is run, for a run's first lines."""
 
-    def set_lr(self, lr: float) -> None: ...
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next update."""
 
     def forward_backward(self, batches: list[Batch]) -> Tensor:
         """Accumulate the gradients of these micro-batches; return this process's mean loss, fp32, on the device."""
@@ -59,7 +58,8 @@ class Strategy(Protocol):
     def counters(self) -> dict[str, Any]:
         """Return the numbers that belong to the state: updates done, loss scale."""
 
-    def load_counters(self, counters: dict[str, Any]) -> None: ...
+    def load_counters(self, counters: dict[str, Any]) -> None:
+        """Take what `counters` returned, before `load_state`."""
 
 
 def build(

@@ -23,6 +23,11 @@ from engine.streamed_adamw import StreamedAdamW
 
 
 class Resident:
+    """`Strategy` of states that every process has whole, in the formats that the config names.
+
+    ConfigError where updates inside the backward pass would have to accumulate.
+    """
+
     def __init__(
         self,
         config: Config,

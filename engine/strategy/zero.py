@@ -78,6 +78,11 @@ def deepspeed_config(config: Config, dtype: torch.dtype, grad_accum: int, world_
 
 
 class Zero:
+    """`Strategy` by DeepSpeed's engine: states shared by the processes, from stage 1 on, and offloaded where asked for.
+
+    ConfigError for stage 0 in 16 bits.
+    """
+
     def __init__(
         self,
         config: Config,
