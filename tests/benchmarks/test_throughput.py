@@ -153,6 +153,7 @@ def test_a_contender_that_is_not_installed_takes_no_process(monkeypatch):
     assert contenders.not_installed("transformers") == contenders.not_installed("pytorch") == ""
 
 
+@pytest.mark.slow
 def test_a_contender_that_cannot_compile_is_named_and_why(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/c++")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

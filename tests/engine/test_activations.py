@@ -303,6 +303,7 @@ def test_several_graphs_other_lengths_and_a_backward_pass_that_breaks_off(monkey
     assert not inputs.lost and inputs.host_bytes == before
 
 
+@pytest.mark.slow
 def test_runs_recompute_in_every_way_and_go_on_in_another(tiny_flags, tmp_path, capsys):
     def losses(run) -> dict[tuple[int, str], float]:
         records = read_metrics(tmp_path / run)

@@ -119,14 +119,14 @@ def test_the_deepspeed_launcher_starts_what_agrees_with_one_process(single, tiny
     assert losses(alone) == pytest.approx(reference, rel=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chip, launcher, flags",
     [
         ("cuda:60", (), ["--zero_stage=1", "--offload=optimizer"]),
-        pytest.param(
+        (
             "hip:gfx906", TORCHRUN,
             ["--zero_stage=3", "--offload=params", "--activation_checkpointing=offloaded", "--recomputed_blocks=4"],
-            marks=pytest.mark.slow,
         ),
     ],
     ids=["stage 1 alone", "stage 3 in two processes"],
