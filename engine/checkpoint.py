@@ -245,8 +245,7 @@ class _Writer:
     def __init__(self, folder: Path, config: Config, tokenizer: str) -> None:
         self.folder, self.error = folder, None
         self.shapes = {name: parameter.shape for name, parameter in GPT.outline(config.model).named_parameters()}
-        self.weights: TensorFile
-        self.moments: TensorFile
+        self.files: list[TensorFile] = []  # the weights', then those of moments; the last one is being written
         self.shards: dict[str, str] = {}
         for leftover in folder.parent.glob(".*.partial"):  # of a save that was killed
             shutil.rmtree(leftover, ignore_errors=True)
@@ -257,6 +256,8 @@ class _Writer:
         self._attempt(lambda: self._add(name, tensors))
 
     def finish(self, config: Config, state: dict[str, Any], final: Path) -> Exception | None:
+        for file in self.files:
+            self._attempt(file.finish)
         self._attempt(lambda: config.save(self.folder / "config.json"))
         self._attempt(
             lambda: (self.folder / "state.json").write_text(json.dumps(state | {"shards": self.shards}, indent=1))
@@ -268,15 +269,15 @@ class _Writer:
 
     def _open_weights(self, config: Config, tokenizer: str) -> None:
         about = {"model_config": json.dumps(config.to_dict()["model"]), "tokenizer": tokenizer}
-        self.weights = TensorFile(self.folder / "model.safetensors", self.shapes, about)
+        self.files.append(TensorFile(self.folder / "model.safetensors", self.shapes, about))
 
     def _add(self, name: str, tensors: dict[str, Tensor]) -> None:
-        self.weights.write(name, tensors["weight"])
+        self.files[0].write(name, tensors["weight"])
         keys = [key for key in tensors if key != "weight"]
         for key in keys:
             if f"{name}/{key}" not in self.shards:
                 self._open_shard(name, keys)
-            self.moments.write(f"{name}/{key}", tensors[key])
+            self.files[-1].write(f"{name}/{key}", tensors[key])
 
     def _open_shard(self, first: str, keys: list[str]) -> None:
         """Begin a file of about SHARD_BYTES for the moments from the parameter `first` on."""
@@ -285,15 +286,15 @@ class _Writer:
             shapes |= {f"{name}/{key}": self.shapes[name] for key in keys}
             if 4 * sum(map(math.prod, shapes.values())) >= SHARD_BYTES:
                 break
-        file = f"optimizer-{len(set(self.shards.values())):05d}.safetensors"
-        self.moments = TensorFile(self.folder / file, shapes)
+        file = f"optimizer-{len(self.files) - 1:05d}.safetensors"
+        self.files.append(TensorFile(self.folder / file, shapes))
         self.shards |= dict.fromkeys(shapes, file)
 
     def _attempt(self, action: Callable[[], Any]) -> None:
         if self.error is None:
             try:
                 action()
-            except OSError as error:
+            except Exception as error:  # of any kind: the others are in the collectives, and are told at the end
                 self.error = error
 
 

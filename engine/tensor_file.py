@@ -35,3 +35,9 @@ class TensorFile:
             raise ValueError(f"{self.path}: {name} {tuple(tensor.shape)} comes where {due} {tuple(shape)} is due")
         with open(self.path, "ab") as file:
             file.write(tensor.detach().to("cpu", torch.float32).contiguous().numpy())
+
+    def finish(self) -> None:
+        """ValueError where a tensor that the header promises never came."""
+        missing = next(self._coming, None)
+        if missing is not None:
+            raise ValueError(f"{self.path}: {missing[0]} never came")

@@ -19,6 +19,7 @@ def test_the_library_reads_what_was_written(tmp_path):
     file = TensorFile(tmp_path / "ours", SHAPES, {"tokenizer": "r50k_base"})
     for name, tensor in tensors().items():
         file.write(name, tensor)
+    file.finish()
     save_file(tensors(), tmp_path / "theirs", metadata={"tokenizer": "r50k_base"})
     ours, theirs = load_file(tmp_path / "ours"), load_file(tmp_path / "theirs")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -38,6 +39,8 @@ def test_a_file_that_lacks_a_tensor_is_cut_off(tmp_path):
     file.write("b.weight", tensors()["b.weight"])
     with pytest.raises(SafetensorError):
         load_file(tmp_path / "x")
+    with pytest.raises(ValueError, match="a never came"):
+        file.finish()
 
 
 @pytest.mark.parametrize("name, shape", [("a", ()), ("b.weight", (5, 3))])
