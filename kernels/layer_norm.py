@@ -11,6 +11,7 @@ from kernels.aot import Case, as_launched
 from kernels.dispatch import CHIPS, backend, chip, custom_op, tl, triton, wrap_triton
 from kernels.launch_configs import launch_config
 from kernels.layer_norm_wide import (
+    WIDE_LAUNCH,
     WIDE_SUMS_TILE,
     backward_wide,
     backward_wide_kernel,
@@ -19,7 +20,6 @@ from kernels.layer_norm_wide import (
 )
 from kernels.rows import (
     COLUMN_SUMS_TILE,
-    WIDE_LAUNCH,
     WIDEST_TILE,
     column_sums,
     column_sums_kernel,

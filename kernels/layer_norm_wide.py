@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import tl, triton, wrap_triton
-from kernels.rows import WIDE_LAUNCH
 
+WIDE_LAUNCH = {"BLOCK": 4096, "num_warps": 8}  # one program a row
 WIDE_SUMS_TILE = {"ROWS": 8, "BLOCK": 512}
 
 

@@ -11,7 +11,6 @@ GPT_WIDTHS = (768, 1024, 1280, 1600, 2048, 2560)
 WARPS_PER_MULTIPROCESSOR = 16
 # Beside its stages a program holds what CUDA keeps for itself, 1 KiB, and what reductions exchange.
 OTHER_SHARED_BYTES = 1280
-WIDE_LAUNCH = {"BLOCK": 4096, "num_warps": 8}  # of rows that do not fit a tile: one program a row
 
 
 def row_tile(width: int) -> tuple[int, int, int]:

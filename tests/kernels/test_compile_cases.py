@@ -19,11 +19,19 @@ def faults(rows):
     return [f"{row.label} on {row.target}: {row.fault}" for row in rows if row.fault]
 
 
+def narrow(rows):
+    """What is bound by memory and not loaded 16 bytes at a time, as where the compiler cannot follow a mask."""
+    ops = ("layer_norm", "softmax", "bias_activation", "cross_entropy", "adamw")
+    mine = [row for row in rows if row.op in ops and row.target.startswith("cuda:") and not row.label.endswith("_odd")]
+    return [f"{row.label} on {row.target}: {row.load_bytes} bytes" for row in mine if row.load_bytes < 16]
+
+
 def test_a_sample_of_what_ships():
-    """For each file the first case of each chip of a sample, and attention at the width of every preset."""
+    """For each file the first case of each chip of a sample, causal softmax, attention at every preset's width."""
     seen, sample = set(), []
     for module, label, target in aot.all_jobs():
         main = module == "attention_forward" and target in ("cuda:86", "cuda:90") and "bf16 d64 " in label
+        main = main or (target == "cuda:86" and label.startswith("forward_causal_768"))
         if main or (target in ("cuda:75", "cuda:86", "hip:gfx942") and (module, target) not in seen):
             seen.add((module, target))
             sample.append((module, label, target))
@@ -31,14 +39,13 @@ def test_a_sample_of_what_ships():
     assert not faults(rows)
     attention = [row for row in rows if row.op == "attention"]
     assert attention and all(row.tensor_cores and row.registers for row in attention)
-    # What is bound by memory is loaded 16 bytes at a time, unless a mask is one that the compiler cannot follow.
-    by_memory = [row for row in rows if row.target == "cuda:86" and row.op in ("layer_norm", "softmax", "adamw")]
-    assert {row.op: row.load_bytes for row in by_memory} == {"layer_norm": 16, "softmax": 16, "adamw": 16}
+    assert not narrow(rows) and {"layer_norm", "softmax", "adamw"} <= {row.op for row in rows}
 
 
 @pytest.mark.slow
 def test_all_that_ships():
-    assert not faults(aot.compile_all())
+    rows = aot.compile_all()
+    assert not faults(rows) and not narrow(rows)
 
 
 def test_every_chip_that_dispatch_serves_is_covered():
