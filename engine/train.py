@@ -50,9 +50,8 @@ EXIT_DIVERGED = 3
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped and saved before its end, and may be started again
 LESS_MEMORY = """\
 The planner counts what other programs held of the card when the run began. To leave more of it: --micro_batch_size 1,
---activation_checkpointing blocks or --offload states; more of the host: a smaller \
---host_memory. tools/plan.py shows what
-each takes; --resume goes on from the newest checkpoint."""
+--activation_checkpointing blocks or --offload states; more of the host: a smaller --host_memory. tools/plan.py shows
+what each takes; --resume goes on from the newest checkpoint."""
 
 
 class Interrupt:

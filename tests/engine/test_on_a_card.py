@@ -26,6 +26,9 @@ UNIT = GROUP * BLOCK
 SHAPES = [(300, 700), (129, 1001), (64, 48), (700,), (1, 65537)]
 # Kernels are Triton's; all but attention's; PyTorch's; Triton's, on AMD; all but attention's there.
 HOPPER, TURING, PASCAL, CDNA, RDNA = "cuda:90", "cuda:75", "cuda:61", "hip:gfx942", "hip:gfx1030"
+IN_BACKWARD = [
+    "--weights=stochastic", "--moments=int8", "--optimizer_in_backward=true", "--micro_batch_size=0", "--grad_clip=0"
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -71,17 +74,7 @@ def small(tiny_flags, tmp_path) -> list[str]:
             2e-3,
         ),
         pytest.param(TURING, ["--offload=states"], 2e-3, marks=pytest.mark.slow),
-        (
-            TURING,
-            [
-                "--weights=stochastic",
-                "--moments=int8",
-                "--optimizer_in_backward=true",
-                "--micro_batch_size=0",
-                "--grad_clip=0",
-            ],
-            4e-3,
-        ),
+        (TURING, IN_BACKWARD, 4e-3),
         (PASCAL, ["--activation_checkpointing=offloaded", "--recomputed_blocks=3", "--document_masking=true"], 2e-3),
         pytest.param(
             PASCAL,
@@ -162,16 +155,7 @@ def test_text_on_a_card_is_that_on_a_cpu(chip, small, tmp_path, monkeypatch, cap
     "chip, flags",
     [
         (HOPPER, ["--dtype=fp16", "--document_masking=true"]),
-        (
-            TURING,
-            [
-                "--weights=stochastic",
-                "--moments=int8",
-                "--optimizer_in_backward=true",
-                "--micro_batch_size=0",
-                "--grad_clip=0",
-            ],
-        ),
+        (TURING, IN_BACKWARD),
         pytest.param(TURING, ["--offload=states"], marks=pytest.mark.slow),
         (PASCAL, ["--activation_checkpointing=offloaded", "--recomputed_blocks=3", "--document_masking=true"]),
     ],
