@@ -151,13 +151,8 @@ def _documents(skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
     """Yield (kind, content) of every document of this Python, in the order of their paths."""
     paths = sysconfig.get_paths()
     for file, content in _read_files(Path(paths["stdlib"]), skipped):
-        if (
-            file.suffix == ".py"
-            # The reference comes as prose below.
-            and file.parent.name != "pydoc_data"
-            or file.suffix in PROSE_SUFFIXES
-            and not _BOILERPLATE.search(file.name)
-        ):
+        source = file.suffix == ".py" and file.parent.name != "pydoc_data"  # the reference comes as prose below
+        if source or (file.suffix in PROSE_SUFFIXES and not _BOILERPLATE.search(file.name)):
             yield "Python Standard Library", content
     for topic in _reference():
         yield "Python Reference", topic
