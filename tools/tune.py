@@ -121,12 +121,18 @@ def choose(trials: list[Trial], current: LaunchConfig) -> tuple[Trial | None, Tr
 
 
 def keep(chip: Chip, kernel: str, case: str, config: LaunchConfig, figures: dict[str, Any]) -> None:
-    """Write the winner into the chip's file, which begins as the nearest's where it is not there yet."""
+    """Write the winner into the chip's file, which begins as the nearest's where it is not there yet.
+
+    What loads by descriptors leaves the pointers, which it falls back to, the tile that they had.
+    """
     base = launch_configs.config_target(chip)
     table = copy.deepcopy(launch_configs.config_table(base))
     if base != chip.target:
         table.pop("measured", None)
-    table.setdefault(kernel, {})[case] = config
+    old = table.setdefault(kernel, {}).get(case, {})
+    if config.get("TMA") and old and not old.get("TMA"):
+        table.setdefault(f"{kernel}_pointers", {}).setdefault(case, old)
+    table[kernel][case] = config
     table.setdefault("measured", {}).setdefault(kernel, {})[case] = figures
     launch_configs.write_config_table(chip.target, table)
 

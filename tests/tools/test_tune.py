@@ -255,6 +255,15 @@ def test_the_winner_is_kept_and_launched(own_configs):
     assert written["measured"] == {"attention_forward": {"64": {"gain": 1.2, "device": "RTX 4090"}}}  # not another's
 
 
+def test_a_winner_by_descriptors_leaves_the_pointers_their_tile(own_configs):
+    old = {"ROWS": 64, "KEYS": 128}
+    (own_configs / "cuda_90.json").write_text(json.dumps({"attention_backward_kv": {"64": old}}))
+    for rows in (32, 16):
+        keep(CHIPS["cuda:90"], "attention_backward_kv", "64", {"ROWS": rows, "KEYS": 64, "TMA": 1}, {"gain": 1.2})
+        assert launch_configs.launch_config(CHIPS["cuda:90"], "attention_backward_kv", 64)["ROWS"] == rows
+        assert launch_configs.launch_config(CHIPS["cuda:90"], "attention_backward_kv_pointers", 64) == old
+
+
 @pytest.mark.parametrize("kernel", ["attention_forward", "attention_backward_q", "attention_backward_kv"])
 @pytest.mark.parametrize("tma", [0, 1])
 def test_a_candidate_is_compiled_with_its_own_tiles_and_way_to_load_them(kernel, tma):
