@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -37,12 +37,18 @@ def write_all(file: BinaryIO, content: bytes | memoryview) -> None:
             written += file.write(view[written:])
 
 
-def append_file(source: Path, size: int, target: BinaryIO) -> None:
-    """Append the first `size` bytes of a file to another; some file systems then share them between the two."""
+def append_file(
+    source: Path, size: int, target: BinaryIO, report: Callable[[int], object] = lambda count: None
+) -> None:
+    """Append the first `size` bytes of a file to another; some file systems then share them between the two.
+
+    report: told of each part how many bytes it had.
+    """
     with open(source, "rb", buffering=0) as file:
         try:
             while size and (count := os.copy_file_range(file.fileno(), target.fileno(), size)):
                 size -= count
+                report(count)
         except AttributeError:  # not Linux
             pass
         except OSError as error:
@@ -51,6 +57,7 @@ def append_file(source: Path, size: int, target: BinaryIO) -> None:
         while size and (block := file.read(min(size, COPY_BYTES))):
             write_all(target, block)
             size -= len(block)
+            report(len(block))
 
 
 def checksum(path: Path) -> int:

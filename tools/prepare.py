@@ -110,7 +110,7 @@ def prepare(
             print(f"{out_file}: {made} are there, nothing to do")
             return description.sources
         if shard is None:
-            _take_over(workspace)
+            _take_over(workspace, progress)
             mine = workspace.inputs
         else:
             mine = workspace.inputs[shard[0] - 1 :: shard[1]]
@@ -123,17 +123,17 @@ def prepare(
         if shard is not None:
             print(f"{out_file}: share {shard[0]} of {shard[1]} is done; when all are, run again with --merge")
             return [workspace.made(source) for source in mine]
-        workspace.merge()
+        workspace.merge(shown=progress)
         description = workspace.publish(encoder.vocab_size, encoder.end_of_text)
     print(f"{out_file}: {description.tokens} tokens of {description.documents} documents, {description.dtype}")
     return description.sources
 
 
-def _take_over(workspace: Workspace) -> None:
+def _take_over(workspace: Workspace, progress: bool) -> None:
     """Begin with what earlier runs have left."""
-    if changed := workspace.tidy():
+    if changed := workspace.tidy(shown=progress):
         print(f"{listed(changed)}: damaged, changed, or prepared in another way before; doing that part again")
-    if reused := workspace.reuse():
+    if reused := workspace.reuse(shown=progress):
         print(f"{workspace.file}: keeping what it has of {listed(reused)}")
 
 

@@ -36,6 +36,7 @@ from tools.preparing.token_file import (
     folder_of,
     read_description,
 )  # fmt: skip
+from tools.progress import Progress
 
 SEGMENT_CHUNKS = 8
 MERGED_BYTES = 64 << 20  # of ids to one state on disk, which names every input: there may be many, and small
@@ -267,24 +268,27 @@ class Workspace:
         still = all(source.is_still(path) for source, path in zip(description.sources, self.inputs))
         return description if still else None
 
-    def tidy(self) -> list[str]:
+    def tidy(self, *, shown: bool = False) -> list[str]:
         """Remove what is damaged, of other settings, or of inputs as they were before; return these inputs' names."""
         names = set()
         inputs = {source.name: source for source in self.inputs}
-        for path in self.folder.glob("*.?????.json"):
-            name, number = path.name.removesuffix(".json").rsplit(".", 1)
-            tokens = path.with_suffix(".tokens")
-            record = self.record(inputs[name], int(number)) if name in inputs else None
-            if record is None or checksum(tokens) != record.crc32:
-                names.add(name)
-                path.unlink()
-                tokens.unlink(missing_ok=True)
+        with self._progress("checking", shown) as progress:
+            for path in self.folder.glob("*.?????.json"):
+                name, number = path.name.removesuffix(".json").rsplit(".", 1)
+                tokens = path.with_suffix(".tokens")
+                record = self.record(inputs[name], int(number)) if name in inputs else None
+                size = tokens.stat().st_size if tokens.exists() else 0
+                if record is None or checksum(tokens) != record.crc32:
+                    names.add(name)
+                    path.unlink()
+                    tokens.unlink(missing_ok=True)
+                progress.add(size)
         merged = self._read_merged()
         names |= {source.file for source in self._read_state().sources[len(merged.sources) :]}
         self._write_merged(merged)
         return sorted(names)
 
-    def reuse(self) -> list[str]:
+    def reuse(self, *, shown: bool = False) -> list[str]:
         """Take over what the token file that is there begins with, as far as inputs are the same; return their names.
 
         So a file with one more shard takes the time of that shard. OSError where the disk is full.
@@ -296,24 +300,27 @@ class Workspace:
         if len(same) <= len(self._read_merged().sources):
             return []
         size = sum(source.tokens for source in same) * self.dtype.itemsize
-        with self._appending(Merged(settings=self.settings)) as file:
-            append_file(self.file, size, file)
+        with (
+            self._appending(Merged(settings=self.settings)) as file,
+            self._progress("copying", shown, size) as progress,
+        ):
+            append_file(self.file, size, file, progress.add)
             self._write_merged(Merged(settings=self.settings, sources=same, bytes=size), file)
         return [source.file for source in same]
 
-    def merge(self) -> None:
+    def merge(self, *, shown: bool = False) -> None:
         """Append to `merged` the segments that are next, unless another process is doing that."""
         with lock(self.folder / "merging") as mine:
             if not mine:
                 return
             merged = self._read_current()
-            with self._appending(merged) as file:
-                while added := self._append(merged, file):
+            with self._appending(merged) as file, self._progress("merging", shown) as progress:
+                while added := self._append(merged, file, progress):
                     self._write_merged(merged, file)
                     for path in added:
                         path.unlink()
 
-    def _append(self, merged: Merged, file: BinaryIO) -> list[Path]:
+    def _append(self, merged: Merged, file: BinaryIO, progress: Progress) -> list[Path]:
         """Append segments, about MERGED_BYTES of them; return the paths of what is not needed any more."""
         added, enough = [], merged.bytes + MERGED_BYTES
         while merged.bytes < enough:
@@ -328,7 +335,7 @@ class Workspace:
             if number == 0:
                 merged.sources.append(Source.of(source))
             tokens, path = self.segment_files(source, number)
-            append_file(tokens, record.source.tokens * self.dtype.itemsize, file)
+            append_file(tokens, record.source.tokens * self.dtype.itemsize, file, progress.add)
             merged.sources[-1].add(record.source)
             merged.end = record.end
             merged.bytes += record.source.tokens * self.dtype.itemsize
@@ -366,6 +373,12 @@ class Workspace:
     def remove(self) -> None:
         """Remove what the token file has grown from, and the lock with it."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _progress(self, doing: str, shown: bool, size: int | None = None) -> Progress:
+        """Return one over `size` bytes, None for those of all segments that lie there; without any it is not shown."""
+        if size is None:
+            size = sum(path.stat().st_size for path in self.folder.glob("*.tokens")) if shown else 0
+        return Progress(f"{self.file.name}, {doing}", size, shown=shown and size > 0)
 
     def _read_state(self) -> Merged:
         try:

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.tools.conftest import tokens
-from tools import prepare
+from tools import prepare, progress
 from tools.prepare import parse_shard
 from tools.preparing.token_file import PrepareError, description_path
 from tools.preparing.workspace import Settings, Workspace
@@ -74,6 +75,24 @@ def test_shares_of_machines_with_their_own_copies(inputs, expected, small_segmen
         shutil.copy(path, out.parent / "out.bin.parts")
     prepare.prepare(copies, out, merge=True)
     assert tokens(out) == expected
+
+
+def test_a_log_says_how_far_checking_and_merging_are(
+    inputs, small_segments, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(progress, "LINE_S", 0)
+    out = tmp_path / "out.bin"
+    prepare.prepare(inputs[:2], out, shard=(1, 1))
+    capsys.readouterr()
+    prepare.prepare(inputs[:2], out, merge=True)
+    said = capsys.readouterr().out
+    for doing in ("checking", "merging"):
+        shares = [
+            int(share) for share in re.findall(rf"^out.bin, {doing}: (\d+)%, \S+B/s, \d\d:\d\d left$", said, re.M)
+        ]
+        assert len(shares) > 3 and shares == sorted(shares) and shares[-1] == 100, said
+    prepare.prepare(inputs, out)
+    assert "out.bin, copying: 100%" in capsys.readouterr().out
 
 
 def test_what_is_merged_is_not_done_again(inputs, small_segments, tmp_path: Path) -> None:
