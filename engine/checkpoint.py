@@ -197,8 +197,9 @@ def save(
     """Write a checkpoint of progress.step finished steps and remove those no longer kept; all processes call it.
 
     tokenizer: the training data's, by name. abandoned: checkpoints of a course that the run went back from, which go
-    when this one is complete. Beside the states a save takes host memory for the largest parameter alone, 12 bytes a
-    number. CheckpointError, on every process, where the disk refuses; the earlier checkpoints are then untouched.
+    when this one is complete and before it has its name: wherever it is killed, none comes after this one. Beside the
+    states a save takes host memory for the largest parameter alone, 12 bytes a number. CheckpointError, on every
+    process, where the disk refuses; the earlier checkpoints are then untouched.
     """
     folder = Path(config.run_dir) / "checkpoints"
     final = folder / _name(progress.step)
@@ -210,9 +211,9 @@ def save(
     error = None
     if writer:
         state = {"format": FORMAT, "world_size": processes.world_size, "counters": strategy.counters()}
-        error = writer.finish(config, state | asdict(progress) | {"tokenizer": tokenizer}, final)
-        if error is None:
-            _remove_old(config, set(abandoned) - {final})
+        error = writer.finish(config, state | asdict(progress) | {"tokenizer": tokenizer}, final, abandoned)
+        if error is None and newest(config.run_dir) == final:  # not one abandoned that the disk would not remove
+            _remove_old(config)
     if processes.world_size > 1:
         shared = [error]
         dist.broadcast_object_list(shared, src=0)
@@ -255,14 +256,14 @@ class _Writer:
     def add(self, name: str, tensors: dict[str, Tensor]) -> None:
         self._attempt(lambda: self._add(name, tensors))
 
-    def finish(self, config: Config, state: dict[str, Any], final: Path) -> Exception | None:
+    def finish(self, config: Config, state: dict[str, Any], final: Path, abandoned: Iterable[Path]) -> Exception | None:
         for file in self.files:
             self._attempt(file.finish)
         self._attempt(lambda: config.save(self.folder / "config.json"))
         self._attempt(
             lambda: (self.folder / "state.json").write_text(json.dumps(state | {"shards": self.shards}, indent=1))
         )
-        self._attempt(lambda: _commit(self.folder, final))
+        self._attempt(lambda: _commit(self.folder, final, abandoned))
         if self.error is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
         return self.error
@@ -302,25 +303,27 @@ def _name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def _commit(folder: Path, final: Path) -> None:
+def _commit(folder: Path, final: Path, abandoned: Iterable[Path]) -> None:
     """Sync everything, then rename: after a power cut the checkpoint is there whole or not at all."""
     for path in folder.iterdir():
         sync(path)
     sync(folder)
-    if final.exists():
-        _remove(final)
+    _remove_all(path for path in {*abandoned, final} if path.exists())
     os.rename(folder, final)
     sync(final.parent)
 
 
-def _remove_old(config: Config, abandoned: Iterable[Path]) -> None:
-    """Remove those abandoned, then all but the newest and the best; what the disk refuses is said, and stays."""
+def _remove_old(config: Config) -> None:
+    """Remove all but the newest and the best."""
+    if keep := config.report.keep_checkpoints:
+        _remove_all(set(checkpoints(config.run_dir)[:-keep]) - {best(config.run_dir)})
+
+
+def _remove_all(paths: Iterable[Path]) -> None:
+    """Remove checkpoints, the oldest first, so that a kill leaves the newest or none; what the disk refuses is said."""
     try:
-        for path in abandoned:
+        for path in sorted(paths):
             _remove(path)
-        if keep := config.report.keep_checkpoints:
-            for path in set(checkpoints(config.run_dir)[:-keep]) - {best(config.run_dir)}:
-                _remove(path)
     except OSError as error:
         print(f"warning: could not remove an old checkpoint: {error}; training goes on", flush=True)
 

@@ -1,11 +1,14 @@
 """Checkpoints are complete or absent, the right ones are kept, and a wrong one is refused by name."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
+import tempfile
 import time
 import weakref
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +73,38 @@ def test_a_run_that_goes_back_keeps_what_it_trains_from_there(saves, tmp_path, k
     saves(6, keep=keep, loss=4.0, abandoned=checkpoint.later(run, 4))
     assert saved_steps(run) == [4, 6]
     assert checkpoint.newest(run).name == "step_00000006" and checkpoint.best(run).name == "step_00000004"
+
+
+class Killed(BaseException):
+    """As SIGKILL, of which no handler hears."""
+
+
+@pytest.mark.parametrize("step", [6, 7])  # with one of the other course at its name, and with none
+def test_killed_at_any_point_of_a_save_no_abandoned_checkpoint_comes_after_it(saves, tmp_path, monkeypatch, step):
+    run = tmp_path / "run"
+    for point in range(100):
+        shutil.rmtree(run, ignore_errors=True)
+        saves(4, 6, 8, 12, loss=1.0)
+        with monkeypatch.context() as patched:
+            calls = itertools.count()
+            for place, name in ((os, "rename"), (shutil, "rmtree"), (tempfile, "mkdtemp")):
+
+                def call(*arguments, original=getattr(place, name), **options):
+                    if next(calls) == point:
+                        raise Killed
+                    return original(*arguments, **options)
+
+                patched.setattr(place, name, call)
+            with suppress(Killed):
+                saves(step, loss=2.0, abandoned=checkpoint.later(run, 4))
+                break
+        there = checkpoint.checkpoints(run)
+        left = [checkpoint.read_state(path)["step"] for path in there if checkpoint.Progress.of(path).val_loss == 1.0]
+        assert left[-1] == (12 if len(left) > 1 else 4) and left[0] == 4  # as if the save had not begun, or the start
+        assert len(left) == 1 or len(left) == len(there), left
+        saves(20, abandoned=checkpoint.later(run, 4))
+        assert saved_steps(run) == [4, 20] and not list((run / "checkpoints").glob(".*"))
+    assert point > 9 and saved_steps(run) == [4, step]
 
 
 def test_a_run_that_went_back_removes_the_other_course_once(tiny_flags, saves, tmp_path):
