@@ -110,7 +110,7 @@ def measure(job: Job, rank: int, port: int, channel: Connection) -> None:
     processes, config = Processes.from_environment(), job.config
     try:
         if job.card:
-            dispatch.force_chip(chip_of(job.card).target)
+            dispatch.force_chip(chip_of(job.card))
             limit_attention(chip_of(job.card))
         device, _ = choose_device(config.strategy.device, rank)
         if device.type == "cuda":

@@ -111,7 +111,7 @@ def what_is_asked(options: argparse.Namespace, rest: list[str]) -> Asked:
     gpu_memory = cards.parse_memory(options.gpu_memory) if options.gpu_memory else card and card.memory_bytes
     device, reason = find_device(config.strategy.device)  # its memory is for the processes that measure
     config = within_minutes(config, device, options.processes)
-    dispatch.force_chip(chip_of(card).target if card else None)
+    dispatch.force_chip(chip_of(card) if card else None)
     dtype, _ = choose_dtype(config.strategy.dtype, device)
     dispatch.force_chip(None)  # the processes that measure pretend; this one need not
     return Asked(

@@ -112,7 +112,7 @@ OPS: dict[str, bool] = {
 }
 
 _preference = "auto"
-_forced_target: str | None = None
+_forced: Chip | None = None
 _chips: dict[torch.device, Chip] = {}
 _decisions: dict[tuple[str, torch.device], tuple[str, str]] = {}
 
@@ -155,15 +155,16 @@ def _check_chip(target: str) -> None:
         raise ValueError(f"PILESMITH_CHIP={target}: no such chip; the table has {', '.join(CHIPS)}")
 
 
-def force_chip(target: str | None) -> None:
-    """Decides as if every device were the chip `target` (a key of CHIPS); None: as the device is.
+def force_chip(chip: Chip | str | None) -> None:
+    """Decides as if every device were this chip: a key of CHIPS, or a row as `row_of` gives; None: as the device is.
 
-    Raises ValueError for a chip that the table does not have. The same as the environment variable PILESMITH_CHIP.
+    Raises ValueError for a key that the table does not have. The same as the environment variable PILESMITH_CHIP.
     """
-    global _forced_target
-    if target is not None:
-        _check_chip(target)
-    _forced_target = target
+    global _forced
+    if isinstance(chip, str):
+        _check_chip(chip)
+        chip = CHIPS[chip]
+    _forced = chip
     _chips.clear()
     _decisions.clear()
 
@@ -172,9 +173,9 @@ def force_chip(target: str | None) -> None:
 def chip(device: torch.device) -> Chip:
     """The row of the table for a device; an unlisted GPU gets the nearest older row with its own shared memory."""
     if device not in _chips:
-        if _forced_target is None and os.environ.get("PILESMITH_CHIP"):
+        if _forced is None and os.environ.get("PILESMITH_CHIP"):
             force_chip(os.environ["PILESMITH_CHIP"])
-        _chips[device] = CHIPS[_forced_target] if _forced_target else _look_up(device)
+        _chips[device] = _forced or _look_up(device)
     return _chips[device]
 
 

@@ -12,7 +12,7 @@ from benchmarks import contenders, measuring, meters, throughput
 from benchmarks.contenders import CONTENDERS, Step, Unsupported, some_weights
 from benchmarks.environment import environment
 from benchmarks.measuring import Job, Measured, random_batches, summarise
-from engine.cards import get
+from engine.cards import CARDS, get
 from engine.command_line import parse
 from engine.config import ConfigError, from_dict, merge, preset
 from engine.distributed import Processes
@@ -173,7 +173,13 @@ def test_a_larger_device_does_as_a_card_would(tmp_path, validate, capsys):
 
 
 @pytest.mark.parametrize(
-    "card, fused", [("t4", (False, False, True)), ("rx6900xt", (False, False, False)), ("rtx3090", (True, True, True))]
+    "card, fused",
+    [
+        ("t4", (False, False, True)),
+        ("rx6900xt", (False, False, False)),
+        ("rx7900xtx", (True, True, True)),  # without a row of its own
+        ("rtx3090", (True, True, True)),
+    ],
 )
 def test_a_pretended_card_has_its_own_fused_attention(card, fused, monkeypatch):
     """Flash, cuDNN's, the efficient one: as set while a step runs, which is when PyTorch chooses."""
@@ -202,6 +208,12 @@ def test_a_pretended_card_has_its_own_fused_attention(card, fused, monkeypatch):
         for (_, switch), on in zip(switches, before):
             switch(on)
     assert isinstance(sent[-1], Measured) and set(seen) == {fused} and len(seen) == 3
+
+
+def test_any_known_card_can_be_pretended() -> None:
+    for card in CARDS:
+        asked = throughput.what_is_asked(*throughput.parse_arguments([*FLAGS, f"--card={card.name}"]))
+        assert asked.card == card and (asked.dtype == torch.bfloat16) == (card.bf16_flops > 0)
 
 
 def test_settings_that_cannot_be_are_told_by_the_process_that_measures(monkeypatch):
