@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import RESULTS, environment, write_result
-from engine.command_line import positive
+from engine.command_line import CommandLine, positive
 from engine.data import TokenFile
 from engine.report import read_metrics
 
@@ -255,7 +255,7 @@ def report(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Compare compact optimizer states to fp32 AdamW.")
+    parser = CommandLine(__doc__)
     parser.add_argument("--train_file", default="data/embedded/train.bin", help="training tokens [%(default)s]")
     parser.add_argument("--val_file", default="data/embedded/val.bin", help="validation tokens [%(default)s]")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="[%(default)s]")

@@ -6,7 +6,6 @@
 What `python tools/plan.py --gpu all --json` prints of them. Predictions, and named so.
 """
 
-import argparse
 import io
 import json
 import sys
@@ -15,12 +14,13 @@ from pathlib import Path
 
 from benchmarks.environment import RESULTS, environment, write_result
 from engine.cards import CLASSIC, parse_memory
+from engine.command_line import CommandLine
 from engine.config import PRESETS
 from tools import plan
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--preset", default="2b", choices=list(PRESETS), help="the model [2b]")
     parser.add_argument("--host_memory", default="64GB", help="of the machine [64GB]")
     parser.add_argument("--out", type=Path, help="the JSON file to write [benchmarks/results/plan-PRESET.json]")

@@ -7,7 +7,6 @@ A marked place is `<!-- results:NAME ARGUMENTS -->…<!-- /results:NAME -->`, wh
 table, a chart, or a single figure in a sentence.
 """
 
-import argparse
 import hashlib
 import json
 import re
@@ -21,6 +20,7 @@ from benchmarks import tables
 from benchmarks.charts import CHARTS, Chart
 from benchmarks.reading import COMMANDS, Results, load
 from benchmarks.tables import Place
+from engine.command_line import CommandLine
 from kernels.aot import Row
 from tools.compile_kernels import document
 
@@ -194,7 +194,7 @@ def save(figure: Any, path: Path, data_digest: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; say what would change")
     options = parser.parse_args(arguments)
     mends = stale(load())

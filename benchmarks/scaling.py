@@ -7,7 +7,6 @@ Each axis changes one thing and keeps the tokens of a step; on a CPU its points 
 planner's formulas speak (`python tools/plan.py`): its step times are predictions, and are named so.
 """
 
-import argparse
 import dataclasses
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from benchmarks.environment import environment, write_result
 from benchmarks.measuring import Job, Measured, compare, summarise
 from engine import cards
+from engine.command_line import CommandLine, positive
 from engine.config import Config, ConfigError, from_dict, merge, preset, require
 from engine.device import choose_dtype, find_device
 from engine.memory import Plan, choose, plan
@@ -123,11 +123,11 @@ def describe(made: Plan) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--axes", help="which, such as depth,width [all, and paper]")
-    parser.add_argument("--steps", type=int, default=12, help="measured steps of each point [12]")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them [2]")
-    parser.add_argument("--batch_tokens", type=int, help="tokens of a step [2048, on a GPU 65536]")
+    parser.add_argument("--steps", type=positive, default=12, help="measured steps of each point [12]")
+    parser.add_argument("--warmup", type=positive, default=2, help="steps before them [2]")
+    parser.add_argument("--batch_tokens", type=positive, help="tokens of a step [2048, on a GPU 65536]")
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     options = parser.parse_args(arguments)
     device, reason = find_device("auto")  # its memory is for the processes that measure
@@ -136,7 +136,6 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = options.axes.split(",") if options.axes else known
     try:
         require(set(chosen) <= set(known), f"--axes knows {', '.join(known)}; got {options.axes}")
-        require(options.steps > 0 and options.warmup > 0, "--steps and --warmup must be positive")
         overrides = {"optimizer": {"batch_tokens": options.batch_tokens}} if options.batch_tokens else {}
         planned = {axis: jobs(kind, axis, overrides) for axis in chosen if axis != "paper"}
     except ConfigError as error:

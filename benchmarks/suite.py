@@ -33,6 +33,7 @@ from xml.etree import ElementTree
 import torch
 
 from benchmarks.environment import RESULTS, environment, write_result
+from engine.command_line import CommandLine
 
 ROOT = Path(__file__).parents[1]
 LOGS = ROOT / "build" / "logs"
@@ -366,7 +367,7 @@ def slug(name: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--cpu", action="store_true", help="rehearse every part without a GPU")
     parser.add_argument("--again", action="store_true", help="also the parts that this commit has results of")
     parser.add_argument(

@@ -30,8 +30,8 @@ from benchmarks.measuring import Job, Measured, compare, summarise
 from benchmarks.meters import within_minutes
 from engine import cards
 from engine.cards import Card
-from engine.command_line import parse, positive
-from engine.config import Config, did_you_mean, require, settings
+from engine.command_line import CommandLine, config_of, positive
+from engine.config import Config, require
 from engine.device import choose_dtype, find_device, host_memory
 from engine.model import GPT, flops_per_token
 from engine.report import human
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Return this program's own options, and the flags that are left for the configuration."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--steps", type=positive, default=20, help="measured steps of each contender [20]")
     parser.add_argument("--warmup", type=positive, default=3, help="steps before them, not measured [3]")
     parser.add_argument(
@@ -156,19 +156,6 @@ def run(asked: Asked, options: argparse.Namespace, payload: dict[str, Any]) -> N
             payload |= {"config": measured.config.to_dict(), "plan": measured.plan, "kernels": measured.kernels}
         if options.out:  # one that hangs does not take the others' figures with it
             write_result(options.out, payload)
-
-
-def config_of(flags: list[str], options: argparse.Namespace) -> Config:
-    """Return the configuration of a training run by the flags that a program with `options` of its own leaves.
-
-    ConfigError as `parse`; a mistyped flag may be meant for either.
-    """
-    known = settings()
-    for flag in flags:
-        name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
-        unknown = flag.startswith("--") and name not in {*known, "config", "resume"}
-        require(not unknown, f"unknown flag {flag!r}{did_you_mean(name, [*vars(options), *known])}")
-    return parse(flags)[0]
 
 
 def show(payload: dict[str, Any]) -> None:

@@ -49,9 +49,14 @@ class CommandLine(argparse.ArgumentParser):
         options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options
         super().__init__(description=description, epilog=epilog, **options)
 
-    def parse_args(self, arguments: list[str] | None = None, namespace: None = None) -> argparse.Namespace:
+    def parse_known_args(
+        self, arguments: list[str] | None = None, namespace: None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         arguments = sys.argv[1:] if arguments is None else arguments
-        given, unknown = self.parse_known_args([_underscored(argument) for argument in arguments], namespace)
+        return super().parse_known_args([_underscored(argument) for argument in arguments], namespace)
+
+    def parse_args(self, arguments: list[str] | None = None, namespace: None = None) -> argparse.Namespace:
+        given, unknown = self.parse_known_args(arguments, namespace)
         if unknown and not unknown[0].startswith("-"):
             self.error(f"{unknown[0]!r} belongs to no flag: flags begin with --, and most have one value")
         if unknown:
@@ -118,6 +123,19 @@ def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
     name = chosen.get("preset", base.get("preset", "13m"))
     config = from_dict(merge(preset(name), base, chosen), given.config or "command line")
     return config, types.SimpleNamespace(resume=given.resume, local_rank=given.local_rank)
+
+
+def config_of(flags: list[str], options: argparse.Namespace) -> Config:
+    """Return the configuration of a training run by the flags that a program with `options` of its own leaves.
+
+    ConfigError as `parse`; a mistyped flag may be meant for either.
+    """
+    known = settings()
+    for flag in flags:
+        name = flag.removeprefix("--").partition("=")[0]
+        unknown = flag.startswith("--") and name not in {*known, "config", "resume"}
+        require(not unknown, f"unknown flag {flag!r}{did_you_mean(name, [*vars(options), *known])}")
+    return parse(flags)[0]
 
 
 def _shown(flag: Setting) -> str:

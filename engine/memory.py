@@ -159,10 +159,6 @@ class Setup:
 
     def __post_init__(self) -> None:
         gpus, length, size = self.gpus, self.model.block_size, self.micro_batch_size
-        require(
-            gpus > 0 and self.gpus_per_machine > 0,
-            f"at least one card: gpus {gpus}, gpus_per_machine {self.gpus_per_machine}",
-        )
         require(self.network_bytes_s > 0, f"a network of {self.network_bytes_s:g} bytes a second moves nothing")
         sequences = self.batch_tokens // length
         require(
@@ -174,7 +170,6 @@ class Setup:
             f"{sequences} sequences of {length} a step cannot be shared by {gpus} cards evenly: "
             f"--batch_tokens {max(1, sequences // gpus) * gpus * length} would do",
         )
-        require(size is None or size > 0, f"micro_batch_size must be positive, got {size}")
         require(
             size is None or self.sequences % size == 0,
             f"micro_batch_size ({size}) must divide the {self.sequences} sequences of a card and step",

@@ -2,9 +2,20 @@
 
 import pytest
 
-from benchmarks import miniature, throughput
+from benchmarks import miniature, optimizer_quality, plans, render, scaling, suite, throughput
 from engine import generate, train
-from tools import compile_kernels, convert_hdf5, download, export_weights, import_weights, prepare, track_memory, tune
+from tools import (
+    compile_kernels,
+    convert_hdf5,
+    download,
+    export_weights,
+    import_weights,
+    plan,
+    prepare,
+    profile_step,
+    track_memory,
+    tune,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -36,12 +47,37 @@ from tools import compile_kernels, convert_hdf5, download, export_weights, impor
         (track_memory, "--preset=13m --micro-batch=2", "error: unknown flag '--micro_batch=2'; did you mean"),
         (throughput, "--steps=0", "--steps: must be a whole number from 1 on, got '0'"),
         (throughput, "--processes=-1", "--processes: must be"),
+        (tune, "--dry-run --chips=cuda:86", "error: unknown flag '--chips=cuda:86'; did you mean 'chip'?\n"),
+        (plan, "--preset=2b --gpus=0", "--gpus: must be"),
+        (plan, "--preset=2b --micro-batch-size=-2", "--micro_batch_size: must be"),
+        (plan, "--gpu=t4", "error: the following arguments are required: --preset\n"),
+        (profile_step, "--warmup=0", "--warmup: must be"),
+        (scaling, "--steps=0", "--steps: must be"),
+        (scaling, "--step=4", "error: unknown flag '--step=4'; did you mean 'steps'?\n"),
+        (suite, "--cpus", "error: unknown flag '--cpus'; did you mean 'cpu'?\n"),
+        (plans, "--host-mem=8GB", "did you mean 'host_memory'?\n"),
+        (render, "--checks", "did you mean 'check'?\n"),
+        (miniature, "--card=t4", "did you mean 'cards'?\n"),
+        (optimizer_quality, "--model=13m", "did you mean 'models'?\n"),
     ],
 )
 def test_arguments_that_cannot_be(program, flags, said, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         program.main(flags.split())
     assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "said"),
+    [
+        (plan, "--preset=2b --gpu-memry=8GB", "error: unknown flag '--gpu_memry=8GB'; did you mean 'gpu_memory'?\n"),
+        (profile_step, "--warm=1", "error: unknown flag '--warm=1'; did you mean 'warmup'"),
+        (throughput, "--step 3", "error: unknown flag '--step'; did you mean 'steps'?\n"),
+        (throughput, "--gpu-memory=lots", "no size of memory"),
+    ],
+)
+def test_arguments_that_cannot_be_beside_those_of_a_run(program, flags, said, capsys) -> None:
+    assert program.main(flags.split()) == 2 and said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,7 +26,7 @@ import torch
 from matplotlib.figure import Figure
 
 from engine.cards import CARDS, CLASSIC, COMMON, Card, GiB, get, parse_memory
-from engine.command_line import parse
+from engine.command_line import CommandLine, config_of, positive
 from engine.config import PRESETS, ConfigError, ModelConfig, require, settings
 from engine.device import card_of
 from engine.footprint import PARTS, Elements
@@ -233,11 +234,9 @@ def bar(label: str, made: Plan, card: Card) -> tuple[str, dict[str, int], float,
 
 def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Return what is asked, and the flags that are left, which are the model's."""
-    parser = argparse.ArgumentParser(
-        prog="tools/plan.py", description="Show what training a model takes on a card.", allow_abbrev=False,
-        epilog="engine/train.py's flags of a model change the preset's: "
-        + ", ".join(f"--{field.name}" for field in dataclasses.fields(ModelConfig)),
-    )  # fmt: skip
+    models = ", ".join(f"--{field.name}" for field in dataclasses.fields(ModelConfig))
+    models = textwrap.fill(f"engine/train.py's flags of a model change the preset's: {models}", 120)
+    parser = CommandLine(f"{__doc__}\n{models}")
     add = parser.add_argument
     add("--preset", required=True, choices=list(PRESETS))
     add(
@@ -245,29 +244,29 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, li
         metavar="NAME",
         help="such as rtx3090; all: the classic ten and common ones; every: whatever is known [the one here, or all]",
     )
-    add("--gpus", type=int, default=1, metavar="N", help="how many of them [1]")
+    add("--gpus", type=positive, default=1, metavar="N", help="how many of them [1]")
     add("--host_memory", default="64GB", metavar="SIZE", help="of one machine [64GB]")
     add("--gpu_memory", metavar="SIZE", help="other than the card's: so a listed card stands for one that is not")
-    add("--block_size", type=int, metavar="N", help="tokens of a sequence; without it the preset's")
-    add("--batch_tokens", type=int, metavar="N", help="tokens a step; without it the preset's")
-    add("--micro_batch_size", type=int, metavar="N", help="sequences; without it the best that fits")
+    add("--block_size", type=positive, metavar="N", help="tokens of a sequence; without it the preset's")
+    add("--batch_tokens", type=positive, metavar="N", help="tokens a step; without it the preset's")
+    add("--micro_batch_size", type=positive, metavar="N", help="sequences; without it the best that fits")
     add("--dtype", choices=["bf16", "fp16", "fp32"], help="of the computation; without it the card's best")
-    add("--gpus_per_machine", type=int, default=GPUS_PER_MACHINE, metavar="N", help=f"[{GPUS_PER_MACHINE}]")
+    add("--gpus_per_machine", type=positive, default=GPUS_PER_MACHINE, metavar="N", help=f"[{GPUS_PER_MACHINE}]")
     add("--network_gbit", type=float, default=100.0, metavar="X", help="Gb/s between machines [100]")
     add("--json", action="store_true", help="a list for programs instead of tables")
     add("--picture", metavar="FILE", help="draw memory by part, as .png, .svg or .pdf")
     return parser.parse_known_args(arguments)
 
 
-def model_of(preset_name: str, flags: list[str]) -> ModelConfig:
-    """Return a preset's model, changed by engine/train.py's flags of a model. ConfigError for any other flag."""
+def model_of(asked: argparse.Namespace, flags: list[str]) -> ModelConfig:
+    """Return the preset's model, changed by engine/train.py's flags of a model. ConfigError for any other flag."""
     fields = [field.name for field in dataclasses.fields(ModelConfig)]
     training = {*settings(), "config", "resume"} - set(fields)
     for flag in flags:
-        name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
+        name = flag.removeprefix("--").partition("=")[0]
         trains = flag.startswith("--") and name in training
         require(not trains, f"{flag} is for training: beside its own flags plan takes a model's, {', '.join(fields)}")
-    return parse([f"--preset={preset_name}", *flags])[0].model
+    return config_of([f"--preset={asked.preset}", *flags], asked).model
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -284,7 +283,7 @@ def run(asked: argparse.Namespace, flags: list[str]) -> int:
     if asked.gpu_memory:
         cards = tuple(replace(card, memory_bytes=parse_memory(asked.gpu_memory)) for card in cards)
     preset = PRESETS[asked.preset]
-    model = model_of(asked.preset, flags)
+    model = model_of(asked, flags)
     if asked.block_size:
         model = replace(model, block_size=asked.block_size)
     host_memory = parse_memory(asked.host_memory)

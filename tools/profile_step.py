@@ -10,7 +10,6 @@ a step; the time without it is told beside. An operation's roofline is the time 
 at full bandwidth, would take: of the card where engine/cards.py has it, else as a large product and a copy reach here.
 """
 
-import argparse
 import os
 import statistics
 import sys
@@ -26,8 +25,8 @@ from benchmarks.contenders import some_weights
 from benchmarks.environment import environment, write_result
 from benchmarks.measuring import random_batches
 from benchmarks.meters import kernels_in_use, within_minutes
-from benchmarks.throughput import config_of
 from engine import cards
+from engine.command_line import CommandLine, config_of, positive
 from engine.config import Config, ConfigError, require
 from engine.device import choose_device, choose_dtype
 from engine.distributed import Processes
@@ -41,9 +40,9 @@ from tools.profiling.parts import PARTS, Attributed, Operation, attribute, busy_
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument(
-        "--warmup", type=int, default=3, help="steps before the profiled one, of which the last ones are timed [3]"
+        "--warmup", type=positive, default=3, help="steps before the profiled one, of which the last ones are timed [3]"
     )
     parser.add_argument(
         "--out", type=Path, help="folder for the trace, the picture and the tables [runs/profile-PRESET]"
@@ -52,7 +51,6 @@ def main(arguments: list[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     try:
         config = config_of(rest, options)
-        require(options.warmup > 0, f"--warmup must be positive, got {options.warmup}")
         require(not config.strategy.compile, "--compile fuses the parts that are to be told apart: profile without it")
         device, _ = choose_device(config.strategy.device)
         dispatch.set_backend(config.strategy.kernels)

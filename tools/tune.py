@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import environment, write_result
-from engine.command_line import positive, positives
+from engine.command_line import CommandLine, positive, positives
 from kernels import dispatch, launch_configs
 from kernels.aot import Row, compile_case
 from kernels.dispatch import CHIPS, Chip
@@ -173,7 +173,7 @@ def report(kernel: str, case: str, trials: list[Trial]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--kernels", default=",".join(TUNABLE), help=f"which of {', '.join(TUNABLE)} [all]")
     parser.add_argument(
         "--cases", help="only these, named as in kernels/configs/: 128 (a head's width), 2048x2 (columns x bytes of "
@@ -196,10 +196,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="the JSON file to write every candidate and its fate into")
     options = parser.parse_args(arguments)
-    fault = _fault(options)
-    if fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
+    if fault := _fault(options):
+        parser.error(fault)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     chip = CHIPS[options.chip] if options.chip else dispatch.chip(device)
     print(f"{chip.name} ({chip.target}), {chip.shared_bytes >> 10} KiB of shared memory a block")

@@ -334,8 +334,9 @@ def test_a_dry_run_compiles_for_a_chip_that_is_not_here(start, triton_here):
 )
 def test_mistakes_are_said(flags, message, capsys, monkeypatch, triton_here):
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
-    assert tune.main(flags) == 2
-    assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        tune.main(flags)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.fixture
