@@ -219,21 +219,20 @@ def begin_report(run: Run) -> Report:
     """Save both configurations in the run's folder, and show what the run is."""
     config, folder = run.config, Path(run.config.run_dir)
     name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu"
-    flops = flops_per_token(config.model, GPT.outline(config.model).num_parameters())
+    n_parameters = GPT.outline(config.model).num_parameters()
+    flops = flops_per_token(config.model, n_parameters)
     report = Report(config, run.progress.step, flops, peak_flops(name, run.dtype), run.processes.world_size)
     run.asked.save(folder / "config.json")
     config.save(folder / "resolved.json")
+    report.say(f"{config.preset}: {n_parameters:,} parameters, {flops / 1e6:.1f} MFLOPs a token")
     for line in first_lines(run):
         report.say(line)
     return report
 
 
 def first_lines(run: Run) -> Iterator[str]:
-    """Yield what a run says of itself before its first step."""
+    """Yield what a run says before its first step of where, how and on what it trains."""
     config, asked, options = run.config, run.asked, run.config.optimizer
-    n_parameters = GPT.outline(config.model).num_parameters()
-    flops = flops_per_token(config.model, n_parameters)
-    yield f"{config.preset}: {n_parameters:,} parameters, {flops / 1e6:.1f} MFLOPs a token"
     yield run.where
     yield from kernel_lines(run.device)
     yield from explain(run.plan) if run.plan else ()
