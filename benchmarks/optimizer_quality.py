@@ -6,8 +6,8 @@
 
 Every run is `engine/train.py` itself on a CPU, at the lowest priority and on one thread, with a checkpoint every 200
 steps. Runs with the same seed begin with the same weights and see the same text in the same order, so formats are
-compared seed by seed. Results and a picture of the curves are written after each finished run. On several cores, start
-it once for each of `--models` with an `--out` of its own, and at the end with `--report` for all.
+compared seed by seed. Results and a picture of their curves are written after each finished run. On several cores,
+start it once for each of `--models` with an `--out` of its own, and at the end with `--report` for all.
 """
 
 import argparse
@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from benchmarks.chart_style import plain
 from benchmarks.environment import RESULTS, environment, write_result
 from engine.command_line import CommandLine, positive
 from engine.data import TokenFile
@@ -130,17 +132,21 @@ def summary(options: argparse.Namespace) -> dict[str, Any]:
 
     "difference": the mean over seeds of the final validation loss less the reference's with the same seed. "spread":
     the largest less the smallest final loss of the reference's seeds. "inside": |difference| <= spread; None where
-    fewer than two seeds are finished in both.
+    fewer than two seeds are finished in both. "curves": of each seed, the training loss smoothed at `curve_steps`.
     """
     models: dict[str, Any] = {}
     for model in options.models:
         final: dict[str, dict[int, tuple[float, float]]] = {}
+        smoothed: dict[str, dict[str, list[float | None]]] = {}
         for form in options.formats:
             for seed in options.seeds:
                 if finished(options, model, form, seed):
                     training, validation = curves(folder(options, model, form, seed))
                     last = statistics.fmean(loss for _, loss in training[-LAST:])
                     final.setdefault(form, {})[seed] = validation[-1][1], last
+                    means = {step: round(loss, 4) for step, loss in smooth(training, LAST)}
+                    kept = [means.get(step) for step in curve_steps(options.steps)]
+                    smoothed.setdefault(form, {})[str(seed)] = kept
         reference = final.get(REFERENCE, {})
         of_seeds = [loss for loss, _ in reference.values()]
         spread = max(of_seeds) - min(of_seeds) if len(of_seeds) > 1 else None
@@ -153,6 +159,7 @@ def summary(options: argparse.Namespace) -> dict[str, Any]:
                 "moments": FORMATS[form][1],
                 "val_loss": {str(s): v for s, (v, _) in losses.items()},
                 "train_loss": {str(s): t for s, (_, t) in losses.items()},
+                "curves": smoothed[form],
                 "difference": difference,
                 "differences": {str(s): losses[s][0] - reference[s][0] for s in both},
                 "inside": abs(difference) <= spread if len(both) > 1 and spread is not None else None,
@@ -190,7 +197,7 @@ def lines(models: dict[str, Any]) -> list[str]:
     return text
 
 
-def smooth(curve: Curve, window: int = LAST) -> Curve:
+def smooth(curve: Curve, window: int) -> Curve:
     """Return the running mean over `window` steps, from the first full window on."""
     total, means = 0.0, []
     for i, (step, loss) in enumerate(curve):
@@ -200,57 +207,68 @@ def smooth(curve: Curve, window: int = LAST) -> Curve:
     return means
 
 
-def draw(options: argparse.Namespace, path: Path) -> None:
-    """Draw a column for each model: smoothed training losses, every run a line, and the difference to the reference."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def curve_steps(steps: int) -> list[int]:
+    """Return the steps of a run at which a result keeps its smoothed training loss: about a hundred."""
+    return list(range(LAST, steps + 1, max(1, steps // 100)))
 
-    figure = Figure(figsize=(6 * len(options.models), 7), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(options.models), squeeze=False, sharex="col", height_ratios=(3, 2))
+
+def curves_data(result: dict[str, Any]) -> Any:
+    """[{title, steps, formats: {format: {seed: losses}}}], a panel a model; None of a result without curves."""
+    settings, panels = result["settings"], []
+    about = f"{settings['steps']} steps of {settings['batch_tokens']} tokens, {len(settings['seeds'])} seeds"
+    for model, outcome in result["models"].items():
+        formats = {form: row["curves"] for form, row in outcome["formats"].items() if "curves" in row}
+        if formats:
+            panels.append({"title": f"{model}, {about}", "steps": settings["curve_steps"], "formats": formats})
+    return panels or None
+
+
+def draw_curves(panels: Any) -> Figure:
+    """A column for each panel: smoothed training losses, every run a line, and the difference to the reference."""
+    figure = Figure(figsize=(6 * len(panels), 7), layout="constrained")
+    axes = figure.subplots(2, len(panels), squeeze=False, sharex="col", height_ratios=(3, 2))
     colors = dict(zip(FORMATS, ("#252525", "#08519c", "#d94801", "#238b45", "#6a51a3", "#969696")))
-    for (top, bottom), model in zip(axes.T, options.models):
-        reference = {s: dict(smooth(curves(folder(options, model, REFERENCE, s))[0])) for s in options.seeds}
-        for form in options.formats:
-            for number, seed in enumerate(options.seeds):
-                curve = smooth(curves(folder(options, model, form, seed))[0])
-                label = form if number == 0 else None
-                if curve:
-                    top.plot(*zip(*curve), color=colors[form], linewidth=1, alpha=0.8, label=label)
-                apart = [(step, loss - reference[seed][step]) for step, loss in curve if step in reference[seed]]
-                if apart and form != REFERENCE:
-                    bottom.plot(*zip(*apart), color=colors[form], linewidth=1, alpha=0.8)
-        means = [list(c.values()) for c in reference.values() if c]
-        if len(means) > 1:  # what the seeds alone make
-            steps = list(next(c for c in reference.values() if c))[: min(map(len, means))]
-            seeds = [max(losses) - min(losses) for losses in zip(*means)]
+    for (top, bottom), panel in zip(axes.T, panels):
+        losses = {  # None is no number: the line has a gap there
+            form: {seed: np.array(curve, float) for seed, curve in of_seeds.items()}
+            for form, of_seeds in panel["formats"].items()
+        }
+        reference = losses.get(REFERENCE, {})
+        for form, of_seeds in losses.items():
+            for number, (seed, curve) in enumerate(of_seeds.items()):
+                line = {"color": colors[form], "linewidth": 1, "alpha": 0.8}
+                top.plot(panel["steps"], curve, label=form if number == 0 else None, **line)
+                if form != REFERENCE and seed in reference:
+                    bottom.plot(panel["steps"], curve - reference[seed], **line)
+        if len(reference) > 1:  # what the seeds alone make
+            spread = np.ptp(list(reference.values()), axis=0)
             for sign in (1, -1):
                 label = "spread of the seeds" if sign == 1 else None
-                bottom.plot(steps, [sign * x for x in seeds], color="#969696", linewidth=1, linestyle=":", label=label)
+                bottom.plot(panel["steps"], sign * spread, color="#969696", linewidth=1, linestyle=":", label=label)
             bottom.legend(frameon=False)
-        top.set_title(f"{model}, {options.steps} steps of {options.batch_tokens} tokens, {len(options.seeds)} seeds")
+        top.set_title(panel["title"], fontsize=10)
         top.set_ylabel(f"training loss, mean of {LAST} steps (nats per token)")
         bottom.set_ylabel(f"difference to {REFERENCE}, same seed")
         bottom.set_xlabel("step")
         bottom.axhline(0, color="#252525", linewidth=0.8)
+        top.legend(frameon=False)
         for axis in (top, bottom):
-            axis.grid(alpha=0.25)
-        if top.get_legend_handles_labels()[0]:
-            top.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+            plain(axis)
+    return figure
 
 
 def report(options: argparse.Namespace) -> None:
     models = summary(options)
     kept = ("steps", "batch_tokens", "eval_tokens", "seeds")
     settings = {name: getattr(options, name) for name in kept} | {"flags": {m: MODELS[m] for m in options.models}}
+    settings["curve_steps"] = curve_steps(options.steps)
     if all(Path(file).exists() for file in (options.train_file, options.val_file)):
         settings["train_tokens"] = len(TokenFile(options.train_file))
         settings["unigram_loss"] = unigram_loss(options.train_file, options.val_file)
     payload = {"benchmark": "optimizer_quality", "environment": environment(), "settings": settings, "models": models}
     write_result(Path(options.out), payload)
-    draw(options, Path(options.out).with_suffix(".png"))
+    if panels := curves_data(payload):
+        draw_curves(panels).savefig(Path(options.out).with_suffix(".png"), dpi=110)
     print("\n".join(lines(models)), flush=True)
 
 

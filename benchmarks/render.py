@@ -16,9 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from benchmarks import tables
-from benchmarks.charts import CHARTS, Chart
-from benchmarks.reading import COMMANDS, Results, load
+from benchmarks.charts import CHARTS
+from benchmarks.environment import RESULTS
+from benchmarks.optimizer_quality import curves_data, draw_curves
+from benchmarks.reading import COMMANDS, Results, load, of_kind
 from benchmarks.tables import Place
 from engine.command_line import CommandLine
 from kernels.aot import Row
@@ -87,7 +91,7 @@ SECTIONS: list[tuple[str, str, str]] = [
     (
         "Compact optimizer states",
         "quality",
-        f"`{COMMANDS['quality']}`. It draws its pictures itself, from the runs: their files here hold no curves.",
+        f"`{COMMANDS['quality']}`. Where a file holds no curves, its picture was drawn from the runs.",
     ),
     ("How the cost grows", "scaling", f"`{COMMANDS['scaling']}`."),
     (
@@ -163,10 +167,13 @@ def stale(results: Results) -> dict[Path, Callable[[], str]]:
     for name, chart in CHARTS.items():
         data = chart.data(results)
         if data:
-            wanted[CHART_FOLDER / f"{name}.png"] = chart, data
-    for path, (chart, data) in wanted.items():
+            wanted[CHART_FOLDER / f"{name}.png"] = chart.draw, data
+    for name, result in of_kind(results, "optimizer_quality").items():
+        if data := curves_data(result):  # None of those files from before the curves were kept: their pictures stay
+            wanted[RESULTS / f"{name}.png"] = draw_curves, data
+    for path, (picture, data) in wanted.items():
         if drawn_from(path) != digest(data):
-            mends[path] = partial(draw, path, chart, data)
+            mends[path] = partial(draw, path, picture, data)
     for path in CHART_FOLDER.glob("*.png"):
         if path not in wanted:
             mends[path] = partial(delete, path)
@@ -178,8 +185,8 @@ def write(path: Path, text: str) -> str:
     return "written"
 
 
-def draw(path: Path, chart: Chart, data: Any) -> str:
-    save(chart.draw(data), path, digest(data))
+def draw(path: Path, picture: Callable[[Any], Figure], data: Any) -> str:
+    save(picture(data), path, digest(data))
     return "drawn"
 
 

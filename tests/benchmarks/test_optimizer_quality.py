@@ -1,11 +1,13 @@
 """The study of the optimizer's quality: it trains what is missing, goes on where it stopped, and judges rightly."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from benchmarks import optimizer_quality as quality
+from benchmarks import render
 
 
 @pytest.fixture
@@ -62,6 +64,29 @@ def test_the_verdict(flags, tmp_path, apart, inside):
     assert result["formats"]["stochastic-int8"]["difference"] == pytest.approx(apart)
     assert result["formats"]["stochastic-int8"]["inside"] is inside
     assert result["formats"]["fp32"]["train_loss"]["1"] == pytest.approx(3 + (1 / 4 + 1 / 5 + 1 / 6) / 3)
+
+
+def test_the_picture_is_drawn_from_what_the_file_holds(flags, tmp_path, validate, monkeypatch):
+    options = quality.parse(flags)
+    for form, loss in (("fp32", 3.0), ("stochastic-int8", 3.1)):
+        for seed in (1, 2):
+            write_run(options, form, seed, loss, steps=6)
+    quality.report(options)
+    shutil.rmtree(tmp_path / "runs")
+    payload = json.loads((tmp_path / "quality.json").read_text())
+    validate(payload, "optimizer_quality")
+    assert payload["settings"]["curve_steps"] == [3, 4, 5, 6]
+    curve = payload["models"]["tiny"]["formats"]["stochastic-int8"]["curves"]["2"]
+    assert curve == [round(3.1 + sum(1 / s for s in range(last - 2, last + 1)) / 3, 4) for last in (3, 4, 5, 6)]
+    (panel,) = quality.curves_data(payload)
+    top, bottom = quality.draw_curves([panel]).axes
+    assert [line.get_ydata()[-1] for line in top.get_lines()][-1] == curve[-1]
+    assert bottom.get_lines()[0].get_ydata() == pytest.approx([0.1] * 4, abs=1e-4)
+    for name in ("RESULTS", "CHART_FOLDER"):
+        monkeypatch.setattr(render, name, tmp_path)
+    monkeypatch.setattr(render, "READMES", ())
+    assert render.stale({"quality": payload})[tmp_path / "quality.png"]() == "drawn"
+    assert tmp_path / "quality.png" not in render.stale({"quality": payload})
 
 
 def test_unfinished_runs_do_not_count(flags, tmp_path):
