@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from kernels.attention_forward import attention_forward
+from kernels.attention_forward import attention_forward, attention_packed_forward
 from kernels.attention_tiles import make_differentiable, takes
+from kernels.custom_op import custom_op
 from kernels.dispatch import backend, chip
 
 # Up to these lengths one boolean mask (B, 1, T, T) for all heads beats a call for each document, and, in a compiled
@@ -33,14 +34,29 @@ def attention(
     check_heads(q, k, v)
     if q.shape[:2] != k.shape[:2]:
         raise ValueError(f"attention: q has (B, T) = {tuple(q.shape[:2])}, k has {tuple(k.shape[:2])}")
-    if doc_start is not None and (not causal or doc_start.shape != q.shape[:2]):
-        raise ValueError(f"attention: doc_start {tuple(doc_start.shape)} needs causal and shape {tuple(q.shape[:2])}")
+    _check_documents(doc_start, q, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend("attention", q.device) == "triton" and takes(q) and scale > 0:
+    if _in_triton(q) and scale > 0:
         return _attention_triton(q, k, v, doc_start, causal, scale)
     if doc_start is None:
         return _attention_plain(q, k, v, causal, scale)
     return _attention_documents(q, k, v, doc_start, scale)
+
+
+def attention_packed(qkv: Tensor, *, doc_start: Tensor | None = None) -> Tensor:
+    """Causal `attention` of qkv (B, T, 3, H, D), its queries, keys and values as a projection leaves them.
+
+    Returns (B, T, H, D). In Triton the gradient is made in one piece as well, which saves the copy of three into one.
+    Raises ValueError for shapes that do not fit.
+    """
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"attention_packed: qkv {tuple(qkv.shape)} is not (B, T, 3, H, D)")
+    q, k, v = qkv.unbind(2)
+    if q.shape[-1] % 16 or not _in_triton(q):
+        return attention(q, k, v, doc_start=doc_start)
+    _check_documents(doc_start, q)
+    doc_start = None if doc_start is None else doc_start.contiguous()
+    return attention_packed_forward(qkv, doc_start, True, q.shape[-1] ** -0.5)[0]
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -50,6 +66,15 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     if k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[2] % k.shape[2]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
         raise ValueError(f"attention: q, k, v {shapes} are not (B, T, H, D), (B, T, G, D) twice with H a multiple of G")
+
+
+def _check_documents(doc_start: Tensor | None, q: Tensor, causal: bool = True) -> None:
+    if doc_start is not None and (not causal or doc_start.shape != q.shape[:2]):
+        raise ValueError(f"attention: doc_start {tuple(doc_start.shape)} needs causal and shape {tuple(q.shape[:2])}")
+
+
+def _in_triton(q: Tensor) -> bool:
+    return backend("attention", q.device) == "triton" and takes(q)
 
 
 def attention_reference(
@@ -136,7 +161,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False,
     return out.transpose(1, 2)[..., :D]
 
 
-@torch.library.custom_op("pilesmith::attention_chunked", mutates_args=())
+@custom_op("attention_chunked", opaque=True)
 def chunked(
     q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -164,7 +189,7 @@ def _(q, k, v, doc_start, causal, scale):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
 
 
-@torch.library.custom_op("pilesmith::attention_chunked_backward", mutates_args=())
+@custom_op("attention_chunked_backward", opaque=True)
 def _chunked_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, out: Tensor, lse: Tensor, causal: bool,
     scale: float,

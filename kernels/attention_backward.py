@@ -17,7 +17,8 @@ from kernels.attention_tiles import (
     unit_stride,
     visible,
 )
-from kernels.dispatch import LOG2_E, custom_op, tl, triton
+from kernels.custom_op import custom_op
+from kernels.dispatch import LOG2_E, tl, triton
 
 
 @triton.jit
@@ -43,12 +44,15 @@ def _backward_q_span(
 @triton.jit
 def backward_q_kernel(
     q, k, v, doc_start, out, lse, grad, delta, dq, T, H, scale, scale_log2,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, grad_b, grad_t, grad_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, grad_b, grad_t, grad_h, dq_t,
     SHARED: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_STAGES: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """dq (B, T, H, D) of one tile of queries, and delta (B, H, T), the row sums of out * grad: grid (tiles, H, B)."""
+    """dq of one tile of queries, and delta (B, H, T), the row sums of out * grad: grid (tiles, H, B).
+
+    dq (B, T, H, D) has its heads side by side and tokens dq_t apart.
+    """
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
     head, batch = tl.program_id(1), tl.program_id(2)
     rows = first + tl.arange(0, ROWS)
@@ -87,7 +91,8 @@ def backward_q_kernel(
         acc, q_tile, grad_tile, row_lse, row_sum, k, v, k_t, v_t, batch, group, rows, row_starts,
         full_end, end, T, scale_log2, True, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES, TMA,
     )  # fmt: skip
-    store_tile(dq + offset(batch, first, head, dense_b, H * D, D), H * D, T - first, acc * scale, ROWS, D, BLOCK_D)
+    dq += offset(batch, first, head, tl.cast(T, tl.int64) * dq_t, dq_t, D)
+    store_tile(dq, dq_t, T - first, acc * scale, ROWS, D, BLOCK_D)
 
 
 @triton.jit
@@ -123,13 +128,14 @@ def _backward_kv_span(
 @triton.jit
 def backward_kv_kernel(
     q, k, v, doc_end, lse, grad, delta, dk, dv, T, H, scale, scale_log2,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, grad_b, grad_t, grad_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, grad_b, grad_t, grad_h, dk_t,
     SHARED: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_STAGES: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv (B, T, G, D) of one tile of keys, summed over the heads that share them: grid (tiles, G, B).
+    """dk and dv of one tile of keys, summed over the heads that share them: grid (tiles, G, B).
 
+    dk and dv (B, T, G, D) have their heads side by side and tokens dk_t apart.
     doc_end (B, T): for each key the first query of a later document.
     """
     first = tl.program_id(0) * KEYS  # early keys are seen by most queries, so the longest start first here too
@@ -177,10 +183,9 @@ def backward_kv_kernel(
             True, CAUSAL, DOCS, D, ROWS, BLOCK_D, EDGE_STAGES, TMA,
         )  # fmt: skip
 
-    groups = H // SHARED
-    dense = offset(batch, first, group, tl.cast(T, tl.int64) * groups * D, groups * D, D)
-    store_tile(dk + dense, groups * D, T - first, acc_k * scale, KEYS, D, BLOCK_D)
-    store_tile(dv + dense, groups * D, T - first, acc_v, KEYS, D, BLOCK_D)
+    tile = offset(batch, first, group, tl.cast(T, tl.int64) * dk_t, dk_t, D)
+    store_tile(dk + tile, dk_t, T - first, acc_k * scale, KEYS, D, BLOCK_D)
+    store_tile(dv + tile, dk_t, T - first, acc_v, KEYS, D, BLOCK_D)
 
 
 @custom_op("attention_backward", opaque=True)
@@ -189,17 +194,45 @@ def attention_backward(
     causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, contiguous; the same bits every time."""
-    B, T, H, D = q.shape
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    _write_gradients(dq, dk, dv, grad, q, k, v, doc_start, out, lse, causal, scale)
+    return dq, dk, dv
+
+
+@attention_backward.register_fake
+def _(grad, q, k, v, doc_start, out, lse, causal, scale):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+@custom_op("attention_packed_backward", opaque=True)
+def attention_packed_backward(
+    grad: Tensor, qkv: Tensor, doc_start: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> Tensor:
+    """The gradient of qkv (B, T, 3, H, D), written where it belongs: three apart would be copied together."""
+    packed = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    _write_gradients(*packed.unbind(2), grad, *qkv.unbind(2), doc_start, out, lse, causal, scale)
+    return packed
+
+
+@attention_packed_backward.register_fake
+def _(grad, qkv, doc_start, out, lse, causal, scale):
+    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+
+
+def _write_gradients(
+    dq: Tensor, dk: Tensor, dv: Tensor, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
+    out: Tensor, lse: Tensor, causal: bool, scale: float,
+) -> None:  # fmt: skip
+    """Fill dq, dk and dv, whose heads lie side by side and whose batches follow each other."""
+    B, T, H, _ = q.shape
     G = k.shape[2]
     grad, q, k, v = (unit_stride(x) for x in (grad, q, k, v))
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     delta = torch.empty_like(lse)
     tensors = {"q": q, "k": k, "v": v, "grad": grad}
     numbers = {"T": T, "H": H, "scale": scale, "scale_log2": scale * LOG2_E}
     config, arguments = launch_settings("attention_backward_q", causal, doc_start, **tensors)
     backward_q_kernel[(triton.cdiv(T, config["ROWS"]), H, B)](
-        doc_start=doc_start, out=out, lse=lse, delta=delta, dq=dq, **numbers, **arguments
+        doc_start=doc_start, out=out, lse=lse, delta=delta, dq=dq, dq_t=dq.stride(1), **numbers, **arguments
     )
     doc_end = None
     if doc_start is not None:
@@ -207,11 +240,5 @@ def attention_backward(
         doc_end = torch.searchsorted(doc_start.contiguous(), keys, right=True, out_int32=True)
     config, arguments = launch_settings("attention_backward_kv", causal, doc_start, **tensors)
     backward_kv_kernel[(triton.cdiv(T, config["KEYS"]), G, B)](
-        doc_end=doc_end, lse=lse, delta=delta, dk=dk, dv=dv, **numbers, **arguments
+        doc_end=doc_end, lse=lse, delta=delta, dk=dk, dv=dv, dk_t=dk.stride(1), **numbers, **arguments
     )
-    return dq, dk, dv
-
-
-@attention_backward.register_fake
-def _(grad, q, k, v, doc_start, out, lse, causal, scale):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))

@@ -3,6 +3,8 @@
 Shapes: B batch, Tn new tokens, H query heads, G key/value heads, D head width, S cache entries.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,8 @@ from kernels.aot import Case, triton_targets
 from kernels.attention import check_heads, sdpa
 from kernels.attention_forward import attend_span
 from kernels.attention_tiles import FLOOR, element_case, offset, takes
-from kernels.dispatch import LOG2_E, backend, chip, custom_op, interpreting, processors, tl, triton, wrap_triton
+from kernels.custom_op import custom_op, wrap_triton
+from kernels.dispatch import LOG2_E, backend, chip, interpreting, processors, tl, triton
 from kernels.launch_configs import launch_config
 
 MAX_SPLITS = 64
@@ -46,6 +49,7 @@ def decode_kernel(
 ):  # fmt: skip
     """Attention over one stretch of the cache: parts fp32 (splits, B, Tn, H, D), parts_lse (splits, B, Tn, H).
 
+    Where the stretch is all, parts is the result itself, in its dtype, and parts_lse None.
     A tile's rows are the (token, head) pairs that read the same key head: grid (splits, row tiles * G, B).
     """
     split, batch = tl.program_id(0), tl.program_id(2)
@@ -68,8 +72,10 @@ def decode_kernel(
     )  # fmt: skip
     l = tl.where(l == 0.0, 1.0, l)  # a stretch that no query of the tile sees: its weight becomes 0
     row = ((tl.cast(split, tl.int64) * B + batch) * NEW + token) * H + head
-    tl.store(parts + row[:, None] * D + d[None, :], acc / l[:, None], mask=inside[:, None] & (d[None, :] < D))
-    tl.store(parts_lse + row, m + tl.math.log2(l), mask=inside)
+    part = (acc / l[:, None]).to(parts.dtype.element_ty)
+    tl.store(parts + row[:, None] * D + d[None, :], part, mask=inside[:, None] & (d[None, :] < D))
+    if parts_lse is not None:
+        tl.store(parts_lse + row, m + tl.math.log2(l), mask=inside)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -95,18 +101,21 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
     tiles = triton.cdiv(new * shared, config["ROWS"])
     keys_per_split = _keys_per_split(length, config["KEYS"], B * G * tiles, processors(q.device))
     splits = triton.cdiv(length, keys_per_split)
-    parts = torch.empty(splits, B, new, H, D, dtype=torch.float32, device=q.device)
-    parts_lse = torch.empty(splits, B, new, H, dtype=torch.float32, device=q.device)
     out = torch.empty(B, new, H, D, dtype=q.dtype, device=q.device)
+    parts, parts_lse = out, None
+    if splits > 1:
+        parts = torch.empty(splits, B, new, H, D, dtype=torch.float32, device=q.device)
+        parts_lse = torch.empty(splits, B, new, H, dtype=torch.float32, device=q.device)
     wrap_triton(decode_kernel)[(splits, tiles * G, B)](
         q, k, v, parts, parts_lse, length, keys_per_split, B, new, H, D**-0.5 * LOG2_E,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         SHARED=shared, D=D, BLOCK_D=width, **config,
     )  # fmt: skip
-    rows = B * new * H
-    wrap_triton(combine_kernel)[(rows,)](
-        parts, parts_lse, out, splits, rows, D=D, SPLITS=triton.next_power_of_2(splits), BLOCK_D=width
-    )
+    if splits > 1:
+        rows = B * new * H
+        wrap_triton(combine_kernel)[(rows,)](
+            parts, parts_lse, out, splits, rows, D=D, SPLITS=triton.next_power_of_2(splits), BLOCK_D=width
+        )
     return out
 
 
@@ -122,12 +131,15 @@ def _keys_per_split(length: int, keys: int, programs: int, processors: int) -> i
 
 
 def compile_cases() -> list[Case]:
-    """Both tile heights at every width on every chip that decodes in Triton, and the combination of the parts."""
+    """Both tile heights at every width on every chip that decodes in Triton, of parts and of all; the combination."""
     cases = []
     for target in triton_targets("attention_decode"):
         for name in ("attention_decode", "attention_decode_many"):
             for width in (16, 32, 64, 128, 256):
-                cases.append(element_case(name, decode_kernel, target, "bf16", width, shared=4, D=width))
+                parts = element_case(name, decode_kernel, target, "bf16", width, shared=4, D=width)
+                signature, constants = parts.signature | {"parts": "*bf16"}, parts.constants | {"parts_lse": None}
+                label = f"{parts.label} in one stretch"
+                cases += [parts, replace(parts, label=label, signature=signature, constants=constants)]
         for width in (64, 256):
             cases.append(
                 Case(

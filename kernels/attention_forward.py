@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from kernels.aot import Case, triton_targets
-from kernels.attention_backward import attention_backward, backward_kv_kernel, backward_q_kernel
+from kernels.attention_backward import (
+    attention_backward,
+    attention_packed_backward,
+    backward_kv_kernel,
+    backward_q_kernel,
+)
 from kernels.attention_tiles import (
     FLOOR,
     element_case,
@@ -25,7 +30,8 @@ from kernels.attention_tiles import (
     unit_stride,
     visible,
 )
-from kernels.dispatch import CHIPS, LOG2_E, custom_op, tl, triton
+from kernels.custom_op import custom_op
+from kernels.dispatch import CHIPS, LOG2_E, tl, triton
 from kernels.launch_configs import launch_config
 
 
@@ -108,10 +114,23 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """`attention` and the base-2 log-sum-exp (B, H, T) of its scores; shapes as there, widths up to 256, scale > 0."""
-    B, T, H, D = q.shape
+    return _attend(q, k, v, doc_start, causal, scale)
+
+
+@custom_op("attention_packed", opaque=True)
+def attention_packed_forward(
+    qkv: Tensor, doc_start: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same of qkv (B, T, 3, H, D), so that its gradient is one tensor."""
+    return _attend(*qkv.unbind(2), doc_start, causal, scale)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q.shape
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    out = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
-    lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+    out, lse = _outputs(q)
     config, arguments = launch_settings("attention_forward", causal, doc_start, q=q, k=k, v=v)
     forward_kernel[(triton.cdiv(T, config["ROWS"]), H, B)](
         doc_start=doc_start, out=out, lse=lse, T=T, H=H, scale_log2=scale * LOG2_E, **arguments
@@ -121,12 +140,22 @@ def attention_forward(
 
 @attention_forward.register_fake
 def _(q, k, v, doc_start, causal, scale):
+    return _outputs(q)
+
+
+@attention_packed_forward.register_fake
+def _(qkv, doc_start, causal, scale):
+    return _outputs(qkv[:, :, 0])
+
+
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     B, T, H, _ = q.shape
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
 
 
 make_differentiable(attention_forward, attention_backward)
+make_differentiable(attention_packed_forward, attention_packed_backward)
 
 
 KERNELS = {

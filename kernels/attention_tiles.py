@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
 
 from kernels.aot import Case
+from kernels.custom_op import Op
 from kernels.dispatch import CHIPS, TensorDescriptor, chip, interpreting, tl, triton
 from kernels.launch_configs import LaunchConfig, launch_config
 
@@ -92,17 +92,18 @@ def visible(rows, keys, row_starts, T, CAUSAL: tl.constexpr, DOCS: tl.constexpr)
     return seen
 
 
-def make_differentiable(attend: CustomOpDef, backward: CustomOpDef) -> None:
-    """Give `attend`, (q, k, v, doc_start, causal, scale) -> (out, lse), the gradients that `backward` makes."""
+def make_differentiable(attend: Op, backward: Op) -> None:
+    """Give `attend`, (q, k, v or qkv, doc_start, causal, scale) -> (out, lse), the gradients that `backward` makes."""
 
     def context(ctx, inputs, output):
-        q, k, v, doc_start, ctx.causal, ctx.scale = inputs
-        ctx.save_for_backward(q, k, v, doc_start, *output)
+        *tensors, ctx.causal, ctx.scale = inputs
+        ctx.save_for_backward(*tensors, *output)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     def gradients(ctx, grad, _):
-        return *backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None, None
+        made = backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale)
+        return *(made if isinstance(made, tuple) else (made,)), None, None, None
 
     attend.register_autograd(gradients, setup_context=context)
 

@@ -3,8 +3,7 @@
     PILESMITH_KERNELS=triton|torch   overrides every decision (and the config field of the same meaning)
     PILESMITH_CHIP=cuda:75           decides as if the device were that chip; it still runs on the one that is there
 
-Kernel files take `triton`, `tl`, `TensorDescriptor`, `custom_op` and `wrap_triton` from here, so that they import and
-work without Triton.
+Kernel files take `triton`, `tl` and `TensorDescriptor` from here, so that they import and work without Triton.
 """
 
 import functools
@@ -258,31 +257,3 @@ def _decide(op: str, device: torch.device) -> tuple[str, str]:
     if OPS[op] and not here.tensor_cores:
         return "torch", f"{here.name} ({here.target}): no tensor cores through Triton"
     return "triton", f"Triton {triton.__version__} on {here.name} ({here.target})"
-
-
-def custom_op(
-    name: str, *, mutates_args: tuple[str, ...] = (), opaque: bool = False
-) -> Callable[[Callable], torch.library.CustomOpDef]:
-    """Registers a function that launches Triton kernels as the op pilesmith::`name`.
-
-    The function's type hints are the schema; kernels inside are launched as `wrap_triton(kernel)[grid](...)`, those of
-    an opaque one as they are. The result has `register_fake` (always give one) and `register_autograd`, as
-    torch.library has them. On a GPU the op is a `triton_op`, so that Inductor sees the kernels; under the interpreter,
-    where that cannot work, and where the function must see real tensors with real addresses (`opaque`), a `custom_op`.
-    Neither breaks a `fullgraph` compile. Outputs must not alias inputs.
-    """
-
-    def register(function: Callable) -> torch.library.CustomOpDef:
-        hidden = opaque or interpreting() or not TRITON_PRESENT
-        make = torch.library.custom_op if hidden else torch.library.triton_op
-        return make(f"pilesmith::{name}", function, mutates_args=mutates_args)
-
-    return register
-
-
-def wrap_triton(kernel: Callable) -> Callable:
-    """`torch.library.wrap_triton`, or the kernel itself under the interpreter.
-
-    The name is torch's own on purpose: it looks for calls of this name to know which kernels an op depends on.
-    """
-    return kernel if interpreting() else torch.library.wrap_triton(kernel)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.aot import Case, as_launched
-from kernels.dispatch import CHIPS, backend, chip, custom_op, tl, triton, wrap_triton
+from kernels.custom_op import custom_op, wrap_triton
+from kernels.dispatch import CHIPS, backend, chip, tl, triton
 from kernels.launch_configs import launch_config
 from kernels.layer_norm_wide import (
     WIDE_LAUNCH,

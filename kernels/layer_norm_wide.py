@@ -6,7 +6,8 @@ Arguments, shapes and numbers as in kernels/layer_norm.py.
 import torch
 from torch import Tensor
 
-from kernels.dispatch import tl, triton, wrap_triton
+from kernels.custom_op import wrap_triton
+from kernels.dispatch import tl, triton
 
 WIDE_LAUNCH = {"BLOCK": 4096, "num_warps": 8}  # one program a row
 WIDE_SUMS_TILE = {"ROWS": 8, "BLOCK": 512}

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from kernels.aot import triton_targets
-from kernels.dispatch import CHIPS, interpreting, processors, tl, triton, wrap_triton
+from kernels.custom_op import wrap_triton
+from kernels.dispatch import CHIPS, interpreting, processors, tl, triton
 
 WIDEST_TILE = 8192
 GPT_WIDTHS = (768, 1024, 1280, 1600, 2048, 2560)

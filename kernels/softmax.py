@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from kernels.aot import Case, as_launched
-from kernels.dispatch import LOG2_E, backend, chip, custom_op, tl, triton, wrap_triton
+from kernels.custom_op import custom_op, wrap_triton
+from kernels.dispatch import LOG2_E, backend, chip, tl, triton
 from kernels.launch_configs import launch_config
 from kernels.rows import (
     WIDEST_TILE,

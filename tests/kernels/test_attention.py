@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import attention, attention_decode, attention_tiles, dispatch
+from kernels import attention, attention_decode, attention_packed, attention_tiles, dispatch
 from kernels.attention import attention_reference, chunked
-from kernels.attention_backward import attention_backward
-from kernels.attention_forward import KERNELS, attention_forward
+from kernels.attention_backward import attention_backward, attention_packed_backward
+from kernels.attention_forward import KERNELS, attention_forward, attention_packed_forward
 from kernels.attention_tiles import offset
 from kernels.dispatch import tl, triton
 from kernels.launch_configs import use_launch_config
@@ -234,14 +234,36 @@ def test_decode(path, dtype, new, length, size, H, G, D, kernel_path):
     assert (out - exact[:, length - new :]).abs().max() <= (5e-6 if dtype == torch.float32 else 2e-3)
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("D", [16, 24])
+def test_packed_is_the_same_with_its_gradient_in_one_piece(path, documents, D, kernel_path):
+    doc_start = document_starts(2, 37, 0.1) if documents else None
+    qkv = torch.randn(2, 37, 3, 2, D, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    grad = torch.randn(2, 37, 2, D, generator=torch.Generator().manual_seed(1))
+    with kernel_path(path), torch.profiler.profile() as profiled:
+        out = attention_packed(qkv, doc_start=doc_start)
+        gradient = torch.autograd.grad(out, qkv, grad)[0]
+    with kernel_path(path):
+        apart = attention(*qkv.unbind(2), doc_start=doc_start)
+        theirs = torch.autograd.grad(apart, qkv, grad)[0]
+    assert torch.equal(out, apart) and torch.equal(gradient, theirs)
+    stacked = any(event.key == "aten::stack" for event in profiled.key_averages())
+    assert stacked == (path == "torch" or D == 24)  # there PyTorch puts three gradients together
+
+
 def test_operators_keep_their_contract(triton_path):
     for doc_start in (None, document_starts(1, 17, 0.1)):
         _, q, k, v = packed(1, 17, 2, 1, 16, torch.float32)
-        torch.library.opcheck(attention_forward, (q, k, v, doc_start, True, 0.25))
-        torch.library.opcheck(chunked, (q, k, v, doc_start, True, 0.25))
+        torch.library.opcheck(attention_forward.definition, (q, k, v, doc_start, True, 0.25))
+        torch.library.opcheck(chunked.definition, (q, k, v, doc_start, True, 0.25))
         q, k, v = q.detach(), k.detach(), v.detach()
         out, lse = attention_forward(q, k, v, doc_start, True, 0.25)
-        torch.library.opcheck(attention_backward, (out, q, k, v, doc_start, out, lse, True, 0.25))
+        torch.library.opcheck(attention_backward.definition, (out, q, k, v, doc_start, out, lse, True, 0.25))
+        qkv = torch.randn(1, 17, 3, 2, 16, requires_grad=True)
+        torch.library.opcheck(attention_packed_forward.definition, (qkv, doc_start, True, 0.25))
+        packed_backward = attention_packed_backward.definition
+        torch.library.opcheck(packed_backward, (out, qkv.detach(), doc_start, out, lse, True, 0.25))
 
 
 def test_bad_shapes_say_so():

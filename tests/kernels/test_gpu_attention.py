@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import attention, attention_decode, dispatch
+from kernels import attention, attention_decode, attention_packed, dispatch
 from kernels.attention import attention_reference
 
 pytestmark = pytest.mark.gpu
@@ -90,8 +90,8 @@ def test_a_hundred_backward_passes_have_the_same_bits(documents):
     grad = torch.randn(4, 1024, 12, 64, device=DEVICE, dtype=qkv.dtype)
 
     def once():
-        q, k, v = qkv.view(4, 1024, 3, 12, 64).unbind(2)
-        return torch.autograd.grad(attention(q, k, v, doc_start=doc_start), qkv, grad)[0]
+        out = attention_packed(qkv.view(4, 1024, 3, 12, 64), doc_start=doc_start)
+        return torch.autograd.grad(out, qkv, grad)[0]
 
     first = once()
     assert all(torch.equal(once(), first) for _ in range(100))
@@ -114,7 +114,7 @@ def test_memory_is_linear_in_length():
         qkv = torch.randn(1, T, 3, 8, 64, device=DEVICE, dtype=training_dtype(), requires_grad=True)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        attention(*qkv.unbind(2)).sum().backward()
+        attention_packed(qkv).sum().backward()
         return torch.cuda.max_memory_allocated() - before
 
     assert peak_bytes(32768) <= 4.2 * peak_bytes(8192)
@@ -122,7 +122,7 @@ def test_memory_is_linear_in_length():
 
 def test_inductor_takes_it_in_one_graph():
     def step(qkv, doc_start):
-        return attention(*qkv.view(2, 512, 3, 4, 64).unbind(2), doc_start=doc_start)
+        return attention_packed(qkv.view(2, 512, 3, 4, 64), doc_start=doc_start)
 
     qkv = torch.randn(2, 512, 768, device=DEVICE, dtype=training_dtype(), requires_grad=True)
     doc_start = document_starts(2, 512, 0.01)

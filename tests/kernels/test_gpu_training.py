@@ -6,7 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import add_layer_norm, attention, bias_activation, dispatch, layer_norm, linear_cross_entropy, rotary
+from kernels import (
+    add_layer_norm,
+    attention_packed,
+    bias_activation,
+    dispatch,
+    layer_norm,
+    linear_cross_entropy,
+    rotary,
+)
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -40,7 +48,7 @@ class Model(torch.nn.Module):
         for i in range(LAYERS):
             h, x = add_layer_norm(branch, x, weight(f"norm1_{i}"))
             qkv = rotary(F.linear(h, weight(f"qkv_{i}")), cos, sin, n_head=2 * H, head_dim=D)
-            mixed = attention(*qkv.view(B, T, 3, H, D).unbind(2)).reshape(B, T, C)
+            mixed = attention_packed(qkv.view(B, T, 3, H, D)).reshape(B, T, C)
             h, x = add_layer_norm(F.linear(mixed, weight(f"project_{i}")), x, weight(f"norm2_{i}"))
             h = bias_activation(F.linear(h, weight(f"up_{i}")), weight(f"shift_{i}"), "gelu_tanh")
             branch = F.linear(h, weight(f"down_{i}"))

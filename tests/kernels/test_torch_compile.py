@@ -9,7 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import add_layer_norm, attention, bias_activation, layer_norm, linear_cross_entropy, rotary, softmax
+from kernels import (
+    add_layer_norm,
+    attention,
+    attention_packed,
+    bias_activation,
+    layer_norm,
+    linear_cross_entropy,
+    rotary,
+    softmax,
+)
 
 B, T, H, D, V = 2, 24, 2, 16, 50
 C = H * D
@@ -29,8 +38,8 @@ class Block(torch.nn.Module):
     def forward(self, tokens, targets, cos, sin, doc_start):
         x = F.embedding(tokens, self.embed)
         qkv = F.linear(layer_norm(x, self.norm, self.shift), self.qkv)
-        q, k, v = rotary(qkv, cos, sin, n_head=2 * H, head_dim=D).view(B, T, 3, H, D).unbind(2)
-        mixed = attention(q, k, v) + attention(q, k, v, doc_start=doc_start)
+        qkv = rotary(qkv, cos, sin, n_head=2 * H, head_dim=D).view(B, T, 3, H, D)
+        mixed = attention(*qkv.unbind(2)) + attention_packed(qkv, doc_start=doc_start)
         y, x = add_layer_norm(F.linear(mixed.reshape(B, T, C), self.project), x, self.norm, self.shift)
         x = x + F.linear(bias_activation(F.linear(y, self.up), self.up_bias, "gelu_tanh"), self.down)
         x = x * softmax(F.linear(x, self.gate), temperature=2.0)
@@ -130,8 +139,9 @@ def test_on_a_gpu_the_compiler_sees_every_kernel():
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     # The loss chooses its chunks at run time, attention describes real addresses; every other op is open.
-    opaque = {f"opaque pilesmith.{op}.default" for op in ("linear_cross_entropy", "attention", "attention_backward")}
-    assert {line for line in lines if line.startswith("opaque")} <= opaque
+    opaque = {line.removeprefix("opaque pilesmith.") for line in lines if line.startswith("opaque")}
+    whole = ("linear_cross_entropy", "attention", "attention_backward", "attention_packed", "attention_packed_backward")
+    assert opaque == {f"{op}.default" for op in whole}
     assert "assuming every input is mutated" not in done.stderr
     # By their sources a compiled graph on disk is known to be stale.
     kernels_by_op = dict(line.split()[1:] for line in lines if line.startswith("op "))

@@ -188,6 +188,14 @@ def test_work_by_hand():
     assert work_of("aten::_scaled_dot_product_flash_attention", [[2, 3, 8, 16]] * 3, 2) == work_of(
         "pilesmith::attention", [[2, 8, 3, 16]] * 3, 2
     )
+    forward, backward = "pilesmith::attention", "pilesmith::attention_backward"
+    packed = work_of("pilesmith::attention_packed", [[2, 8, 3, 5, 16]], 2)
+    assert packed == work_of(forward, [[2, 8, 5, 16]] * 3, 2)
+    packed = work_of("pilesmith::attention_packed_backward", [[2, 8, 5, 16], [2, 8, 3, 5, 16]], 2)
+    assert packed == work_of(backward, [[2, 8, 5, 16]] * 4, 2)
+    assert work_of("pilesmith::layer_norm", [[6, 10], [], [10]], 2) == (0, 2 * 60 * 2)
+    assert work_of("pilesmith::layer_norm", [[6, 10], [6, 10], [10]], 2) == (0, 4 * 60 * 2)
+    assert work_of("pilesmith::layer_norm_backward", [[6, 10], [6, 10], [6, 10], [10]], 2) == (0, 4 * 60 * 2)
     assert work_of("aten::native_layer_norm", [[6, 10]], 2) == (0, 2 * 60 * 2)
     assert work_of("aten::view", [[6, 10]], 2) is None
 

@@ -34,7 +34,7 @@ _BACKWARD = "autograd::engine::evaluate_function: "
 _MODULES: dict[type[nn.Module], str] = {
     GPT: "embedding",  # what is left when its blocks, norm and head are taken out
     nn.Embedding: "embedding",
-    Block: "other",  # the last residual addition
+    Block: "other",  # the residual additions of blocks that are recomputed
     LayerNorm: "norm",
     Attention: "attention",
     Linear: "matmul",
@@ -197,12 +197,12 @@ def _product(shapes: list[list[int]], itemsize: int) -> tuple[int, int]:
     return 2 * many * m * n * k, itemsize * many * (m * k + k * n + m * n)
 
 
-def _attention(shapes: list[list[int]], itemsize: int, layout: str, backward: bool) -> tuple[int, int]:
-    """Causal: half of the square. The first tensors are (the gradient and) the queries."""
-    q = shapes[1 if backward else 0]
-    B, T, H, D = (q[0], q[2], q[1], q[3]) if layout == "BHTD" else q
-    flops = 2 * B * H * T * T * D
-    return (flops * 5 // 2, 8 * _size(q) * itemsize) if backward else (flops, 4 * _size(q) * itemsize)
+def _attention(shapes: list[list[int]], itemsize: int, layout: str, backward: bool = False) -> tuple[int, int]:
+    """Causal: half of the square. layout: of the first tensor, which is as the queries or all three of them packed."""
+    size = dict(zip(layout, shapes[0]))
+    B, T, H, D = (size[axis] for axis in "BTHD")
+    flops, q_bytes = 2 * B * H * T * T * D, B * T * H * D * itemsize
+    return (flops * 5 // 2, 8 * q_bytes) if backward else (flops, 4 * q_bytes)
 
 
 def _moves(count: int) -> Callable[[list[list[int]], int], tuple[int, int]]:
@@ -219,20 +219,22 @@ _WORK: dict[str, Callable[[list[list[int]], int], tuple[int, int]]] = {
     "aten::mm": _product,
     "aten::addmm": _product,
     "aten::bmm": _product,
-    "aten::_scaled_dot_product_flash_attention_for_cpu": lambda s, i: _attention(s, i, "BHTD", False),
+    "aten::_scaled_dot_product_flash_attention_for_cpu": lambda s, i: _attention(s, i, "BHTD"),
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": lambda s, i: _attention(s, i, "BHTD", True),
-    "aten::_scaled_dot_product_flash_attention": lambda s, i: _attention(s, i, "BHTD", False),
+    "aten::_scaled_dot_product_flash_attention": lambda s, i: _attention(s, i, "BHTD"),
     "aten::_scaled_dot_product_flash_attention_backward": lambda s, i: _attention(s, i, "BHTD", True),
-    "aten::_scaled_dot_product_efficient_attention": lambda s, i: _attention(s, i, "BHTD", False),
+    "aten::_scaled_dot_product_efficient_attention": lambda s, i: _attention(s, i, "BHTD"),
     "aten::_scaled_dot_product_efficient_attention_backward": lambda s, i: _attention(s, i, "BHTD", True),
-    "aten::_scaled_dot_product_cudnn_attention": lambda s, i: _attention(s, i, "BHTD", False),
+    "aten::_scaled_dot_product_cudnn_attention": lambda s, i: _attention(s, i, "BHTD"),
     "aten::_scaled_dot_product_cudnn_attention_backward": lambda s, i: _attention(s, i, "BHTD", True),
-    "pilesmith::attention": lambda s, i: _attention(s, i, "BTHD", False),
+    "pilesmith::attention": lambda s, i: _attention(s, i, "BTHD"),
     "pilesmith::attention_backward": lambda s, i: _attention(s, i, "BTHD", True),
+    "pilesmith::attention_packed": lambda s, i: _attention(s, i, "BT3HD"),
+    "pilesmith::attention_packed_backward": lambda s, i: _attention(s, i, "BTHD", True),
     "aten::native_layer_norm": _moves(2),
     "aten::native_layer_norm_backward": _moves(3),
-    "pilesmith::layer_norm": _moves(2),
-    "pilesmith::layer_norm_backward": _moves(3),
+    "pilesmith::layer_norm": lambda s, i: _moves(2 * s.count(s[0]))(s, i),  # with a branch, two go in and two come out
+    "pilesmith::layer_norm_backward": lambda s, i: _moves(s.count(s[0]) + 1)(s, i),
     "_BiasActivation": _moves(2),
     "_BiasActivationBackward": _moves(3),
     "pilesmith::bias_activation": _moves(2),

@@ -1,0 +1,85 @@
+"""Functions that launch kernels, as ops: what a compiler, a dispatch mode or a profiler sees, and nobody else pays for.
+
+torch.library's way through the dispatcher takes several times as long as a launch, which small models and decoding
+wait for; so where nobody watches, an op is its function and, under autograd, a torch.autograd.Function around it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+from kernels.dispatch import TRITON_PRESENT, interpreting
+
+
+class Op:
+    """An op in torch.library as `definition`, called on plain tensors without it; outputs must not alias inputs.
+
+    Give each a `register_fake`, as torch.library has it, and what is differentiable a `register_autograd`.
+    """
+
+    def __init__(self, definition: torch.library.CustomOpDef, function: Callable) -> None:
+        self.definition, self._function = definition, function
+        self.register_fake = definition.register_fake
+        self._apply: Callable | None = None
+
+    def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
+        """As torch.library's; the gradients have no gradients themselves."""
+        self.definition.register_autograd(backward, setup_context=setup_context)
+        function = self._function
+
+        class Differentiable(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *inputs: Any) -> Any:
+                output = function(*inputs)
+                setup_context(ctx, inputs, output)
+                return output
+
+        Differentiable.backward = staticmethod(once_differentiable(backward))
+        self._apply = Differentiable.apply
+
+    def __call__(self, *inputs: Any) -> Any:
+        if torch.compiler.is_compiling() or _watched() or not all(map(_plain, inputs)):
+            return self.definition(*inputs)
+        return (self._apply if self._apply and torch.is_grad_enabled() else self._function)(*inputs)
+
+
+def custom_op(name: str, *, opaque: bool = False) -> Callable[[Callable], Op]:
+    """Registers a function that launches Triton kernels as the op pilesmith::`name`.
+
+    The function's type hints are the schema; kernels inside are launched as `wrap_triton(kernel)[grid](...)`, those of
+    an opaque one as they are. On a GPU the op is a `triton_op`, so that Inductor sees the kernels; under the
+    interpreter, where that cannot work, and where the function must see real tensors with real addresses (`opaque`), a
+    `custom_op`. Neither breaks a `fullgraph` compile.
+    """
+
+    def register(function: Callable) -> Op:
+        hidden = opaque or interpreting() or not TRITON_PRESENT
+        make = torch.library.custom_op if hidden else torch.library.triton_op
+        return Op(make(f"pilesmith::{name}", function, mutates_args=()), function)
+
+    return register
+
+
+def wrap_triton(kernel: Callable) -> Callable:
+    """`torch.library.wrap_triton` where something traces, else the kernel itself.
+
+    The name is torch's own on purpose: it looks for calls of this name to know which kernels an op depends on.
+    """
+    return torch.library.wrap_triton(kernel) if _watched() and not interpreting() else kernel
+
+
+def _watched() -> bool:
+    """Whether a dispatch mode, a transform of torch.func or a profiler wants to see ops."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def _plain(x: Any) -> bool:
+    return type(x) in (Tensor, Parameter) or not isinstance(x, Tensor)
