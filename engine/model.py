@@ -19,6 +19,7 @@ from kernels import (
     add_layer_norm,
     attention,
     attention_decode,
+    attention_packed,
     bias_activation,
     layer_norm,
     linear_cross_entropy,
@@ -48,12 +49,12 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm with the residual addition in front of it, when there is one."""
+    """LayerNorm of the residual stream, with the addition of the branch that ends there: its norm, and the stream."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        if residual is None:
-            return layer_norm(x, self.weight, self.bias, eps=self.eps)
-        return add_layer_norm(x, residual, self.weight, self.bias, eps=self.eps)
+    def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        if branch is None:
+            return layer_norm(x, self.weight, self.bias, eps=self.eps), x
+        return add_layer_norm(branch, x, self.weight, self.bias, eps=self.eps)
 
 
 class ActivatedLinear(nn.Linear):
@@ -91,7 +92,7 @@ class Attention(nn.Module):
     """
 
     # An instance may have its own, as the one that engine/strategy/activations.py gives.
-    attend = staticmethod(attention)
+    attend = staticmethod(attention_packed)
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -106,14 +107,12 @@ class Attention(nn.Module):
         qkv = self.c_attn(x)  # (B, T, 3C): queries, keys, values, each H heads of D
         if rope is not None:
             qkv = rotary(qkv, *rope, n_head=2 * self.n_head, head_dim=self.head_dim)
-        q, k, v = qkv.view(B, T, 3, self.n_head, self.head_dim).unbind(2)  # (B, T, H, D), views
-        if cache is None:
-            y = self.attend(q, k, v, doc_start=doc_start)
-        else:
-            y = self._cached(q, k, v, cache)
+        qkv = qkv.view(B, T, 3, self.n_head, self.head_dim)
+        y = self.attend(qkv, doc_start=doc_start) if cache is None else self._cached(qkv, cache)
         return self.c_proj(y.reshape(B, T, C))
 
-    def _cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
+    def _cached(self, qkv: Tensor, cache: KVCache) -> Tensor:
+        q, k, v = qkv.unbind(2)  # (B, T, H, D), views
         end = cache.length + q.shape[1]
         keys, values = cache.keys[self.layer], cache.values[self.layer]  # (B, S, H, D)
         keys[:, cache.length : end], values[:, cache.length : end] = k, v
@@ -135,7 +134,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on the normed residual stream and added to it: (B, T, C) to (B, T, C)."""
+    """Attention and MLP, each on the normed residual stream and added to it: (B, T, C) to (B, T, C).
+
+    Takes and returns the stream and the last branch, which the next norm adds to it in its own pass over memory.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -147,12 +149,14 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
+        branch: Tensor | None = None,
         rope: tuple[Tensor, Tensor] | None = None,
         doc_start: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> Tensor:
-        h, x = self.ln_2(self.attn(self.ln_1(x), rope, doc_start, cache), x)  # h normalised, x the residual stream
-        return x + self.mlp(h)
+    ) -> tuple[Tensor, Tensor]:
+        h, x = self.ln_1(x, branch)
+        h, x = self.ln_2(x, self.attn(h, rope, doc_start, cache))
+        return x, self.mlp(h)
 
 
 def rotary_tables(length: int, head_dim: int, device: torch.device, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
@@ -226,12 +230,14 @@ class GPT(nn.Module):
             x = x + self.transformer["wpe"](torch.arange(start, end, device=tokens.device))
         x = x.to(self.dtype or x.dtype)
         rope = self._rotary(start, end, tokens.device) if self.config.positions == "rotary" else None
+        branch = None
         for block in self.transformer["h"]:
-            x = block(x, rope, doc_start, cache)
+            x, branch = block(x, branch, rope, doc_start, cache)
         if cache is not None:
             cache.length = end
-            x = x[:, -1:]
-        return self.lm_head(self.transformer["ln_f"](x), targets, reduction)
+            x, branch = x[:, -1:], branch[:, -1:]
+        h, _ = self.transformer["ln_f"](x, branch)
+        return self.lm_head(h, targets, reduction)
 
     def _rotary(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._rope is None or self._rope[0].device != device:

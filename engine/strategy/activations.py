@@ -18,11 +18,12 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from engine.model import GPT, Attention
-from kernels import attention
+from kernels import attention_packed
 
 # What computes attention's output and log-sum-exp: ours, and what F.scaled_dot_product_attention becomes.
 ATTENTION_OPS = (
     torch.ops.pilesmith.attention.default,
+    torch.ops.pilesmith.attention_packed.default,
     torch.ops.pilesmith.attention_chunked.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -45,8 +46,17 @@ def recompute_blocks(model: GPT, kind: str, count: int, *, compiled: bool = Fals
             watching = functools.partial(create_selective_checkpoint_contexts, list(ATTENTION_OPS))
             options["context_fn"] = watching if compiled else functools.partial(_keeping_attention, block.attn)
         again = functools.partial(checkpoint, block.forward, **options)
-        block.forward = inputs.keeping(layer, again) if inputs else again
+        block.forward = _summed(inputs.keeping(layer, again) if inputs else again)
     return inputs
+
+
+def _summed(forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return `forward` of a block such that it gets the stream with the branch added: one tensor to keep, not two."""
+
+    def run(x: Tensor, branch: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+        return forward(x if branch is None else x + branch, None, *rest)
+
+    return run
 
 
 def in_words(kind: str, count: int) -> str:
@@ -71,9 +81,9 @@ class _KeptAttention(TorchDispatchMode):
         self.outputs: list[Any] = []
         self.repeated: Iterator[Any] | None = None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = None) -> Tensor:
+    def attend(self, qkv: Tensor, *, doc_start: Tensor | None = None) -> Tensor:
         with self:
-            return attention(q, k, v, doc_start=doc_start)
+            return attention_packed(qkv, doc_start=doc_start)
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func not in ATTENTION_OPS:
@@ -158,10 +168,12 @@ class HostInputs:
         self._stream: torch.cuda.Stream | None = None
         self._newest: weakref.ref[_Input] | None = None
 
-    def keeping(self, layer: int, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def keeping(
+        self, layer: int, forward: Callable[..., tuple[Tensor, Tensor]]
+    ) -> Callable[..., tuple[Tensor, Tensor]]:
         """Return `forward`, a checkpointed block, such that its input is kept here."""
 
-        def run(x: Tensor, *rest: Any) -> Tensor:
+        def run(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
             # A checkpoint saves nothing but its arguments; the others say where documents begin and what is where.
             shape = x.shape  # the graph holds the hooks, and they must not hold x
             with saved_tensors_hooks(lambda t: self._pack(layer, t) if t.shape == shape else t, self._unpack):
