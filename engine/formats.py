@@ -1,8 +1,8 @@
-"""Weights under other programs' names: Hugging Face's GPT-2 and the classic train-llm-from-scratch script.
+"""Weights under other programs' names: what every format shares, and the classic train-llm-from-scratch script's.
 
 Each format is a pair of functions between its state dict and ours, {name: tensor} with a tied head stored once, as
 transformer.wte.weight. What a file must hold is what the way out would write for a model of its shape, so one list of
-names serves both directions.
+names serves both directions. Those of Hugging Face's transformers are in engine/hugging_face.py.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from engine.tokenizer import END_OF_TEXT
 State = dict[str, Tensor]
 R50K_TOKENS, R50K_PADDED = END_OF_TEXT + 1, 50304
 
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}  # Hugging Face's: ours
-_GPT2_DEFAULTS = dict(  # what a config.json may leave out
-    n_layer=12, n_head=12, n_embd=768, n_positions=1024, vocab_size=R50K_TOKENS,
-    activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
-)  # fmt: skip
-_CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2 stores these (in, out)
+FIELDS: dict[str, dict[str, Any]] = {  # what a model must be for a format to hold it
+    "gpt2": dict(positions="learned", head_bias=False),
+    "gpt-neox": dict(positions="rotary", head_bias=False),
+    "classic": CLASSIC_MODEL,
+    "safetensors": {},
+}
 _CLASSIC_NAMES = {  # ours: the classic script's; the packed qkv matrix is one matrix a head there
     "transformer.wte": "token_embed",
     "transformer.wpe": "position_embed",
@@ -74,14 +74,24 @@ def _listed(kind: str, names: Iterable[str]) -> str:
     return f"{kind}: {', '.join(names)}" if names else ""
 
 
-def _require_fields(config: ModelConfig, wanted: dict[str, Any], format: str) -> None:
-    wrong = [
-        f"{name} is {getattr(config, name)!r} ({format}: {value!r})"
-        for name, value in wanted.items()
+def formats_of(config: ModelConfig) -> list[str]:
+    """Return the formats that hold this model exactly, by the names that export takes."""
+    return [format for format, fields in FIELDS.items() if not _unlike(config, fields)]
+
+
+def require_format(config: ModelConfig, format: str) -> None:
+    """Raise WeightsError unless `format` can hold the model; it names the fields, and the formats that can."""
+    if wrong := _unlike(config, FIELDS[format]):
+        others = " or ".join(formats_of(config))
+        raise WeightsError(f"{format} cannot express this model: {', '.join(wrong)}; --format {others} can")
+
+
+def _unlike(config: ModelConfig, fields: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} is {getattr(config, name)!r} (there always {value!r})"
+        for name, value in fields.items()
         if getattr(config, name) != value
     ]
-    if wrong:
-        raise WeightsError(f"{format} cannot express this model: {', '.join(wrong)}; --format safetensors can")
 
 
 def resize_vocab(config: ModelConfig, state: State, vocab_size: int) -> tuple[ModelConfig, State]:
@@ -97,77 +107,6 @@ def resize_vocab(config: ModelConfig, state: State, vocab_size: int) -> tuple[Mo
             added = rows.float().mean(0, keepdim=True).to(rows.dtype).expand(vocab_size - len(rows), *rows.shape[1:])
             resized[name] = torch.cat([rows, added])
     return dataclasses.replace(config, vocab_size=vocab_size), resized
-
-
-def from_gpt2(about: dict[str, Any], state: State) -> tuple[ModelConfig, State]:
-    """Return the model of a Hugging Face GPT-2: `about` its config.json, `state` GPT2LMHeadModel's or GPT2Model's.
-
-    WeightsError names a setting that this GPT does not have, and entries that are missing or unknown.
-    """
-    about = _GPT2_DEFAULTS | about
-    settings = {
-        "model_type": ("gpt2",),
-        "activation_function": tuple(_ACTIVATIONS),
-        "n_inner": (None, 4 * about["n_embd"]),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-    }
-    for name, known in settings.items():
-        if about.get(name, known[0]) not in known:
-            expressible = " or ".join(map(repr, known))
-            raise WeightsError(f"config.json: {name} is {about[name]!r}; this GPT can only do {expressible}")
-    config = ModelConfig(
-        n_layer=about["n_layer"],
-        n_head=about["n_head"],
-        n_embd=about["n_embd"],
-        block_size=about["n_positions"],
-        vocab_size=about["vocab_size"],
-        activation=_ACTIVATIONS[about["activation_function"]],
-        norm_eps=about["layer_norm_epsilon"],
-        tie_head=about["tie_word_embeddings"],
-    )
-    prefix = "" if any(name.startswith("transformer.") for name in state) else "transformer."  # GPT2Model has none
-    named = {name if name.startswith("lm_head.") else prefix + name: tensor for name, tensor in state.items()}
-    masks = (".attn.bias", ".attn.masked_bias")
-    named = drop_tied(config, {name: tensor for name, tensor in named.items() if not name.endswith(masks)})
-    compare(_transpose_conv1d(expected_state(config)), named, "this GPT-2")
-    return config, _transpose_conv1d(named)
-
-
-def to_gpt2(config: ModelConfig, state: State, vocab_size: int | None = None) -> tuple[dict[str, Any], State]:
-    """Return config.json and the state dict of Hugging Face's GPT2LMHeadModel.
-
-    vocab_size: rows kept of the embedding; None cuts r50k's padding of 50304 back to 50257 and nothing else.
-    WeightsError names the fields that GPT-2 does not have (rotary positions, a biased head, ReLU).
-    """
-    learned = dict(positions="learned", bias=True, qkv_bias=True, head_bias=False)
-    _require_fields(config, learned | ({} if config.activation == "gelu" else dict(activation="gelu_tanh")), "GPT-2")
-    rows = vocab_size or (R50K_TOKENS if config.vocab_size == R50K_PADDED else config.vocab_size)
-    config, state = resize_vocab(config, state, rows)
-    about = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "activation_function": "gelu_new" if config.activation == "gelu_tanh" else "gelu",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "layer_norm_epsilon": config.norm_eps,
-        "tie_word_embeddings": config.tie_head,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "bos_token_id": END_OF_TEXT,
-        "eos_token_id": END_OF_TEXT,
-        "dtype": str(state["transformer.wte.weight"].dtype).removeprefix("torch."),
-    }
-    return about, _transpose_conv1d(state)
-
-
-def _transpose_conv1d(state: State) -> State:
-    return {name: tensor.t().contiguous() if name.endswith(_CONV1D) else tensor for name, tensor in state.items()}
 
 
 def from_classic(state: State) -> tuple[ModelConfig, State]:
@@ -214,7 +153,7 @@ def from_classic(state: State) -> tuple[ModelConfig, State]:
 
 def to_classic(config: ModelConfig, state: State) -> State:
     """Return the classic script's state dict, its buffers included; WeightsError names the fields it does not have."""
-    _require_fields(config, CLASSIC_MODEL, "the classic format")
+    require_format(config, "classic")
     classic = {name: tensor.clone() for name, tensor in _classic_entries(config, state).items()}
     tril = torch.ones(config.block_size, config.block_size).tril()  # one tensor for all heads: stored once
     for layer in range(config.n_layer):

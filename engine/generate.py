@@ -4,8 +4,8 @@
     python engine/generate.py --model_path gpt2/ --input_text "Once upon a time" --temperature 0.7 --top_k 40
     python engine/generate.py --model_path classic.pt --temperature 0          # the likeliest token each time
 
-The model is a run, a checkpoint, a .safetensors file, a folder of Hugging Face's GPT-2, or the classic script's .pt.
-The text goes to standard output as it is made, everything else to standard error.
+The model is a run, a checkpoint, a .safetensors file, a folder of Hugging Face's GPT-2 or GPT-NeoX, or the classic
+script's .pt. The text goes to standard output as it is made, everything else to standard error.
 """
 
 import argparse

@@ -357,7 +357,7 @@ def save(run: Run, final: bool) -> Path | None:
 
 
 def weights_from(path: str | Path, config: ModelConfig, data: TokenFile) -> Iterator[tuple[str, Tensor]]:
-    """Return the names and fp32 weights of any file that generate reads: a run, checkpoint, GPT-2 folder, classic .pt.
+    """Return the names and fp32 weights of any file that generate reads: a run, a Hugging Face folder, a classic .pt.
 
     ConfigError where they belong to another model than `config` describes, or were trained with another tokenizer than
     made `data`.

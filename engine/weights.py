@@ -1,4 +1,4 @@
-"""Weights in and out of files: a run, a checkpoint, safetensors, Hugging Face's GPT-2, the classic script's `.pt`."""
+"""Weights in and out of files: a run, a checkpoint, safetensors, Hugging Face's folders, the classic script's `.pt`."""
 
 import dataclasses
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tiktoken
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,15 +26,15 @@ from engine.formats import (
     drop_tied,
     expected_state,
     from_classic,
-    from_gpt2,
     to_classic,
-    to_gpt2,
 )
+from engine.hugging_face import from_hugging_face, to_hugging_face
 from engine.model import GPT
+from engine.tokenizer_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from engine.whole_file import whole_file
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-ACCEPTED = "a run, a checkpoint, a .safetensors, a GPT-2 folder or a classic .pt"
+ACCEPTED = "a run, a checkpoint, a .safetensors, a GPT-2 or GPT-NeoX folder or a classic .pt"
 _SCALARS = [
     "float16",
     "float32",
@@ -66,8 +67,8 @@ def find_weights(path: str | Path) -> Path:
 def load_model(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> GPT:
     """Return the model that `path` holds, in evaluation mode on `device`; weights and activations in dtype.
 
-    path: a run folder, a checkpoint, a .safetensors file, a folder of Hugging Face's GPT-2, or a classic `.pt`. dtype
-    None: as it is stored. WeightsError where the file is damaged, does not fit its model, or holds code.
+    path: a run folder, a checkpoint, a .safetensors file, a folder of Hugging Face's GPT-2 or GPT-NeoX, or a classic
+    `.pt`. dtype None: as it is stored. WeightsError where the file is damaged, does not fit its model, or holds code.
     """
     config, state = read_weights(path)
     with torch.device("meta"):
@@ -108,15 +109,18 @@ def recorded_tokenizer(path: str | Path) -> str | None:
         raise WeightsError(f"{path}: {error}") from None
 
 
-def check_target(out: str | Path, source: Path, *, is_folder: bool, overwrite: bool) -> None:
+def check_target(
+    out: str | Path, source: Path, *, is_folder: bool, overwrite: bool, with_tokenizer: bool = False
+) -> None:
     """Raise WeightsError where writing weights to `out`, a file or a folder, would cost what is there.
 
     A file that exists is replaced where `overwrite` says so, but never what is read, `source`, nor what a run or a
-    checkpoint holds: the next one to resume would train on from it.
+    checkpoint holds: the next one to resume would train on from it. with_tokenizer: its files are written there too.
     """
     out, source = Path(out), source.resolve()
     own_names = (WEIGHTS_FILE, "config.json")  # which mean something to whoever reads the folder, there yet or not
-    for file in [out / name for name in own_names] if is_folder else [out]:
+    beside = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE) if with_tokenizer else ()
+    for file in [out / name for name in own_names + beside] if is_folder else [out]:
         folder = file.parent.resolve()
         if not file.exists() and file.name not in own_names:
             continue
@@ -145,12 +149,28 @@ def write_weights(path: str | Path, config: ModelConfig, state: State, tokenizer
     return path
 
 
-def write_gpt2(folder: str | Path, config: ModelConfig, state: State, vocab_size: int | None = None) -> Path:
-    """Write a folder that transformers' `GPT2LMHeadModel.from_pretrained` reads; see `formats.to_gpt2`."""
-    about, state = to_gpt2(config, state, vocab_size)
-    _write_json(Path(folder) / "config.json", about)
-    _write_safetensors(Path(folder) / WEIGHTS_FILE, state, {"format": "pt"})
-    return Path(folder)
+def write_hugging_face(
+    folder: str | Path,
+    config: ModelConfig,
+    state: State,
+    format: str,
+    *,
+    vocab_size: int | None = None,
+    encoding: tiktoken.Encoding | None = None,
+    tokenizer: dict[str, dict[str, Any]] | None = None,
+) -> Path:
+    """Write a folder that transformers' AutoModelForCausalLM reads; see `hugging_face.to_hugging_face`.
+
+    format: "gpt2" or "gpt-neox". encoding: what the model was trained with, None where that is not known. tokenizer:
+    the content of further files for AutoTokenizer, by name (`tokenizer_files.tokenizer_files`). Returns the folder.
+    """
+    folder = Path(folder)
+    about, state = to_hugging_face(config, state, format, vocab_size, encoding.eot_token if encoding else None)
+    for name, content in ({"config.json": about} | (tokenizer or {})).items():
+        _write_json(folder / name, content)
+    metadata = {"format": "pt"} | ({"tokenizer": encoding.name} if encoding else {})
+    _write_safetensors(folder / WEIGHTS_FILE, state, metadata)
+    return folder
 
 
 def write_classic(path: str | Path, config: ModelConfig, state: State) -> Path:
@@ -180,7 +200,7 @@ def _read_safetensors(path: Path) -> tuple[ModelConfig, State]:
     else:
         about = _read_json(folder / "config.json")
         if "model" not in about:
-            return from_gpt2(about, state)
+            return from_hugging_face(about, state)
         config = _model_config(about["model"])
     compare(expected_state(config), state, "the file")
     return config, state

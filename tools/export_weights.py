@@ -1,25 +1,29 @@
 """Writes a model's weights for other programs.
 
 python tools/export_weights.py --model_path runs/13m --format safetensors --out 13m.safetensors
-python tools/export_weights.py --model_path runs/gpt2 --format gpt2 --out gpt2/                # for transformers
+python tools/export_weights.py --model_path runs/gpt2 --format gpt2 --out gpt2/     # for transformers, with tokenizer
+python tools/export_weights.py --model_path runs/2b --format gpt-neox --out 2b/     # the same for rotary positions
 python tools/export_weights.py --model_path runs/13m --format classic --out 13m.pt     # for train-llm-from-scratch
 """
 
+import argparse
 import sys
+from pathlib import Path
 
 from engine.checkpoint import CheckpointError
 from engine.command_line import CommandLine, positive
-from engine.config import ConfigError
+from engine.config import ConfigError, ModelConfig
 from engine.device import DTYPES
-from engine.formats import R50K_PADDED, R50K_TOKENS, WeightsError, resize_vocab
-from engine.tokenizer import DEFAULT_TOKENIZER, load_encoding
+from engine.formats import FIELDS, R50K_PADDED, R50K_TOKENS, State, WeightsError, require_format, resize_vocab
+from engine.tokenizer import DEFAULT_TOKENIZER, canonical, load_encoding
+from engine.tokenizer_files import TOKENIZER_FILE, tokenizer_files
 from engine.weights import (
     check_target,
     find_weights,
     read_weights,
     recorded_tokenizer,
     write_classic,
-    write_gpt2,
+    write_hugging_face,
     write_weights,
 )
 
@@ -27,41 +31,90 @@ from engine.weights import (
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("--model_path", required=True, metavar="PATH", help="run, checkpoint, .safetensors, GPT-2 folder, .pt")
+    add("--model_path", required=True, metavar="PATH", help="run, checkpoint, .safetensors, Hugging Face folder, .pt")
     add("--out", required=True, metavar="PATH", help="a folder; a .pt for classic; a .safetensors")
-    add("--format", required=True, choices=["classic", "gpt2", "safetensors"])
+    add("--format", required=True, choices=sorted(FIELDS))
     add("--dtype", choices=list(DTYPES), help="of the numbers written; as they are stored without it")
     add(
         "--vocab_size", type=positive, metavar="N",
-        help=f"rows of the embedding to keep; without it all, and for gpt2 {R50K_TOKENS} of {R50K_PADDED}",
+        help=f"rows of the embedding to keep; without it all, and for gpt2 and gpt-neox {R50K_TOKENS} of {R50K_PADDED}",
+    )  # fmt: skip
+    add(
+        "--tokenizer_name", metavar="NAME",
+        help=f"what the model was trained with, where that is not recorded [{DEFAULT_TOKENIZER} where the rows fit it]",
     )  # fmt: skip
     add("--overwrite", action="store_true", help="replace weights that are there; never those read, nor a run's")
     options = parser.parse_args(arguments)
     try:
         path = find_weights(options.model_path)
-        is_folder = (
-            options.format == "gpt2" or options.format == "safetensors" and not options.out.endswith(".safetensors")
+        for_transformers = options.format in ("gpt2", "gpt-neox")
+        is_folder = for_transformers or options.format == "safetensors" and not options.out.endswith(".safetensors")
+        check_target(
+            options.out, path, is_folder=is_folder, overwrite=options.overwrite, with_tokenizer=for_transformers
         )
-        check_target(options.out, path, is_folder=is_folder, overwrite=options.overwrite)
         config, state = read_weights(path)
+        tokenizer = _tokenizer(options.tokenizer_name, recorded_tokenizer(path))
         if options.vocab_size:
-            _keep_words(options.vocab_size, config.vocab_size, recorded_tokenizer(path) or DEFAULT_TOKENIZER)
+            _keep_words(options.vocab_size, config.vocab_size, tokenizer or DEFAULT_TOKENIZER)
         if options.dtype:
             state = {name: tensor.to(DTYPES[options.dtype]) for name, tensor in state.items()}
-        if options.format == "gpt2":
-            out = write_gpt2(options.out, config, state, options.vocab_size)
+        if for_transformers:
+            require_format(config, options.format)
+            out = _write_for_transformers(options, config, state, tokenizer)
         else:
             if options.vocab_size:
                 config, state = resize_vocab(config, state, options.vocab_size)
             if options.format == "classic":
                 out = write_classic(options.out, config, state)
             else:
-                out = write_weights(options.out, config, state, recorded_tokenizer(path))
+                out = write_weights(options.out, config, state, tokenizer)
     except (CheckpointError, ConfigError, WeightsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{path} -> {out}")
     return 0
+
+
+def _tokenizer(asked: str | None, recorded: str | None) -> str | None:
+    """Return the name of the model's tokenizer; WeightsError where the one asked for is unknown or not the recorded."""
+    if not asked:
+        return recorded
+    asked = canonical(asked)
+    if recorded not in (None, asked):
+        raise WeightsError(f"--tokenizer_name {asked}: the model was trained with {recorded}")
+    try:
+        return load_encoding(asked).name
+    except ValueError as error:
+        raise WeightsError(f"--tokenizer_name: {error}") from None
+
+
+def _write_for_transformers(
+    options: argparse.Namespace, config: ModelConfig, state: State, tokenizer: str | None
+) -> Path:
+    """Write the folder, and say which tokenizer is in it or why there is none."""
+    if not tokenizer and config.vocab_size in (R50K_TOKENS, R50K_PADDED):
+        tokenizer = DEFAULT_TOKENIZER
+        print(f"tokenizer: {tokenizer}, by the rows of the embedding, as none is recorded; --tokenizer_name: another")
+    # Rows beyond r50k's words are padding only where the words are r50k's.
+    rows = options.vocab_size or (config.vocab_size if tokenizer not in (None, DEFAULT_TOKENIZER) else None)
+    encoding, files = None, {}
+    try:
+        if not tokenizer:
+            raise ValueError(
+                f"none is recorded for this model of {config.vocab_size} tokens; --tokenizer_name names it"
+            )
+        encoding = load_encoding(tokenizer)
+        if encoding.n_vocab > (rows or config.vocab_size):
+            encoding, n_vocab = None, encoding.n_vocab
+            raise ValueError(f"{tokenizer} has {n_vocab} tokens and the model {rows or config.vocab_size}")
+        files = tokenizer_files(encoding, config.block_size)
+    except ValueError as error:
+        there = Path(options.out) / TOKENIZER_FILE
+        left = f"the {TOKENIZER_FILE} that is there stays" if there.exists() else f"put its {TOKENIZER_FILE} there"
+        print(f"no tokenizer is written: {error}; {left}")
+    return write_hugging_face(
+        options.out, config, state, options.format, vocab_size=rows, encoding=encoding, tokenizer=files
+    )
 
 
 def _keep_words(rows: int, there: int, tokenizer: str) -> None:

@@ -16,7 +16,7 @@ from engine.weights import check_target, find_weights, read_weights, recorded_to
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("--model_path", required=True, metavar="PATH", help="GPT-2 folder, classic .pt, .safetensors, run")
+    add("--model_path", required=True, metavar="PATH", help="GPT-2 or GPT-NeoX folder, classic .pt, .safetensors, run")
     add("--out", required=True, metavar="PATH", help="folder, or .safetensors file, to write")
     add(
         "--vocab_multiple", type=positive, default=64, metavar="N",

@@ -163,4 +163,4 @@ def test_programs_carry_classic_checkpoints_in_and_out(tmp_path, capsys):
     assert {t.dtype for t in load_file(tmp_path / "d/model.safetensors").values()} == {torch.bfloat16}
     capsys.readouterr()
     assert export_weights.main([f"--model_path={tmp_path}/a.pt", "--format=gpt2", f"--out={tmp_path}/e"]) == 2
-    assert "GPT-2 cannot express this model: qkv_bias" in capsys.readouterr().err
+    assert "gpt2 cannot express this model: head_bias" in capsys.readouterr().err
