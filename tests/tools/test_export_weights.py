@@ -1,16 +1,21 @@
 """A folder for transformers holds model and tokenizer; where there is no tokenizer, the program says why."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from engine.config import PRESETS, ModelConfig
+from engine.formats import formats_of
 from engine.generate import main as generate
 from engine.model import GPT
 from engine.tokenizer import load_encoding
 from engine.weights import load_model, recorded_tokenizer, write_weights
 from tests.engine.conftest import gpt
 from tools import export_weights
+
+ROOT = Path(__file__).parents[2]
 
 
 def save(folder: Path, tokenizer: str | None, **changes) -> GPT:
@@ -101,3 +106,11 @@ def test_a_tokenizer_that_is_there_is_not_replaced_unasked(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "hf").iterdir()] == ["tokenizer.json"]
     assert export(tmp_path, "gpt2", "--overwrite") == 0
     assert len(json.loads((tmp_path / "hf/tokenizer.json").read_text())["model"]["vocab"]) == load_encoding().n_vocab
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_the_readme_says_which_format_holds_each_preset(readme):
+    rows = re.findall(r"(?m)^\| `([\w-]+)` \| \d+ \|.*\| `([\w-]+)` \|", (ROOT / readme).read_text(encoding="utf-8"))
+    assert {name: [format, "safetensors"] for name, format in rows} == {
+        name: formats_of(ModelConfig(**preset["model"])) for name, preset in PRESETS.items()
+    }
