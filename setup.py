@@ -44,6 +44,6 @@ setup(
     ],
     extras_require={
         "hdf5": ["h5py"],
-        "test": ["h5py", "hypothesis", "jsonschema", "pytest", "pytest-benchmark", "transformers"],
+        "test": ["h5py", "hypothesis", "jsonschema", "pytest", "pytest-benchmark", "pytest-xdist", "transformers"],
     },
 )

@@ -17,6 +17,21 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+MOST_PROCESSES = 4  # each holds torch and its tests' models
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
+def pytest_cmdline_main(config):
+    """Share the default tests among processes, unless `-n` says otherwise or files are named.
+
+    Those for a card share it badly, and slow ones have processes of their own.
+    """
+    options = config.option
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
+        return
+    whole = "not slow" in options.markexpr and not any(".py" in argument for argument in config.args)
+    if whole and options.numprocesses is None and not options.usepdb:
+        options.numprocesses, options.dist = min(os.cpu_count() or 1, MOST_PROCESSES), "worksteal"
 
 
 def pytest_configure(config):

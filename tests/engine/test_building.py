@@ -61,7 +61,7 @@ def test_a_model_comes_into_its_place_and_format_without_being_whole_in_fp32(tin
     script = tmp_path / "build.py"
     values = f"FLAGS, SIZE, ZERO, FOLDER = {[*tiny_flags, *flags]!r}, {SIZE!r}, {zero!r}, {str(tmp_path)!r}"
     script.write_text(f"{values}\n{GROWTH}")
-    output, _ = (process := start(script, MALLOC_MMAP_THRESHOLD_="131072")).communicate(timeout=120)
+    output, _ = (process := start(script, MALLOC_MMAP_THRESHOLD_="131072")).communicate(timeout=300)
     assert process.returncode == 0, output
     n = GPT.outline(parse([*tiny_flags, *SIZE])[0].model).num_parameters()
     held = (2 if zero else 4) * n  # 16-bit weights, and moments, which DeepSpeed has not made by then

@@ -121,12 +121,12 @@ def test_a_file_of_five_billion_tokens_opens_at_once_and_reads_right(tmp_path):
         for place, value in places.items():
             file.seek(2 * place)
             file.write(np.uint16(value).tobytes())
-    began = time.perf_counter()
+    began = time.process_time()
     file = TokenFile(path)
     batches = TrainingBatches(file, block_size=block, micro_batch_size=8, grad_accum=1, seed=1)
     numbers = batches.window_numbers(10**6)
     batches.step(10**6)
-    assert time.perf_counter() - began < 2  # generous: it takes milliseconds
+    assert time.process_time() - began < 2  # generous: it takes milliseconds
     assert len(file) == tokens and batches.windows == (tokens - 1) // block
     assert (numbers >= 0).all() and (numbers < batches.windows).all()
     for place, value in places.items():

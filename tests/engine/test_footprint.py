@@ -247,7 +247,7 @@ def test_a_process_grows_by_what_is_planned(kind, start, tmp_path):
     model = dict(n_layer=6, n_head=4, n_embd=256, block_size=128, vocab_size=8192, positions="rotary")
     script = tmp_path / "grow.py"
     script.write_text(f"MODEL, BATCH, KIND = {model!r}, 8, {kind!r}\n{PROCESS}")
-    output, _ = (process := start(script, MALLOC_MMAP_THRESHOLD_="131072")).communicate(timeout=120)
+    output, _ = (process := start(script, MALLOC_MMAP_THRESHOLD_="131072")).communicate(timeout=300)
     assert process.returncode == 0, output
     grown = int(output.splitlines()[-1])
     recompute = Recompute(kind, 6) if kind != "none" else Recompute()

