@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -77,15 +78,25 @@ def token_files(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def tiny_flags(token_files, tmp_path) -> list[str]:
+def charts():
+    """Runs draw their loss.png: those of tiny_flags in this process else do not, since it takes most of their time."""
+
+
+@pytest.fixture
+def tiny_flags(token_files, tmp_path, request) -> Iterator[list[str]]:
     """Flags of a run of 12 short steps that saves and validates at every fourth, in tmp_path/run."""
+    from engine.report import Report
+
     flags = dict(
         preset="13m", n_embd=16, n_head=2, block_size=32, vocab_size=512, batch_tokens=256, max_steps=12,
         warmup_steps=2, eval_tokens=512, eval_interval=4, save_interval=4, keep_checkpoints=0, sample_tokens=3,
         log_interval=4, tensorboard="false", device="cpu", train_file=token_files[0], val_file=token_files[1],
         run_dir=tmp_path / "run",
     )  # fmt: skip
-    return [f"--{name}={value}" for name, value in flags.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        if "charts" not in request.fixturenames:
+            patch.setattr(Report, "draw", lambda report: None)
+        yield [f"--{name}={value}" for name, value in flags.items()]
 
 
 @pytest.fixture
