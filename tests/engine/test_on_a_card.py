@@ -66,15 +66,16 @@ def small(tiny_flags, tmp_path) -> list[str]:
             HOPPER,
             [
                 "--dtype=fp16",
+                "--n_layer=2",
                 "--activation_checkpointing=selective",
-                "--recomputed_blocks=2",
+                "--recomputed_blocks=1",
                 "--positions=rotary",
                 "--document_masking=true",
             ],
             2e-3,
         ),
         pytest.param(TURING, ["--offload=states"], 2e-3, marks=pytest.mark.slow),
-        (TURING, IN_BACKWARD, 4e-3),
+        (TURING, [*IN_BACKWARD, "--n_layer=2"], 4e-3),
         (PASCAL, ["--activation_checkpointing=offloaded", "--recomputed_blocks=3", "--document_masking=true"], 2e-3),
         pytest.param(
             PASCAL,
@@ -98,7 +99,8 @@ def small(tiny_flags, tmp_path) -> list[str]:
     ids=lambda value: " ".join(flag.strip("-") for flag in value) if isinstance(value, list) else None,
 )
 def test_a_run_on_a_card_is_that_on_a_cpu(chip, flags, tolerance, small, tmp_path, monkeypatch):
-    model = [flag for flag in flags if flag.split("=")[0] in ("--document_masking", "--positions", "--grad_clip")]
+    of_the_model = ("--n_layer", "--document_masking", "--positions", "--grad_clip")
+    model = [flag for flag in flags if flag.split("=")[0] in of_the_model]
     assert train.main([*small, *model, f"--run_dir={tmp_path}/cpu"]) == 0
     with pretended_card(monkeypatch, chip):
         assert train.main([*small, *flags, "--device=cuda", f"--run_dir={tmp_path}/card"]) == 0
@@ -154,8 +156,8 @@ def test_text_on_a_card_is_that_on_a_cpu(chip, small, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     "chip, flags",
     [
-        (HOPPER, ["--dtype=fp16", "--document_masking=true"]),
-        (TURING, IN_BACKWARD),
+        (HOPPER, ["--n_layer=2", "--dtype=fp16", "--document_masking=true"]),
+        (TURING, [*IN_BACKWARD, "--n_layer=2"]),
         pytest.param(TURING, ["--offload=states"], marks=pytest.mark.slow),
         (PASCAL, ["--activation_checkpointing=offloaded", "--recomputed_blocks=3", "--document_masking=true"]),
     ],

@@ -56,7 +56,7 @@ def run_and_die(run: Callable[[], object], point: int, counted: Path | None = No
         os._exit(0)
 
 
-@pytest.mark.parametrize("step", [24, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [60, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_point_it_goes_on_from_there(inputs, expected, small_segments, tmp_path: Path, step: int) -> None:
     reference = tmp_path / "reference" / "out.bin"
     reference.parent.mkdir()

@@ -58,28 +58,37 @@ def test_formulas_are_within_five_percent_of_the_tracker(case):
         assert abs(error(model, **asked)) < 0.05, kind
 
 
-@pytest.mark.parametrize("accumulates", [True, False])
+WAYS = [
+    (kind, layers, accumulates)
+    for kind in ("none", "blocks", "selective", "offloaded")
+    for layers in ((0,) if kind == "none" else (1, 3))
+    for accumulates in (True, False)
+]
+
+
 @pytest.mark.parametrize(
-    ("kind", "layers"),
-    [("none", 0), ("blocks", 1), ("blocks", 3), ("selective", 1), ("selective", 3), ("offloaded", 1), ("offloaded", 3)],
+    "case",
+    slow_unless(lambda case: case[0] == "none" or (case[1] == 3) == case[2], WAYS),  # each kind in two of four ways
+    ids=lambda case: "-".join(map(str, case)),
 )
-def test_partial_recomputation_and_single_micro_batches(kind, layers, accumulates):
+def test_partial_recomputation_and_single_micro_batches(case):
+    kind, layers, accumulates = case
     model = model_of("gpt2", n_layer=3, block_size=512, vocab_size=4096)
     asked = dict(dtype="bf16", weights="bf16", micro_batch_size=8, accumulates=accumulates)
     assert abs(error(model, **asked, recompute=way(kind, layers))) < 0.05
 
 
 def test_offloaded_activations_do_not_grow_with_depth():
-    asked = dict(dtype="bf16", weights="bf16", micro_batch_size=8)
+    asked = dict(dtype="bf16", weights="bf16", micro_batch_size=8, accumulates=False)
     held = {}
     for kind in ("blocks", "offloaded"):
-        for n_layer in (2, 5):
+        for n_layer in (2, 4):
             model = model_of("gpt2", n_layer=n_layer, n_head=4, n_embd=64, block_size=256, vocab_size=512)
             seen = track(model, **asked, recompute=way(kind, n_layer))
             held[kind, n_layer] = seen["total"] - seen["param"] - seen["grad"]
     stream = 8 * 256 * 64 * 2
-    assert held["offloaded", 5] - held["offloaded", 2] < stream / 2
-    assert held["blocks", 5] - held["blocks", 2] > 2.5 * stream
+    assert held["offloaded", 4] - held["offloaded", 2] < stream / 2
+    assert held["blocks", 4] - held["blocks", 2] > 1.5 * stream
 
 
 def test_the_tracker_sees_the_parts(capsys):

@@ -48,10 +48,10 @@ def test_every_op_can_be_tuned():
 SMALL: dict[str, tuple[str, dict]] = {
     name: ("16", {"lengths": (33,)}) if name.startswith("attention") else ("1024x2", {"rows": 5}) for name in TUNABLE
 } | {
-    "bias_activation_forward": ("4096x2", {"rows": 5}),
-    "bias_activation_backward": ("4096x2", {"rows": 5}),
+    "bias_activation_forward": ("4096x2", {"rows": 3}),
+    "bias_activation_backward": ("4096x2", {"rows": 3}),
     "cross_entropy": ("65536x2", {"rows": 3}),
-    "rotary": ("64x2", {"rows": 5}),
+    "rotary": ("64x2", {"rows": 2}),
     "adamw": ("bf16_residual_moments_int8", {"sizes": (4096, 300)}),
 }  # fmt: skip
 
@@ -173,12 +173,11 @@ def test_what_does_not_run_is_refused_and_ends_nothing(triton_here):
 
 
 def spoil(monkeypatch, name, change):
-    """What our kernels give as `name` is changed."""
-    exact = Problem.by_ours
+    """Our kernels give what PyTorch does, with `name` changed: interpreted ones would take long to say the same."""
 
     def by_ours(problem):
-        results = exact(problem)
-        results[name] = change(results[name].clone())
+        results = problem.by_pytorch()
+        results[name] = change(results[name].contiguous().clone())
         return results
 
     monkeypatch.setattr(Problem, "by_ours", by_ours)
@@ -304,13 +303,13 @@ def test_the_limit_counts_what_is_beside_the_tables_own(monkeypatch, capsys):
 
 def test_a_dry_run_compiles_for_a_chip_that_is_not_here(start, triton_here):
     flags = [
-        "--dry_run", "--chip", "cuda:86", "--kernels", "attention_forward",
-        "--cases", "128", "--limit", "1", "--workers", "1",
+        "--dry_run", "--chip", "cuda:86", "--kernels", "softmax_forward",
+        "--cases", "1024x2", "--limit", "1", "--workers", "1",
     ]  # fmt: skip
     process = start("tools/tune.py", *flags)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    assert "attention_forward, 128: of 2 candidates" in output
+    assert "softmax_forward, 1024x2: of 2 candidates" in output
     assert "registers" in output and "compiles" in output
 
 
