@@ -134,6 +134,17 @@ class Plan:
         optimizer = {"micro_batch_size": self.micro_batch_size, "batch_tokens": self.batch_tokens}
         return {"strategy": strategy, "optimizer": optimizer | ({"grad_clip": 0.0} if method.in_backward else {})}
 
+    @property
+    def flags(self) -> str:
+        """engine/train.py's flags that ask for this plan, beside those of the model: with them no other is allowed."""
+        implied = {"weights", "moments", "optimizer_in_backward"} if self.method.stage else {"zero_stage"}
+        if self.recompute.kind == "none":
+            implied.add("recomputed_blocks")
+        if self.grad_accum > 1:  # which an update inside the backward pass never has
+            implied.add("optimizer_in_backward")
+        values = self.settings["strategy"] | self.settings["optimizer"]
+        return " ".join(f"--{name} {value}" for name, value in values.items() if name not in implied)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:

@@ -55,8 +55,10 @@ micro: sequences of a micro-batch; days/1e9: days for a billion tokens. \
 Nearest = tuple[str, Plan] | None
 
 
-def to_json(made: Plan | None, card: Card, chosen: bool, why: str = "", near: Nearest = None) -> dict[str, Any]:
-    """Return a plan for programs: sizes in bytes of one card, host_bytes of one machine."""
+def to_json(
+    made: Plan | None, card: Card, preset: str, chosen: bool, why: str = "", near: Nearest = None
+) -> dict[str, Any]:
+    """Return a plan for programs: sizes in bytes of one card, host_bytes of one machine; engine/train.py's flags."""
     if made is None:
         fields = dict.fromkeys(("strategy", "micro_batch_size", "peak_bytes", "host_bytes", "tokens_per_s"))
         entry = {"gpu": card.name, "fits": False} | fields | {"chosen": False}
@@ -83,12 +85,20 @@ def to_json(made: Plan | None, card: Card, chosen: bool, why: str = "", near: Ne
             "mfu": round(made.mfu, 3),
             "days_per_billion_tokens": round(made.days_per_billion_tokens, 3),
             "settings": made.settings,
+            "flags": by_hand(made, preset),
         }
     if why:
         entry["reason"] = why
     if near:
         entry["nearest"] = {"change": near[0], "gpu": near[1].card.name, "strategy": near[1].name}
     return entry
+
+
+def by_hand(made: Plan, preset: str) -> str:
+    """Return the flags with which engine/train.py runs this plan, whatever the planner would choose there."""
+    shape, usual = dataclasses.asdict(made.model), dataclasses.asdict(ModelConfig(**PRESETS[preset]["model"]))
+    changed = [f"--{name} {value}" for name, value in shape.items() if value != usual[name]]
+    return " ".join([f"--preset {preset}", *changed, made.flags])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -134,7 +144,7 @@ def state(made: Plan, chosen: Plan | None) -> str:
     return "fits" if made.keeps_batch else "changes the batch"
 
 
-def show_card(card: Card, plans: list[Plan], chosen: Plan | None, near: Nearest) -> str:
+def show_card(card: Card, plans: list[Plan], preset: str, chosen: Plan | None, near: Nearest) -> str:
     """Return the table of one card by method, the choice and its reason."""
     first = plans[0]
     lines = [
@@ -156,6 +166,7 @@ def show_card(card: Card, plans: list[Plan], chosen: Plan | None, near: Nearest)
         others = passed_over(chosen, plans)
         lines += [
             f"Choice: {chosen.title}.",
+            f"By hand: engine/train.py {by_hand(chosen, preset)}",
             "Not chosen:" if others else "Nothing more exact is left to choose.",
             *(f"  {other}" for other in others),
             *(f"{sentence}." for sentence in cost(chosen, plans)),
@@ -310,7 +321,9 @@ def run(asked: argparse.Namespace, flags: list[str]) -> int:
     if len(cards) > 1:
         bars = [bar(card.name, made[card][0] or made[card][1][0], card) for card in cards[: len(CLASSIC)]]
         entries = [
-            to_json(chosen, card, True, reason(chosen, plans)) if chosen else to_json(None, card, False, near=near)
+            to_json(chosen, card, asked.preset, True, reason(chosen, plans))
+            if chosen
+            else to_json(None, card, asked.preset, False, near=near)
             for card, (chosen, plans, near) in made.items()
         ]
         text = show_cards(made)
@@ -318,10 +331,10 @@ def run(asked: argparse.Namespace, flags: list[str]) -> int:
         ((card, (chosen, plans, near)),) = made.items()
         shown = one_of_each_method(plans, chosen)
         bars = [bar(p.name + (" (chosen)" if p is chosen else ""), p, card) for p in shown]
-        entries = [to_json(p, card, p is chosen, reason(p, plans) if p is chosen else "") for p in plans]
+        entries = [to_json(p, card, asked.preset, p is chosen, reason(p, plans) if p is chosen else "") for p in plans]
         if near:
-            entries[0] = to_json(plans[0], card, False, near=near)
-        text = show_card(card, plans, chosen, near)
+            entries[0] = to_json(plans[0], card, asked.preset, False, near=near)
+        text = show_card(card, plans, asked.preset, chosen, near)
         machine = f"{asked.gpus_per_machine} to a machine, {gib(host_memory)} GiB of its memory for each"
         text += f"\n\nMore of them, up to {machine}:\n"
         text += show_scales(scales(setup))

@@ -6,8 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.cards import CARDS, CLASSIC, COMMON, GiB, get, parse_memory
+from engine import placement
+from engine.cards import CARDS, CLASSIC, COMMON, DTYPES, GiB, get, parse_memory
+from engine.command_line import parse
 from engine.config import PRESETS, ModelConfig
+from engine.distributed import Processes
 from engine.footprint import PARTS, Elements
 from engine.memory import plan
 from tools import plan as program
@@ -28,6 +31,7 @@ SCHEMA = {
             "peak_bytes": {"type": ["object", "null"], "additionalProperties": {"type": "integer"}},
             "host_bytes": {"type": ["integer", "null"]},
             "tokens_per_s": {"type": ["number", "null"]},
+            "flags": {"type": "string"},
         },
     },
 }
@@ -98,6 +102,35 @@ def test_json_holds_what_programs_need(capsys):
         assert entry["gpu"] == "T4" and set(entry["peak_bytes"]) == set(PARTS)
         assert sum(entry["peak_bytes"].values()) == entry["card_bytes"]
         assert entry["fits"] or not entry["chosen"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "2b --gpu rtx3090 --n_layer 20",
+        "2b --gpu rtx3060 --dtype fp16",
+        "2b --gpu v100",
+        "2b --gpu l40s --gpus 2 --host_memory 256GB --batch_tokens 65536",
+        "gpt2 --gpu gtx1080 --dtype bf16 --block_size 512",
+        "gpt2 --gpu h100 --batch_tokens 16384 --micro_batch_size 16",
+    ],
+)
+def test_flags_ask_for_what_is_shown(asked, capsys, monkeypatch):
+    made = [entry for entry in entries(capsys, "--preset", *asked.split()) if entry["fits"]]
+    assert len(made) > 3 and made[0]["chosen"]
+    assert f"\nBy hand: engine/train.py {made[0]['flags']}\n" in output(capsys, "--preset", *asked.split())
+    card = next(card for card in CARDS if card.name == made[0]["gpu"])
+    monkeypatch.setattr(placement, "card_of", lambda device: card)
+    monkeypatch.setattr(placement, "host_memory", lambda wanted: (256 if "256GB" in asked else 64) * GiB)
+    for entry in made:
+        config, _ = parse(entry["flags"].split())
+        processes = Processes(world_size=entry["gpus"])
+        monkeypatch.setattr(Processes, "gather", lambda self, value: [value])
+        device, dtype = torch.device("cuda"), DTYPES[config.strategy.dtype]
+        _, grad_accum, chosen = placement.settle(config, device, dtype, processes)
+        assert (chosen.name, chosen.micro_batch_size) == (entry["strategy"], entry["micro_batch_size"])
+        assert (grad_accum, chosen.batch_tokens) == (entry["grad_accum"], entry["batch_tokens"])
+        assert (chosen.footprint.card, chosen.host_bytes) == (entry["peak_bytes"], entry["host_bytes"])
 
 
 def test_settings_reach_the_planner(capsys):
