@@ -221,7 +221,7 @@ class Setup:
             card=card, model=model, method=method, recompute=recompute, grad_accum=grad_accum, footprint=footprint,
             gpus_per_machine=self.gpus_per_machine, network_bytes_s=self.network_bytes_s, batch_tokens=tokens,
             keeps_batch=tokens == self.batch_tokens, card_limit=int(card.memory_bytes * (1 - CARD_RESERVE)),
-            host_limit=self.host_memory - HOST_RESERVE_BYTES, **common,
+            host_limit=max(0, self.host_memory - HOST_RESERVE_BYTES), **common,
         )  # fmt: skip
 
     def _first_that_fits(self, method: Method, options: list[Recompute], micro_batch_size: int) -> Plan:

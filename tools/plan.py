@@ -7,7 +7,7 @@
     python tools/plan.py --preset 2b --n_layer 30                        # another model: engine/train.py's flags of one
     python tools/plan.py --preset 2b --gpu rtx3080 --gpu_memory 12GB     # one that is not listed, as one that is
 
-Without --gpu it plans for the GPU that is here, or without one for all.
+Without --gpu it plans for the GPU that is here, or without one for all. It ends with 1 where nothing fits the one card.
 
 Bytes are formulas checked against torch's memory tracker; times are estimates from published peaks and the shares of
 them named in engine/step_time.py.
@@ -342,7 +342,7 @@ def run(asked: argparse.Namespace, flags: list[str]) -> int:
     if asked.picture:
         draw(bars, title).savefig(asked.picture, dpi=150)
     print(json.dumps(entries, indent=1) if asked.json else f"{title}\n{text}")
-    return 0
+    return 0 if len(cards) > 1 or chosen else 1
 
 
 def cards_of(name: str | None) -> tuple[Card, ...]:

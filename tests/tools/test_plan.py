@@ -37,14 +37,14 @@ SCHEMA = {
 }
 
 
-def output(capsys, *arguments: str) -> str:
-    assert main(list(arguments)) == 0
+def output(capsys, *arguments: str, code: int = 0) -> str:
+    assert main(list(arguments)) == code
     return capsys.readouterr().out
 
 
-def entries(capsys, *arguments: str) -> list[dict]:
+def entries(capsys, *arguments: str, code: int = 0) -> list[dict]:
     jsonschema = pytest.importorskip("jsonschema")
-    made = json.loads(output(capsys, "--json", *arguments))
+    made = json.loads(output(capsys, "--json", *arguments, code=code))
     jsonschema.validate(made, SCHEMA)
     return made
 
@@ -151,9 +151,10 @@ def test_settings_reach_the_planner(capsys):
 
 
 def test_what_does_not_fit_says_what_would(capsys, monkeypatch):
-    text = output(capsys, "--preset", "2b", "--gpu", "rtx4060", "--host_memory", "16GB")
-    assert "Nothing fits." in text and "Nearest: with" in text
-    made = entries(capsys, "--preset", "2b", "--gpu", "rtx4060", "--host_memory", "16GB")
+    asked = ("--preset", "2b", "--gpu", "rtx4060", "--host_memory")
+    text = output(capsys, *asked, "0.1GB", code=1)
+    assert "Nothing fits." in text and "Nearest: with" in text and "0.0 GiB of host memory to use" in text
+    made = entries(capsys, *asked, "16GB", code=1)
     assert not any(entry["chosen"] for entry in made) and made[0]["nearest"]["strategy"]
     monkeypatch.setattr(program, "COMMON", (get("rtx4060"), get("h100")))
     assert "nothing fits" in output(capsys, "--preset", "2b", "--gpu", "all", "--host_memory", "16GB")
