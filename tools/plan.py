@@ -7,7 +7,8 @@
     python tools/plan.py --preset 2b --n_layer 30                        # another model: engine/train.py's flags of one
     python tools/plan.py --preset 2b --gpu rtx3080 --gpu_memory 12GB     # one that is not listed, as one that is
 
-Without --gpu it plans for the GPU that is here, or without one for all. It ends with 1 where nothing fits the one card.
+Without --gpu it plans for the GPU and the host memory that are here, or without a GPU for all. It ends with 1 where
+nothing fits the one card.
 
 Bytes are formulas checked against torch's memory tracker; times are estimates from published peaks and the shares of
 them named in engine/step_time.py.
@@ -29,6 +30,7 @@ from engine.cards import CARDS, CLASSIC, COMMON, Card, GiB, get, parse_memory
 from engine.command_line import CommandLine, config_of, positive
 from engine.config import PRESETS, ConfigError, ModelConfig, require, settings
 from engine.device import card_of
+from engine.device import host_memory as host_memory_here
 from engine.footprint import PARTS, Elements
 from engine.memory import GPUS_PER_MACHINE, Plan, Setup, choose, cost, nearest, passed_over, reason
 
@@ -38,6 +40,7 @@ SHORT = {
     "context": "context",
 }  # fmt: skip
 SCALES = (1, 2, 8, 64)
+ASSUMED_HOST = "64GB"  # memory of a machine that is not this one
 COLOURS = ("#1f4e79", "#2e86ab", "#5fa8d3", "#a9cfe8", "#e07a5f", "#f2a65a", "#f2cc8f", "#81b29a", "#bdbdbd")
 
 
@@ -256,7 +259,11 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, li
         help="such as rtx3090; all: the classic ten and common ones; every: whatever is known [the one here, or all]",
     )
     add("--gpus", type=positive, default=1, metavar="N", help="how many of them [1]")
-    add("--host_memory", default="64GB", metavar="SIZE", help="of one machine [64GB]")
+    add(
+        "--host_memory",
+        metavar="SIZE",
+        help=f"of one machine [this one's for the GPU that is here, else {ASSUMED_HOST}]",
+    )
     add("--gpu_memory", metavar="SIZE", help="other than the card's: so a listed card stands for one that is not")
     add("--block_size", type=positive, metavar="N", help="tokens of a sequence; without it the preset's")
     add("--batch_tokens", type=positive, metavar="N", help="tokens a step; without it the preset's")
@@ -297,7 +304,7 @@ def run(asked: argparse.Namespace, flags: list[str]) -> int:
     model = model_of(asked, flags)
     if asked.block_size:
         model = replace(model, block_size=asked.block_size)
-    host_memory = parse_memory(asked.host_memory)
+    host_memory, origin = host_of(asked)
     batch_tokens = preset["optimizer"]["batch_tokens"] if asked.batch_tokens is None else asked.batch_tokens
     common = dict(
         model=model,
@@ -341,6 +348,8 @@ def run(asked: argparse.Namespace, flags: list[str]) -> int:
         title += f" on {asked.gpus} x {card.name}" if asked.gpus > 1 else f" on {card.name}"
     if asked.picture:
         draw(bars, title).savefig(asked.picture, dpi=150)
+    entries = [entry | {"host_memory_bytes": host_memory} for entry in entries]
+    title += f"; {gib(host_memory)} GiB of host memory, {origin}"
     print(json.dumps(entries, indent=1) if asked.json else f"{title}\n{text}")
     return 0 if len(cards) > 1 or chosen else 1
 
@@ -358,6 +367,15 @@ def cards_of(name: str | None) -> tuple[Card, ...]:
     except ValueError as error:
         example = "one that is not listed is planned for as one that is, such as --gpu rtx3080 --gpu_memory 12GB"
         raise ValueError(f"{error}; {example}") from None
+
+
+def host_of(asked: argparse.Namespace) -> tuple[int, str]:
+    """Return the bytes of host memory to plan with, and whose they are: for the GPU that is here, as training does."""
+    if asked.host_memory:
+        return parse_memory(asked.host_memory), "asked for"
+    if asked.gpu is None and torch.cuda.is_available():
+        return host_memory_here(), "this machine's"
+    return parse_memory(ASSUMED_HOST), "assumed"
 
 
 def scales(setup: Setup) -> dict[int, Plan | None]:

@@ -89,6 +89,21 @@ def test_without_a_name_it_plans_for_the_gpu_that_is_here_or_for_all(capsys, mon
     assert {entry["gpu"] for entry in entries(capsys, *command)} == {"here"}
 
 
+def test_host_memory_is_what_is_here_for_the_gpu_that_is_here(capsys, monkeypatch):
+    command = ("--preset", "gpt2", "--n_layer", "2", "--micro_batch_size", "8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(program, "card_of", lambda device: get("t4"))
+    monkeypatch.setattr(program, "host_memory_here", lambda: 24 * GiB)
+    for flags, size, origin in (
+        ((), 24, "this machine's"),
+        (("--host_memory", "32GB"), 32, "asked for"),
+        (("--gpu", "t4"), 64, "assumed"),
+        (("--gpu", "all"), 64, "assumed"),
+    ):
+        assert f"; {size}.0 GiB of host memory, {origin}\n" in output(capsys, *command, *flags)
+        assert {entry["host_memory_bytes"] for entry in entries(capsys, *command, *flags)} == {size * GiB}
+
+
 def test_help_names_the_models_flags(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
