@@ -38,6 +38,11 @@ def positives(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
 
 
+def let_go_of_output() -> None:
+    """After a BrokenPipeError: the reader, such as `head`, has enough, and Python's own flush at exit must not fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class CommandLine(argparse.ArgumentParser):
     """A program's flags, described by its docstring. Dashes and underscores are the same, and nothing is abbreviated.
 

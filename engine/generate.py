@@ -9,7 +9,6 @@ script's .pt. The text goes to standard output as it is made, everything else to
 """
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import tiktoken
 
 from engine.checkpoint import CheckpointError, best
-from engine.command_line import CommandLine, positive
+from engine.command_line import CommandLine, let_go_of_output, positive
 from engine.config import MAX_SEED, ConfigError, require
 from engine.device import DTYPES, choose_device, choose_dtype
 from engine.formats import WeightsError
@@ -133,8 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (CheckpointError, ConfigError, WeightsError) as error:
         note(f"error: {error}")
         return 2
-    except BrokenPipeError:  # the reader, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at exit
+    except BrokenPipeError:
+        let_go_of_output()
         return 0
     except KeyboardInterrupt:
         show("\n")

@@ -27,7 +27,7 @@ import torch
 from matplotlib.figure import Figure
 
 from engine.cards import CARDS, CLASSIC, COMMON, Card, GiB, get, parse_memory
-from engine.command_line import CommandLine, config_of, positive
+from engine.command_line import CommandLine, config_of, let_go_of_output, positive
 from engine.config import PRESETS, ConfigError, ModelConfig, require, settings
 from engine.device import card_of
 from engine.device import host_memory as host_memory_here
@@ -291,6 +291,9 @@ def main(arguments: list[str] | None = None) -> int:
     asked, flags = parse_arguments(arguments)
     try:
         return run(asked, flags)
+    except BrokenPipeError:
+        let_go_of_output()
+        return 0
     except (ConfigError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -350,7 +353,7 @@ def run(asked: argparse.Namespace, flags: list[str]) -> int:
         draw(bars, title).savefig(asked.picture, dpi=150)
     entries = [entry | {"host_memory_bytes": host_memory} for entry in entries]
     title += f"; {gib(host_memory)} GiB of host memory, {origin}"
-    print(json.dumps(entries, indent=1) if asked.json else f"{title}\n{text}")
+    print(json.dumps(entries, indent=1) if asked.json else f"{title}\n{text}", flush=True)
     return 0 if len(cards) > 1 or chosen else 1
 
 

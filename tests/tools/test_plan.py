@@ -1,7 +1,11 @@
 """The planning program: tables for people, JSON for programs, a picture, messages for mistakes."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,6 +199,15 @@ def test_what_does_not_fit_says_what_would(capsys, monkeypatch):
 def test_mistakes_are_named(arguments, message, capsys):
     assert main(["--preset", "2b", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_is_no_mistake():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "tools.plan", "--preset=gpt2", "--gpu=t4", "--micro_batch_size=8", "--json"]
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, cwd=Path(program.__file__).parents[1])
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 def test_columns_line_up():
