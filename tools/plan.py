@@ -155,6 +155,7 @@ def show_card(card: Card, plans: list[Plan], preset: str, chosen: Plan | None, n
         + f"{card.name}: {gib(card.memory_bytes)} GiB for programs, {card.bandwidth_bytes_s / 1e9:.0f} GB/s, "
         f"{first.dtype} at {card.peak_flops(first.dtype) / 1e12:.0f} TFLOPS; "
         f"{gib(first.host_limit)} GiB of host memory to use",
+        *emulated([first]),
         "",
     ]
     rows = []
@@ -181,6 +182,16 @@ def show_card(card: Card, plans: list[Plan], preset: str, chosen: Plan | None, n
     else:
         lines += ["Nothing fits.", *([show_nearest(near)] if near else [])]
     return "\n".join(lines)
+
+
+def emulated(plans: list[Plan]) -> list[str]:
+    """Return a line on the cards that have no arithmetic for bf16 and are to compute in it; none where all have it."""
+    names = [p.card.name for p in plans if p.dtype == "bf16" and not p.card.bf16_flops]
+    return (
+        [f"bf16 is emulated on {', '.join(names)}, at the rate of fp32 at best: without --dtype it is fp16"]
+        if names
+        else []
+    )
 
 
 def show_nearest(near: tuple[str, Plan]) -> str:
@@ -215,7 +226,8 @@ def show_cards(made: dict[Card, tuple[Plan | None, list[Plan], Nearest]]) -> str
         took = [str(chosen.micro_batch_size), gib(chosen.footprint.card_bytes), gib(chosen.host_bytes)]
         rows.append([*row, chosen.name, *took, speed(chosen), days(chosen.days_per_billion_tokens)])
     header = ["card", "GiB", "choice", "micro", "card GiB", "host GiB", "tokens/s", "days/1e9"]
-    return f"{table(header, rows)}\n\n{LEGEND_OF_CARDS}"
+    below = [LEGEND_OF_CARDS, *emulated([plans[0] for _, plans, _ in made.values()])]
+    return "\n".join([table(header, rows), "", *below])
 
 
 def draw(bars: Sequence[tuple[str, dict[str, int], float, str]], title: str) -> Figure:

@@ -169,6 +169,15 @@ def test_settings_reach_the_planner(capsys):
     assert f"2b --n_layer 12 --positions=learned: {Elements.of(layers).total / 1e6:,.0f} M parameters" in half
 
 
+def test_a_format_that_is_emulated_is_named(capsys, monkeypatch):
+    command = ("--preset", "gpt2", "--n_layer", "2", "--micro_batch_size", "8", "--gpu")
+    said = "bf16 is emulated on GTX 1080, at the rate of fp32 at best: without --dtype it is fp16"
+    assert said in output(capsys, *command, "gtx1080", "--dtype", "bf16").splitlines()
+    assert "emulated" not in output(capsys, *command, "gtx1080") + output(capsys, *command, "l4", "--dtype", "bf16")
+    monkeypatch.setattr(program, "COMMON", (get("gtx1080"), get("l4")))
+    assert said in output(capsys, *command, "all", "--dtype", "bf16").splitlines()
+
+
 def test_what_does_not_fit_says_what_would(capsys, monkeypatch):
     asked = ("--preset", "2b", "--gpu", "rtx4060", "--host_memory")
     text = output(capsys, *asked, "0.1GB", code=1)
