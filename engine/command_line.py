@@ -46,7 +46,7 @@ def let_go_of_output() -> None:
 class CommandLine(argparse.ArgumentParser):
     """A program's flags, described by its docstring. Dashes and underscores are the same, and nothing is abbreviated.
 
-    A mistake ends the program with 2 and one line, which for an unknown flag has the nearest name.
+    A mistake ends the program with 2 and one line, which for an unknown flag or choice has the nearest name.
     """
 
     def __init__(self, documentation: str, **options: Any) -> None:
@@ -68,6 +68,13 @@ class CommandLine(argparse.ArgumentParser):
             known = [name.lstrip("-") for name in self._option_string_actions]
             self.error(f"unknown flag {unknown[0]!r}{did_you_mean(unknown[0].lstrip('-').partition('=')[0], known)}")
         return given
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(str(value), map(str, action.choices))
+            raise
 
     def error(self, message: str) -> typing.NoReturn:
         self.exit(2, f"error: {message}\n")

@@ -50,6 +50,7 @@ from tools import (
         (tune, "--dry-run --chips=cuda:86", "error: unknown flag '--chips=cuda:86'; did you mean 'chip'?\n"),
         (plan, "--preset=2b --gpus=0", "--gpus: must be"),
         (plan, "--preset=2b --micro-batch-size=-2", "--micro_batch_size: must be"),
+        (plan, "--preset=2B", "did you mean '2b'?\n"),
         (plan, "--gpu=t4", "error: the following arguments are required: --preset\n"),
         (profile_step, "--warmup=0", "--warmup: must be"),
         (scaling, "--steps=0", "--steps: must be"),
