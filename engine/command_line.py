@@ -22,6 +22,7 @@ from engine.config import (
     merge,
     preset,
     require,
+    setting_meant,
     settings,
 )
 
@@ -66,7 +67,8 @@ class CommandLine(argparse.ArgumentParser):
             self.error(f"{unknown[0]!r} belongs to no flag: flags begin with --, and most have one value")
         if unknown:
             known = [name.lstrip("-") for name in self._option_string_actions]
-            self.error(f"unknown flag {unknown[0]!r}{did_you_mean(unknown[0].lstrip('-').partition('=')[0], known)}")
+            name = unknown[0].lstrip("-").partition("=")[0]
+            self.error(f"unknown flag {unknown[0]!r}{setting_meant(name, known, '--')}")
         return given
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -146,7 +148,7 @@ def config_of(flags: list[str], options: argparse.Namespace) -> Config:
     for flag in flags:
         name = flag.removeprefix("--").partition("=")[0]
         unknown = flag.startswith("--") and name not in {*known, "config", "resume"}
-        require(not unknown, f"unknown flag {flag!r}{did_you_mean(name, [*vars(options), *known])}")
+        require(not unknown, f"unknown flag {flag!r}{setting_meant(name, [*vars(options), *known], '--')}")
     return parse(flags)[0]
 
 

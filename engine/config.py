@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.foreign_names import NAMES, REASONS
 from engine.whole_file import whole_file
 
 MAX_SEED = 2**63 - 1  # PyTorch's generators take no more
@@ -397,9 +399,20 @@ def settings() -> dict[str, Setting]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return what to add to a message about an unknown name: the known one that was meant, or nothing."""
+    """Return what to add to a message about an unknown word: the known one that was meant, or nothing."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def setting_meant(name: str, known: Iterable[str], dashes: str = "") -> str:
+    """Return the same about the name of a setting, which may be another program's; `dashes`: before that of a flag."""
+    known, foreign = list(known), name.lower()
+    reason = REASONS.get(foreign, "")
+    if reason and all(flag in known for flag in re.findall(r"--(\w+)", reason)):
+        return f": {reason}"
+    here = [own for own in NAMES.get(foreign, "").split() if own in known]
+    here = here or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean '{dashes}{here[0]}'?" if here else ""
 
 
 def from_dict(tree: dict[str, Any], source: str = "config") -> Config:
@@ -415,7 +428,7 @@ def from_dict(tree: dict[str, Any], source: str = "config") -> Config:
             if name not in leaves or leaves[name].section != section:
                 where = f"{section}.{name}" if section else name
                 known = [f.name for f in leaves.values() if f.section == section] + ([] if section else list(sections))
-                raise ConfigError(f"{source}: unknown setting {where!r}{did_you_mean(name, known)}")
+                raise ConfigError(f"{source}: unknown setting {where!r}{setting_meant(name, known)}")
             values[section][name] = leaves[name].convert(leaf)
     hints = typing.get_type_hints(Config)
     return Config(**values[""], **{section: hints[section](**values[section]) for section in sections})

@@ -305,8 +305,8 @@ def test_two_processes_share_a_batch():
         (["--compare", "megatron"], "--compare knows pilesmith"),
         (["--gpu_memory", "lots"], "no size of memory"),
         (["--host_memory", "lots"], "--host_memory: 'lots' is no size of memory"),
-        (["--stepz", "3"], "unknown flag '--stepz'; did you mean 'steps'"),
-        (["--n_heads", "3"], "did you mean 'n_head'"),
+        (["--stepz", "3"], "unknown flag '--stepz'; did you mean '--steps'"),
+        (["--n_heads", "3"], "did you mean '--n_head'"),
         (["--processes", "2", "--compare"], "one process"),
     ],
 )

@@ -3,11 +3,13 @@
 import dataclasses
 import errno
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from engine import generate
 from engine.command_line import parse
 from engine.config import (
     PRESETS,
@@ -21,7 +23,9 @@ from engine.config import (
     load_file,
     merge,
     preset,
+    settings,
 )
+from engine.foreign_names import NAMES, REASONS
 from engine.model import GPT
 
 
@@ -104,9 +108,15 @@ def test_whole_numbers(text, value):
 @pytest.mark.parametrize(
     "line, said",
     [
-        ("--n_layers 3", "unknown flag '--n_layers'; did you mean 'n_layer'?"),
-        ("--max_step=3", "did you mean 'max_steps'?"),
-        ("--learning-rate 3", "unknown flag '--learning_rate'"),
+        ("--n_layers 3", "unknown flag '--n_layers'; did you mean '--n_layer'?"),
+        ("--max_step=3", "did you mean '--max_steps'?"),
+        ("--learning-rate 3", "unknown flag '--learning_rate'; did you mean '--lr'?"),
+        ("--N_BLOCKS 3", "did you mean '--n_layer'?"),
+        ("--checkpoint-dir x", "did you mean '--run_dir'?"),
+        ("--prompt x", "did you mean '--sample_prompt'?"),
+        ("--batch_size 8", "unknown flag '--batch_size': a step is --batch_tokens, in tokens"),
+        ("--grad_accum 8", "unknown flag '--grad_accum': it follows from --batch_tokens and"),
+        ("--dropout=0.1", "unknown flag '--dropout=0.1': there is none: one epoch over the Pile needs none"),
         ("--n_la 3", "unknown flag '--n_la'"),  # no abbreviations: a new flag must not change what an old command means
         ("extra", "'extra' belongs to no flag: flags begin with --"),
         (
@@ -165,6 +175,7 @@ def test_what_cannot_work_is_refused(line, said):
     [
         ({"model": {"n_layers": 3}}, "c.json: unknown setting 'model.n_layers'; did you mean 'n_layer'?"),
         ({"n_layer": 3}, "unknown setting 'n_layer'"),  # outside its section
+        ({"optimizer": {"learning_rate": 1}}, "unknown setting 'optimizer.learning_rate'; did you mean 'lr'?"),
         ({"modle": {"n_layer": 3}}, "unknown setting 'modle'; did you mean 'model'?"),
         ({"model": {"lr": 3}}, "unknown setting 'model.lr'"),
         ({"model": 3}, "model must hold settings, got 3"),
@@ -314,3 +325,11 @@ def test_resume_goes_on_with_the_run_that_the_configuration_names(tmp_path, monk
 def test_numbers_that_train_nothing_are_refused(flag):
     with pytest.raises(ConfigError, match=flag[2:].partition("=")[0]):
         parse([flag])
+
+
+def test_names_from_elsewhere_lead_to_flags_that_there_are():
+    options = generate.parse(["--model_path=x"])
+    ours = {*settings(), "resume", *vars(options)}
+    named = [name for names in NAMES.values() for name in names.split()]
+    named += re.findall(r"--(\w+)", " ".join(REASONS.values()))
+    assert set(named) <= ours and not (NAMES.keys() | REASONS.keys()) & ours and not NAMES.keys() & REASONS.keys()

@@ -364,7 +364,7 @@ def test_weights_and_tokens_are_of_one_tokenizer(tiny_flags, token_files, tmp_pa
 @pytest.mark.parametrize(
     "flags, complaint",
     [
-        (["--n_lyer=2"], "did you mean 'n_layer'"),
+        (["--n_lyer=2"], "did you mean '--n_layer'"),
         (["--n_head=3"], "n_embd (16) must be a multiple of n_head (3)"),
         (["--batch_tokens=250"], "batch_tokens (250) must be a multiple of block_size (32); 256 would do"),
         (["--micro_batch_size=3"], "micro_batch_size (3) must divide the 8 sequences"),

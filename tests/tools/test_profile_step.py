@@ -98,7 +98,7 @@ def test_what_cannot_be_written_is_said_in_a_line(tmp_path, capsys, monkeypatch)
     assert profile_step.main([*FLAGS, "--warmup", "1", "--out", str(tmp_path)]) == 2
     assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
     assert profile_step.main([*FLAGS, "--warmups", "1"]) == 2
-    assert "did you mean 'warmup'?" in capsys.readouterr().err
+    assert "did you mean '--warmup'?" in capsys.readouterr().err
 
 
 def test_recomputation_belongs_to_the_backward_pass(tmp_path):
