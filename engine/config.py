@@ -450,6 +450,22 @@ def preset(name: str) -> dict[str, Any]:
     return {"preset": name, **PRESETS[name]}
 
 
+def changes(before: dict[str, Any], after: Config, except_for: Iterable[str] = ()) -> list[str]:
+    """List the settings that a saved configuration has otherwise than `after`, as "lr 0.0006 -> 0.001"."""
+    now, listed = after.to_dict(), []
+    for name, leaf in settings().items():
+        then, here = (tree[leaf.section] if leaf.section else tree for tree in ({leaf.section: {}} | before, now))
+        if name in then and then[name] != here[name] and name not in except_for:
+            listed.append(f"{name} {_as_typed(then[name])} -> {_as_typed(here[name])}")
+    return listed
+
+
+def _as_typed(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "auto", True: "true", False: "false"}[value]
+    return str(value) or "''"
+
+
 def load_file(path: str | Path) -> dict[str, Any]:
     try:
         tree = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -28,7 +28,7 @@ from engine import checkpoint
 from engine.cards import peak_flops
 from engine.checkpoint import Progress
 from engine.command_line import parse
-from engine.config import Config, ConfigError, DataConfig, ModelConfig, differences, load_file, require
+from engine.config import Config, ConfigError, DataConfig, ModelConfig, changes, differences, load_file, require
 from engine.data import Batch, DataError, TokenFile, TrainingBatches, open_files, prefetch, validation_batches
 from engine.device import choose_device, choose_dtype, peak_memory
 from engine.distributed import Processes
@@ -254,7 +254,11 @@ def first_lines(run: Run) -> Iterator[str]:
     yield f"validation: {run.val_file}"
     if run.start_from:
         yield f"resumed from {run.start_from} at step {run.progress.step}"
-        yield from new_length(load_file(run.start_from / "config.json")["optimizer"]["max_steps"], options)
+        before = load_file(run.start_from / "config.json")
+        lengthened = new_length(before["optimizer"]["max_steps"], options)
+        if changed := changes(before, asked, except_for=("run_dir", *(["max_steps"] if lengthened else []))):
+            yield f"changed since the checkpoint: {', '.join(changed)}"
+        yield from lengthened
 
 
 def loop(run: Run, interrupt: Interrupt) -> int:

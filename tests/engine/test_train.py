@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from engine import checkpoint, train
 from engine.command_line import parse
+from engine.config import changes, from_dict
 from engine.data import DataError
 from engine.distributed import Processes
 from engine.report import read_metrics
@@ -331,6 +332,23 @@ def test_a_run_that_is_done_says_so_and_one_that_is_lengthened_too(tiny_flags, t
         train.main(["--resume", f"--run_dir={tmp_path}/run/checkpoints/..", "--max_steps=14", "--schedule=step"]) == 0
     )
     assert "schedule: of" not in capsys.readouterr().out
+
+
+def test_what_a_resumed_run_does_otherwise_is_said(tiny_flags, token_files, tmp_path, capsys):
+    assert train.main([*tiny_flags, "--max_steps=4"]) == 0
+    (run := tmp_path / "run").rename(run := tmp_path / "moved")
+    resumed = [f"--run_dir={run}", "--resume"]
+    assert train.main([*resumed, "--max_steps=5"]) == 0
+    assert "changed since" not in capsys.readouterr().out  # the new length is said of the schedule
+    other = [f"--train_file={token_files[1]}", f"--val_file={token_files[0]}", "--zero_stage=auto", "--compile=false"]
+    assert train.main([*resumed, "--max_steps=6", "--schedule=step", "--lr=1e-2", "--micro_batch_size=1", *other]) == 0
+    train_file, val_file = token_files
+    assert (
+        f"\nchanged since the checkpoint: train_file {train_file} -> {val_file}, val_file {val_file} -> {train_file}, "
+        "max_steps 5 -> 6, micro_batch_size 0 -> 1, lr 0.002 -> 0.01, schedule cosine -> step\n"
+    ) in capsys.readouterr().out
+    said = changes({"strategy": {"zero_stage": 1, "compile": True}}, from_dict({}))
+    assert said == ["compile true -> false", "zero_stage 1 -> auto"]
 
 
 def test_training_begins_with_weights_from_elsewhere(tiny_flags, tmp_path, capsys):
