@@ -252,6 +252,11 @@ def first_lines(run: Run) -> Iterator[str]:
     )
     yield f"data: {data.epochs_line(options.max_steps)}"
     yield f"validation: {run.val_file}"
+    if run.val_file.path.samefile(data.file.path):
+        yield (
+            "warning: validation is on the training file, so its loss tells what was learnt by heart: "
+            "name another --val_file, unless that is what you check"
+        )
     if run.start_from:
         yield f"resumed from {run.start_from} at step {run.progress.step}"
         before = load_file(run.start_from / "config.json")

@@ -351,6 +351,15 @@ def test_what_a_resumed_run_does_otherwise_is_said(tiny_flags, token_files, tmp_
     assert said == ["compile true -> false", "zero_stage 1 -> auto"]
 
 
+def test_validation_on_the_training_file_is_warned_of(tiny_flags, token_files, tmp_path, capsys):
+    (tmp_path / "same.bin").symlink_to(token_files[1])
+    (tmp_path / "same.bin.json").symlink_to(f"{token_files[1]}.json")
+    for file, warned in ((tmp_path / "same.bin", True), (token_files[0], False)):
+        flags = [f"--train_file={file}", f"--run_dir={tmp_path}/{file.stem}", "--max_steps=3"]
+        assert train.main([*tiny_flags, *flags]) == 0
+        assert ("warning: validation is on the training file" in capsys.readouterr().out) == warned
+
+
 def test_training_begins_with_weights_from_elsewhere(tiny_flags, tmp_path, capsys):
     assert train.main([*tiny_flags, "--max_steps=60", "--lr=1e-2"]) == 0
     run = str(tmp_path / "run")
