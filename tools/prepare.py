@@ -28,6 +28,7 @@ from engine.command_line import CommandLine, positive
 from engine.report import human
 from engine.tokenizer import DEFAULT_TOKENIZER
 from tools.preparing.chunks import KINDS, SHARD_ENDINGS, TEXT_KEY, Problem
+from tools.preparing.compiling import compile_ahead, told
 from tools.preparing.pipeline import Pipeline, Work, refuse_losses
 from tools.preparing.text_encoders import TextEncoder, load_text_encoder
 from tools.preparing.text_files import TEXT_ENDINGS, is_text_file
@@ -95,7 +96,8 @@ def prepare(
     _check_names(inputs)
     check_output(out_file, inputs, overwrite)
     try:
-        encoder = load_text_encoder(tokenizer_name)
+        with told(progress):
+            encoder = load_text_encoder(tokenizer_name)
     except ValueError as error:
         raise PrepareError(str(error)) from None
     settings = Settings(tokenizer=tokenizer_name, max_data=max_data, text_key=text_key)
@@ -158,6 +160,9 @@ def _fill(
     def report(work: Work) -> None:
         shown.add(work.consumed, work.bytes, work.tokens)
 
+    if left:
+        with told(progress):
+            compile_ahead(encoder, json=not all(map(is_text_file, left)))
     # The first of several bad lines is only known where one process goes through the inputs in order.
     threads = [workers] if strict else shares(workers, sum(left.values()))
     rates = ("B/s of text", " tokens/s")
