@@ -26,6 +26,7 @@ from benchmarks.meters import (
     step_bytes,
 )
 from engine.cards import Card
+from engine.command_line import beyond_ctrl_c
 from engine.config import Config, ConfigError
 from engine.data import Batch
 from engine.device import choose_device, choose_dtype
@@ -225,7 +226,8 @@ class Running:
             mine, theirs = context.Pipe()
             self.channels.append(mine)
             self.processes.append(context.Process(target=measure, args=(job, rank, port, theirs), daemon=True))
-            self.processes[-1].start()
+            with beyond_ctrl_c():
+                self.processes[-1].start()
             theirs.close()
 
     def run(self, steps: int) -> Outcome:

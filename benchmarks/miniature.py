@@ -32,7 +32,7 @@ from benchmarks.environment import RESULTS, environment, write_result
 from benchmarks.meters import STATUS, status_bytes
 from engine import footprint
 from engine.cards import CLASSIC, Card, GiB, get
-from engine.command_line import CommandLine, positive
+from engine.command_line import CommandLine, ends_on_ctrl_c, positive
 from engine.config import PRESETS, Config, ModelConfig, from_dict
 from engine.data import Batch
 from engine.device import DTYPES, peak_memory
@@ -224,6 +224,7 @@ def choices(card: Card, model: ModelConfig) -> list[Plan]:
     return chosen
 
 
+@ends_on_ctrl_c()
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandLine(__doc__)
     parser.add_argument("--cards", help="names as in tools/plan.py, separated by commas [the classic ten]")

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.chart_style import plain
 from benchmarks.environment import RESULTS, environment, write_result
-from engine.command_line import CommandLine, positive
+from engine.command_line import CommandLine, ends_on_ctrl_c, positive
 from engine.data import TokenFile
 from engine.report import read_metrics
 
@@ -294,7 +294,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: list[str] | None = None) -> None:
+@ends_on_ctrl_c("interrupted; the same command goes on")
+def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     os.nice(19)
     missing = [] if options.report else [run for run in runs(options) if not finished(options, *run)]
@@ -304,7 +305,8 @@ def main(arguments: list[str] | None = None) -> None:
         report(options)
     if not missing:
         report(options)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from benchmarks.environment import RESULTS, environment, write_result
 from engine.cards import CLASSIC, parse_memory
-from engine.command_line import CommandLine
+from engine.command_line import CommandLine, ends_on_ctrl_c
 from engine.config import PRESETS
 from tools import plan
 
 
+@ends_on_ctrl_c()
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandLine(__doc__)
     parser.add_argument("--preset", default="2b", choices=list(PRESETS), help="the model [2b]")

@@ -24,7 +24,7 @@ from benchmarks.environment import RESULTS
 from benchmarks.optimizer_quality import curves_data, draw_curves
 from benchmarks.reading import COMMANDS, Results, load, of_kind
 from benchmarks.tables import Place
-from engine.command_line import CommandLine
+from engine.command_line import CommandLine, ends_on_ctrl_c
 from kernels.aot import Row
 from tools.compile_kernels import document
 
@@ -200,6 +200,7 @@ def save(figure: Any, path: Path, data_digest: str) -> None:
     figure.savefig(path, format="png", dpi=110, metadata={"Data": data_digest, "Software": None})
 
 
+@ends_on_ctrl_c()
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandLine(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; say what would change")

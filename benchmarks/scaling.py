@@ -17,7 +17,7 @@ import torch
 from benchmarks.environment import environment, write_result
 from benchmarks.measuring import Job, Measured, compare, summarise
 from engine import cards
-from engine.command_line import CommandLine, positive
+from engine.command_line import CommandLine, ends_on_ctrl_c, positive
 from engine.config import Config, ConfigError, from_dict, merge, preset, require
 from engine.device import choose_dtype, find_device
 from engine.memory import Plan, choose, plan
@@ -122,6 +122,7 @@ def describe(made: Plan) -> dict[str, Any]:
     }
 
 
+@ends_on_ctrl_c()
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandLine(__doc__)
     parser.add_argument("--axes", help="which, such as depth,width [all, and paper]")

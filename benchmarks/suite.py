@@ -33,7 +33,7 @@ from xml.etree import ElementTree
 import torch
 
 from benchmarks.environment import RESULTS, environment, write_result
-from engine.command_line import CommandLine
+from engine.command_line import CommandLine, ends_on_ctrl_c
 
 ROOT = Path(__file__).parents[1]
 LOGS = ROOT / "build" / "logs"
@@ -366,6 +366,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"nvidia|geforce|amd|tesla", "", name.lower())).strip("-")
 
 
+@ends_on_ctrl_c("interrupted; the same command goes on")
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandLine(__doc__)
     parser.add_argument("--cpu", action="store_true", help="rehearse every part without a GPU")

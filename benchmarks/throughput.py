@@ -30,7 +30,7 @@ from benchmarks.measuring import Job, Measured, compare, summarise
 from benchmarks.meters import within_minutes
 from engine import cards
 from engine.cards import Card
-from engine.command_line import CommandLine, config_of, positive
+from engine.command_line import CommandLine, config_of, ends_on_ctrl_c, positive
 from engine.config import Config, require
 from engine.device import choose_dtype, find_device, host_memory
 from engine.model import GPT, flops_per_token
@@ -54,6 +54,7 @@ class Asked:
     card: Card | None
 
 
+@ends_on_ctrl_c()
 def main(arguments: list[str] | None = None) -> int:
     options, rest = parse_arguments(arguments)
     try:

@@ -1,13 +1,17 @@
-"""Command lines: a flag for every setting of a run, and types of arguments that several programs have.
+"""Command lines: a flag for every setting of a run, types of arguments that several programs have, and Ctrl-C.
 
 Settings go, weakest first: defaults, `--preset`, the run that is resumed, `--config FILE`, flags.
 """
 
 import argparse
+import functools
 import os
+import signal
 import sys
 import types
 import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +29,35 @@ from engine.config import (
     setting_meant,
     settings,
 )
+
+INTERRUPTED = 128 + signal.SIGINT  # as shells have it
+
+
+def ends_on_ctrl_c(says: str = "interrupted") -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Have a program's `main` return 130 after this line where it is interrupted, and no traceback."""
+
+    def decorated(main: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(main)
+        def ending(*arguments: Any, **options: Any) -> int:
+            try:
+                return main(*arguments, **options)
+            except KeyboardInterrupt:
+                print(says, file=sys.stderr, flush=True)
+                return INTERRUPTED
+
+        return ending
+
+    return decorated
+
+
+@contextmanager
+def beyond_ctrl_c() -> Iterator[None]:
+    """Have the processes that are started within it never interrupted: who started them ends them, in its own way."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a process hands on to those that it starts
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def positive(text: str) -> int:

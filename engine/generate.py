@@ -16,7 +16,7 @@ from pathlib import Path
 import tiktoken
 
 from engine.checkpoint import CheckpointError, best
-from engine.command_line import CommandLine, let_go_of_output, positive
+from engine.command_line import CommandLine, ends_on_ctrl_c, let_go_of_output, positive
 from engine.config import MAX_SEED, ConfigError, require
 from engine.device import DTYPES, choose_device, choose_dtype
 from engine.formats import WeightsError
@@ -121,6 +121,7 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+@ends_on_ctrl_c("")
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if hasattr(sys.stdout, "reconfigure"):
@@ -135,9 +136,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         let_go_of_output()
         return 0
-    except KeyboardInterrupt:
-        show("\n")
-        return 130
     return 0
 
 

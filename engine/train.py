@@ -27,7 +27,7 @@ from torch import Tensor
 from engine import checkpoint
 from engine.cards import peak_flops
 from engine.checkpoint import Progress
-from engine.command_line import parse
+from engine.command_line import INTERRUPTED, ends_on_ctrl_c, parse
 from engine.config import Config, ConfigError, DataConfig, ModelConfig, changes, differences, load_file, require
 from engine.data import Batch, DataError, TokenFile, TrainingBatches, open_files, prefetch, validation_batches
 from engine.device import choose_device, choose_dtype, peak_memory
@@ -132,11 +132,7 @@ def prepare_default_data(config: Config, processes: Processes) -> None:
         outputs = ["--out_train_file", config.data.train_file, "--out_val_file", config.data.val_file]
         for command in (["tools.download", "--source", "stdlib", *folders], ["tools.prepare", *folders, *outputs]):
             if code := subprocess.run([sys.executable, "-m", *command]).returncode:
-                why = (
-                    "was interrupted"
-                    if code in (-signal.SIGINT, 128 + signal.SIGINT)
-                    else "failed; its message is above"
-                )
+                why = "was interrupted" if code in (-signal.SIGINT, INTERRUPTED) else "failed; its message is above"
                 raise DataError(f"python -m {' '.join(command)} {why}")
     processes.barrier()
 
@@ -406,6 +402,7 @@ def diverged(config: Config, good: Path | None, report: Report | None) -> int:
     return EXIT_DIVERGED
 
 
+@ends_on_ctrl_c()
 def main(arguments: list[str] | None = None) -> int:
     """Train as the command line asks; return 0 at the end, 2 where that cannot be, EXIT_STOPPED or EXIT_DIVERGED."""
     processes = Processes.from_environment()

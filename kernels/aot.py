@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -151,8 +152,14 @@ def compile_all(
     threads = [threading.Thread(target=_feed, args=work) for _ in range(min(workers, len(jobs)))]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:
+        with suppress(Empty):  # the workers end with what they are at
+            while True:
+                waiting.get_nowait()
+        raise
     if None in rows:
         raise RuntimeError("a compile worker ended early; its message is above")
     return rows
@@ -217,8 +224,9 @@ def _feed(jobs: list, rows: list, waiting: SimpleQueue, cache: Path) -> None:
         command = [sys.executable, "-c", "from kernels.aot import serve; serve()", str(cache)]
         root = Path(__file__).parent.parent
         with subprocess.Popen(
-            command, env=environment, cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        ) as worker:
+            command, env=environment, cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            start_new_session=True,  # a Ctrl-C reaches it as the end of its jobs
+        ) as worker:  # fmt: skip
             while True:
                 try:
                     i = waiting.get_nowait()

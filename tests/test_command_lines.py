@@ -1,9 +1,17 @@
-"""Mistakes on command lines: each program says in a line what is wrong, and ends with 2."""
+"""Mistakes on command lines: each program says in a line what is wrong, and ends with 2. Ctrl-C: a line, and 130."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from benchmarks import miniature, optimizer_quality, plans, render, scaling, suite, throughput
 from engine import generate, train
+from engine.command_line import CommandLine, beyond_ctrl_c
 from tools import (
     compile_kernels,
     convert_hdf5,
@@ -91,3 +99,56 @@ def test_an_environment_that_cannot_be(name, said, tiny_flags, monkeypatch, caps
     monkeypatch.setenv(name, "x")
     assert train.main(tiny_flags) == 2
     assert f"error: {name}=x: {said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        miniature, optimizer_quality, plans, render, scaling, suite, throughput, generate, train, compile_kernels,
+        convert_hdf5, download, export_weights, import_weights, plan, prepare, profile_step, track_memory, tune,
+    ],
+)  # fmt: skip
+def test_ctrl_c_ends_every_program_with_a_line(program, monkeypatch, capsys) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CommandLine, "parse_known_args", interrupted)
+    assert program.main([]) == 130
+    said = capsys.readouterr()
+    assert said.err.startswith("interrupted" if program is not generate else "\n")
+    assert (said.out, said.err.count("\n")) == ("", 1)
+
+
+def test_what_is_started_beyond_ctrl_c_ignores_it() -> None:
+    program = "import signal; print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
+    before = signal.getsignal(signal.SIGINT)
+    with beyond_ctrl_c():
+        child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert child.stdout == "True\n" and signal.getsignal(signal.SIGINT) is before
+
+
+RUN = "--preset=13m --n_embd=32 --n_head=2 --block_size=16 --vocab_size=96 --batch_tokens=64 --steps=1000000"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "begun"),
+    [
+        (f"benchmarks/throughput.py {RUN}", "13m: "),
+        ("tools/tune.py --dry_run --chip=cuda:86 --kernels=softmax_forward --workers=2", "shared memory a block"),
+        ("tools/compile_kernels.py --op=softmax --workers=2 --cache={tmp}", ""),
+    ],
+)
+@pytest.mark.parametrize("after_s", [1, 20])
+def test_the_processes_of_a_program_say_nothing_of_ctrl_c(program: str, begun: str, after_s: int, tmp_path: Path):
+    command = [sys.executable, *program.replace("{tmp}", str(tmp_path)).split()]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        while begun and begun not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(after_s + 15 * (not begun))
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 130 and said.startswith("interrupted") and said.count("\n") == 1, said

@@ -15,13 +15,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.environment import RESULTS, environment, write_result
-from engine.command_line import CommandLine, positive
+from engine.command_line import CommandLine, ends_on_ctrl_c, positive
 from kernels import aot
 from kernels.dispatch import CHIPS, OPS, TRITON_PRESENT
 
 COLUMNS = ("kernel", "warps", "stages", "registers", "stack B", "shared KiB", "of", "tensor cores")
 
 
+@ends_on_ctrl_c("interrupted; the same command goes on")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print, and write the table of a whole run; return the exit status."""
     parser = CommandLine(__doc__)

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import numpy as np
 
-from engine.command_line import CommandLine
+from engine.command_line import CommandLine, ends_on_ctrl_c
 from engine.tokenizer import DEFAULT_TOKENIZER, load_encoding
 from engine.whole_file import whole_file
 from tools.disk import write_json
@@ -161,6 +161,7 @@ def _token_lengths(encoding) -> np.ndarray:
     return lengths
 
 
+@ends_on_ctrl_c("interrupted; nothing is written")
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandLine(__doc__)
     parser.add_argument("source", type=Path, help="what is converted: .h5, .hdf5, or a token file")
@@ -173,9 +174,6 @@ def main(arguments: list[str] | None = None) -> int:
     except PrepareError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing is written", file=sys.stderr)
-        return 130
     print(f"{options.target}: {count} ids, each compared with {options.source}")
     return 0
 

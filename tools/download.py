@@ -22,7 +22,7 @@ import msgspec
 import zstandard
 from huggingface_hub.utils import WeakFileLock
 
-from engine.command_line import CommandLine
+from engine.command_line import CommandLine, ends_on_ctrl_c
 from engine.report import human
 from tools.disk import hash_file
 from tools.fetching.embedded_corpus import SOURCE as EMBEDDED
@@ -256,6 +256,7 @@ def _damaged(file: RemoteFile, part: Path) -> ShardError:
     )
 
 
+@ends_on_ctrl_c("interrupted; the same command goes on")
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, 2 with a message for a ShardError, 130 when interrupted."""
     parser = CommandLine(__doc__)
@@ -277,9 +278,6 @@ def main(arguments: list[str] | None = None) -> int:
     except ShardError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
     return 0
 
 

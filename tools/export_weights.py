@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from engine.checkpoint import CheckpointError
-from engine.command_line import CommandLine, positive
+from engine.command_line import CommandLine, ends_on_ctrl_c, positive
 from engine.config import ConfigError, ModelConfig
 from engine.device import DTYPES
 from engine.formats import FIELDS, R50K_PADDED, R50K_TOKENS, State, WeightsError, require_format, resize_vocab
@@ -28,6 +28,7 @@ from engine.weights import (
 )
 
 
+@ends_on_ctrl_c()
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandLine(__doc__)
     add = parser.add_argument

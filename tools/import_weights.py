@@ -7,12 +7,13 @@ python tools/import_weights.py --model_path 13m.pt --out weights/13m          # 
 import sys
 
 from engine.checkpoint import CheckpointError
-from engine.command_line import CommandLine, positive
+from engine.command_line import CommandLine, ends_on_ctrl_c, positive
 from engine.config import ConfigError
 from engine.formats import WeightsError, resize_vocab
 from engine.weights import check_target, find_weights, read_weights, recorded_tokenizer, write_weights
 
 
+@ends_on_ctrl_c()
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandLine(__doc__)
     add = parser.add_argument

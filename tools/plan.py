@@ -27,7 +27,7 @@ import torch
 from matplotlib.figure import Figure
 
 from engine.cards import CARDS, CLASSIC, COMMON, Card, GiB, get, parse_memory
-from engine.command_line import CommandLine, config_of, let_go_of_output, positive
+from engine.command_line import CommandLine, config_of, ends_on_ctrl_c, let_go_of_output, positive
 from engine.config import PRESETS, ConfigError, ModelConfig, require, settings
 from engine.device import card_of
 from engine.device import host_memory as host_memory_here
@@ -299,6 +299,7 @@ def model_of(asked: argparse.Namespace, flags: list[str]) -> ModelConfig:
     return config_of([f"--preset={asked.preset}", *flags], asked).model
 
 
+@ends_on_ctrl_c()
 def main(arguments: list[str] | None = None) -> int:
     asked, flags = parse_arguments(arguments)
     try:

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.command_line import CommandLine, positive
+from engine.command_line import CommandLine, ends_on_ctrl_c, positive
 from engine.report import human
 from engine.tokenizer import DEFAULT_TOKENIZER
 from tools.preparing.chunks import KINDS, SHARD_ENDINGS, TEXT_KEY, Problem
@@ -285,6 +285,7 @@ def parse_key(text: str) -> str:
     return text
 
 
+@ends_on_ctrl_c("interrupted; the same command goes on")
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandLine(__doc__)
     for name, path, metavar in (
@@ -337,9 +338,6 @@ def main(arguments: list[str] | None = None) -> int:
     except PrepareError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -26,7 +26,7 @@ from benchmarks.environment import environment, write_result
 from benchmarks.measuring import random_batches
 from benchmarks.meters import kernels_in_use, within_minutes
 from engine import cards
-from engine.command_line import CommandLine, config_of, positive
+from engine.command_line import CommandLine, config_of, ends_on_ctrl_c, positive
 from engine.config import Config, ConfigError, require
 from engine.device import choose_device, choose_dtype
 from engine.distributed import Processes
@@ -39,6 +39,7 @@ from tools.profiling.memory import timeline
 from tools.profiling.parts import PARTS, Attributed, Operation, attribute, busy_seconds, scope, scoped
 
 
+@ends_on_ctrl_c()
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandLine(__doc__)
     parser.add_argument(

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import kernels.cross_entropy
-from engine.command_line import CommandLine, positive
+from engine.command_line import CommandLine, ends_on_ctrl_c, positive
 from engine.config import PRESETS, ModelConfig
 from engine.device import DTYPES
 from engine.footprint import METHODS, Footprint, Recompute, predict
@@ -87,6 +87,7 @@ def predict_tracked(
     return dataclasses.replace(footprint, card=footprint.card | unseen)
 
 
+@ends_on_ctrl_c()
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandLine(__doc__)
     add = parser.add_argument

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import environment, write_result
-from engine.command_line import CommandLine, positive, positives
+from engine.command_line import CommandLine, beyond_ctrl_c, ends_on_ctrl_c, positive, positives
 from kernels import dispatch, launch_configs
 from kernels.aot import Row, compile_case
 from kernels.dispatch import CHIPS, Chip
@@ -89,12 +89,17 @@ def compile_trials(
     tunable: Tunable, trials: list[Trial], case: str, target: str, pool: ProcessPoolExecutor
 ) -> list[Trial]:
     """Compile what is not refused yet; refuse what spills or does not fit."""
-    rows = {
-        i: pool.submit(compile_candidate, tunable.kernel, t.config, case, target)
-        for i, t in enumerate(trials)
-        if not t.refused
-    }
-    done = {i: future.result() for i, future in rows.items()}
+    with beyond_ctrl_c():
+        rows = {
+            i: pool.submit(compile_candidate, tunable.kernel, t.config, case, target)
+            for i, t in enumerate(trials)
+            if not t.refused
+        }
+    try:
+        done = {i: future.result() for i, future in rows.items()}
+    finally:  # interrupted, the pool waits for what it has begun, and is to begin nothing else
+        for future in rows.values():
+            future.cancel()
     return [Trial(t.config, done[i].fault, done[i]) if i in done else t for i, t in enumerate(trials)]
 
 
@@ -172,6 +177,7 @@ def report(kernel: str, case: str, trials: list[Trial]) -> None:
         print(f"  {config:62} {cost:25}  {trial.refused or times or 'compiles'}", flush=True)
 
 
+@ends_on_ctrl_c()
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandLine(__doc__)
     parser.add_argument("--kernels", default=",".join(TUNABLE), help=f"which of {', '.join(TUNABLE)} [all]")
