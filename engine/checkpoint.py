@@ -116,15 +116,16 @@ def to_start_from(run_dir: str, resume: str | None) -> Path | None:
 def claimed(config: Config) -> Iterator[None]:
     """Hold a run's folder, made where it is missing: two runs in one would remove each other's checkpoints.
 
-    The system lets go of it when the process ends, however that does. ConfigError where another process has it, or
-    where it cannot be written.
+    The system lets go of it when the process ends, however that does. A folder that was made here goes again where
+    nothing came of the run. ConfigError where another process has it, or where it cannot be written.
     """
     folder = Path(config.run_dir)
     lock = filelock.FileLock(folder / ".lock", timeout=0)
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with suppress(NotImplementedError):  # some network disks have no locks
-            lock.acquire()
+            _acquire(lock)
     except filelock.Timeout:
         raise ConfigError(
             f"another run is writing to {folder}: wait for it, stop it, or give another --run_dir"
@@ -134,7 +135,28 @@ def claimed(config: Config) -> Iterator[None]:
     try:
         yield
     finally:
+        if made and lock.is_locked:
+            _remove_unused(folder)
         lock.release()
+
+
+def _acquire(lock: filelock.FileLock) -> None:
+    """Lock the file that has the name: one opened just before another process took it away would keep nobody out."""
+    file = Path(lock.lock_file)
+    while not lock.is_locked:
+        file.touch()
+        before = file.stat()  # while it is open here, no other file has its number
+        lock.acquire()
+        if not file.exists() or not os.path.samestat(before, file.stat()):
+            lock.release()
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove a run's folder, which is locked, where it holds the lock alone."""
+    with suppress(OSError):  # another process begins there, or the system keeps files that are open
+        if [path.name for path in folder.iterdir()] == [".lock"]:
+            (folder / ".lock").unlink()
+            folder.rmdir()
 
 
 def require_space(config: Config) -> None:

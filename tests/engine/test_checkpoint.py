@@ -11,6 +11,7 @@ import weakref
 from contextlib import suppress
 from types import SimpleNamespace
 
+import filelock
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -264,6 +265,36 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_ends(tiny_flags, tm
     first.wait()
     step = checkpoint.read_state(checkpoint.newest(tmp_path / "run"))["step"] + 3  # beyond the warm-up
     assert train.main([*again, f"--max_steps={step}"]) == 0
+
+
+def test_a_start_that_fails_leaves_no_folder_that_it_made(tiny_flags, tmp_path, capsys):
+    fails = [*tiny_flags, "--vocab_size=64"]
+    assert train.main(fails) == 2 and "set --vocab_size 512" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "run").mkdir()  # not ours
+    assert train.main(fails) == 2
+    assert (tmp_path / "run").is_dir()
+    assert train.main([*tiny_flags, "--max_steps=3"]) == 0
+
+
+def test_a_lock_that_another_process_takes_away_meanwhile_is_taken_anew(tiny_flags, tmp_path, monkeypatch):
+    """Two processes with a lock of one name, on a file with that name and on one without, would both go on."""
+    config, taken = parse(tiny_flags)[0], []
+
+    class Slow(filelock.FileLock):
+        def acquire(self, *arguments, **options):
+            proxy = super().acquire(*arguments, **options)
+            taken.append(self)
+            if len(taken) == 1:
+                (tmp_path / "run/.lock").unlink()
+            return proxy
+
+    monkeypatch.setattr(checkpoint.filelock, "FileLock", Slow)
+    with checkpoint.claimed(config):
+        assert len(taken) == 2 and (tmp_path / "run/.lock").exists()
+        with pytest.raises(ConfigError, match="another run is writing"), checkpoint.claimed(config):
+            pass
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/self/run"])
