@@ -54,10 +54,15 @@ def find_inputs(folder: Path) -> list[Path]:
     texts = [file for file in files if is_text_file(file)]
     if shards and texts:  # such as a README or a licence
         print(f"{folder}: {listed([file.name for file in texts])} left out, since there are shards")
+    inside = [file for file in files if file.is_dir() and not file.name.startswith(".")]
+    folders = listed([str(file) for file in inside if file.suffix != ".parts"])  # a workspace is ours
+    unsearched = f"{folders}: folders in a folder are not searched" if folders else ""
+    if unsearched and (shards or texts):
+        print(f"warning: {unsearched}")
     if not (shards or texts):
         what = f"holds no shards ({', '.join(SHARD_ENDINGS)}) and no texts ({', '.join(TEXT_ENDINGS)})"
         raise PrepareError(
-            f"{folder} {what if folder.is_dir() else 'does not exist'}. "
+            f"{folder} {what if folder.is_dir() else 'does not exist'}. {unsearched + '. ' if unsearched else ''}"
             "To fetch some of the Pile: python tools/download.py --size small; without a network: "
             "python tools/download.py --source stdlib"
         )

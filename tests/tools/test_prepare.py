@@ -336,6 +336,18 @@ def test_the_program(tmp_path: Path) -> None:
     assert f"{tmp_path}/val/val.jsonl.zst:4\n" in done.stdout  # TEXTS has a separator
 
 
+def test_folders_that_are_not_searched_are_named(tmp_path: Path, capsys) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "out.bin.parts").mkdir()  # of an earlier run of this program
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "sub/a.txt").write_text("a")
+    with pytest.raises(PrepareError, match=r"holds no shards .*/sub: folders in a folder are not searched\. To fetch"):
+        find_inputs(tmp_path)
+    (tmp_path / "b.txt").write_text("b")
+    assert find_inputs(tmp_path) == [tmp_path / "b.txt"]
+    assert capsys.readouterr().out == f"warning: {tmp_path}/sub: folders in a folder are not searched\n"
+
+
 ERRORS = {
     "no folder": ([], r"train does not exist\. .*python tools/download.py"),
     "empty folder": (["train"], r"train holds no shards .*python tools/download.py"),
