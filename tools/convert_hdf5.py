@@ -14,6 +14,7 @@ from types import ModuleType
 import numpy as np
 
 from engine.command_line import CommandLine, ends_on_ctrl_c
+from engine.data import DataError, TokenFile
 from engine.tokenizer import DEFAULT_TOKENIZER, load_encoding
 from engine.whole_file import whole_file
 from tools.disk import write_json
@@ -89,7 +90,12 @@ def _to_hdf5(source: Path, target: Path, partial: Path) -> int:
     size = source.stat().st_size
     if size == 0 or size % dtype.itemsize:
         raise PrepareError(f"{source} has {size} bytes, no whole number of {dtype.name} ids; prepare it again")
-    ids = np.memmap(source, dtype, "r")
+    try:
+        file = TokenFile(source)
+        file.check(file.vocab_size)
+    except DataError as error:
+        raise PrepareError(str(error)) from None
+    ids = file.tokens
     with _hdf5().File(partial, "w") as file:
         dataset = file.create_dataset("tokens", ids.shape, np.int32, maxshape=(None,), chunks=(min(len(ids), 1 << 16),))
         for start, block in _blocks(ids, source.name):

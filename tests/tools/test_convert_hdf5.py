@@ -154,6 +154,14 @@ def test_arguments_that_cannot_be_meant(tmp_path: Path, capsys) -> None:
         convert(tmp_path / "odd.bin", tmp_path / "c.h5")
 
 
+@pytest.mark.parametrize("name", ["README.md", "readme"])
+def test_text_is_no_token_file(name: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / name).write_text("It was a dark and stormy night.\n" * 100)
+    assert main([str(tmp_path / name), str(tmp_path / "y.h5")]) == 2
+    assert f"{name} is text, not tokens: prepare it first" in capsys.readouterr().err
+    assert not (tmp_path / "y.h5").exists()
+
+
 def test_ctrl_c_says_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
