@@ -60,7 +60,9 @@ def find_weights(path: str | Path) -> Path:
         return path
     found = checkpoint.best(path) or checkpoint.newest(path)
     if found is None:
-        raise WeightsError(f"{path} holds neither {WEIGHTS_FILE} nor a checkpoint (checkpoints/step_00000100)")
+        inside = [p for p in sorted(path.iterdir()) if (p / WEIGHTS_FILE).exists() or checkpoint.newest(p)]
+        hint = f"; inside are {', '.join(map(str, inside))}: name one of them" if inside else ""
+        raise WeightsError(f"{path} holds neither {WEIGHTS_FILE} nor a checkpoint (checkpoints/step_00000100){hint}")
     return found
 
 

@@ -67,6 +67,19 @@ def test_a_run_is_its_best_checkpoint_or_else_the_newest(tmp_path, losses, taken
     assert torch.equal(load_model(tmp_path / "checkpoints/step_00000010")(tokens()), models[10](tokens()))
 
 
+def test_a_folder_of_runs_or_checkpoints_names_them(tmp_path):
+    for run in ("b", "a"):
+        write_run(tmp_path / run, {10: None, 20: None})
+    (tmp_path / "empty").mkdir()
+    steps = tmp_path / "a/checkpoints"
+    for folder, named in ((tmp_path, ("a", "b")), (steps, ("step_00000010", "step_00000020"))):
+        with pytest.raises(WeightsError) as refused:
+            find_weights(folder)
+        assert str(refused.value).endswith(
+            f"; inside are {', '.join(f'{folder}/{n}' for n in named)}: name one of them"
+        )
+
+
 def test_the_configuration_beside_is_read_where_the_file_has_none(tmp_path):
     models = write_run(tmp_path, {10: None})
     file = tmp_path / "checkpoints/step_00000010/model.safetensors"
