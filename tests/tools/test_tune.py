@@ -1,6 +1,7 @@
 """The search keeps only what is right, fits and is faster; what it keeps is what kernels are then launched with."""
 
 import json
+from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -102,8 +103,11 @@ def test_what_spills_is_refused():
         stack_bytes=64,
         shared_limit_bytes=1 << 20,
     )
-    rows = iter([row, replace(row, stack_bytes=0)])
-    pool = SimpleNamespace(submit=lambda *a: SimpleNamespace(result=lambda row=next(rows): row))
+    compiled = [Future(), Future()]
+    compiled[0].set_result(row)
+    compiled[1].set_result(replace(row, stack_bytes=0))
+    submitted = iter(compiled)
+    pool = SimpleNamespace(submit=lambda *_: next(submitted))
     configs = [{"ROWS": 64}, {"ROWS": 32}, {"ROWS": 128}]
     trials = tune.compile_trials(
         FORWARD, [Trial(configs[0]), Trial(configs[1]), Trial(configs[2], "too large")], "64", "cuda:86", pool
