@@ -32,6 +32,24 @@ _NEOX_DEFAULTS = dict(
     max_position_embeddings=2048, hidden_act="gelu", layer_norm_eps=1e-5, tie_word_embeddings=False,
     use_parallel_residual=True, attention_bias=True, rotary_pct=0.25, rotary_emb_base=10_000,
 )  # fmt: skip
+_GPT2_SETTINGS = {  # ours: config.json's
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "block_size": "n_positions",
+    "vocab_size": "vocab_size",
+    "norm_eps": "layer_norm_epsilon",
+    "tie_head": "tie_word_embeddings",
+}
+_NEOX_SETTINGS = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+    "block_size": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "norm_eps": "layer_norm_eps",
+    "tie_head": "tie_word_embeddings",
+}
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2 stores these (in, out)
 _NEOX_NAMES = {  # ours: GPT-NeoX's
     "transformer.wte": "gpt_neox.embed_in",
@@ -75,8 +93,6 @@ def to_hugging_face(
             state[name] = torch.zeros(empty.shape, dtype=like.dtype)
     about, state = (_to_gpt2 if format == "gpt2" else _to_gpt_neox)(config, drop_tied(config, state))
     shared = {
-        "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tie_head,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
         "dtype": str(like.dtype).removeprefix("torch."),
@@ -105,16 +121,8 @@ def _from_gpt2(about: dict[str, Any], state: State) -> tuple[ModelConfig, State]
         "add_cross_attention": (False,),
     }
     _check_settings(about, settings)
-    config = ModelConfig(
-        n_layer=about["n_layer"],
-        n_head=about["n_head"],
-        n_embd=about["n_embd"],
-        block_size=about["n_positions"],
-        vocab_size=about["vocab_size"],
-        activation=_ACTIVATIONS[about["activation_function"]],
-        norm_eps=about["layer_norm_epsilon"],
-        tie_head=about["tie_word_embeddings"],
-    )
+    shape = {ours: about[theirs] for ours, theirs in _GPT2_SETTINGS.items()}
+    config = ModelConfig(activation=_ACTIVATIONS[about["activation_function"]], **shape)
     prefix = "" if any(name.startswith("transformer.") for name in state) else "transformer."  # GPT2Model has none
     named = {name if name.startswith("lm_head.") else prefix + name: tensor for name, tensor in state.items()}
     masks = (".attn.bias", ".attn.masked_bias")
@@ -128,16 +136,12 @@ def _to_gpt2(config: ModelConfig, state: State) -> tuple[dict[str, Any], State]:
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "activation_function": _activation(config, "gelu_new"),
-        "n_positions": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "layer_norm_epsilon": config.norm_eps,
         "attn_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "resid_pdrop": 0.0,
     }
-    return about, _transpose_conv1d(state)
+    shape = {theirs: getattr(config, ours) for ours, theirs in _GPT2_SETTINGS.items()}
+    return about | shape, _transpose_conv1d(state)
 
 
 def _activation(config: ModelConfig, gelu_tanh: str) -> str:
@@ -165,18 +169,9 @@ def _from_gpt_neox(about: dict[str, Any], state: State) -> tuple[ModelConfig, St
         "rope_scaling": (None,),
     }
     _check_settings(about, settings)
-    config = ModelConfig(
-        n_layer=about["num_hidden_layers"],
-        n_head=about["num_attention_heads"],
-        n_embd=about["hidden_size"],
-        block_size=about["max_position_embeddings"],
-        vocab_size=about["vocab_size"],
-        positions="rotary",
-        activation=_ACTIVATIONS[about["hidden_act"]],
-        qkv_bias=about["attention_bias"],
-        norm_eps=about["layer_norm_eps"],
-        tie_head=about["tie_word_embeddings"],
-    )
+    shape = {ours: about[theirs] for ours, theirs in _NEOX_SETTINGS.items()}
+    activation = _ACTIVATIONS[about["hidden_act"]]
+    config = ModelConfig(positions="rotary", activation=activation, qkv_bias=about["attention_bias"], **shape)
     buffers = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
     named = {
         name.replace("lm_head.", "embed_out."): tensor for name, tensor in state.items() if not name.endswith(buffers)
@@ -197,12 +192,7 @@ def _to_gpt_neox(config: ModelConfig, state: State) -> tuple[dict[str, Any], Sta
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
         "hidden_act": _activation(config, "gelu_pytorch_tanh"),
-        "max_position_embeddings": config.block_size,
-        "hidden_size": config.n_embd,
         "intermediate_size": 4 * config.n_embd,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "layer_norm_eps": config.norm_eps,
         "use_parallel_residual": False,
         "attention_bias": True,
         "rotary_pct": 1.0,
@@ -210,7 +200,8 @@ def _to_gpt_neox(config: ModelConfig, state: State) -> tuple[dict[str, Any], Sta
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
     }
-    return about, {_neox_name(name): _pack_heads(config, name, tensor) for name, tensor in state.items()}
+    shape = {theirs: getattr(config, ours) for ours, theirs in _NEOX_SETTINGS.items()}
+    return about | shape, {_neox_name(name): _pack_heads(config, name, tensor) for name, tensor in state.items()}
 
 
 def _pack_heads(config: ModelConfig, name: str, tensor: Tensor) -> Tensor:
