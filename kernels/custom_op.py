@@ -1,7 +1,8 @@
 """Functions that launch kernels, as ops: what a compiler, a dispatch mode or a profiler sees, and nobody else pays for.
 
-torch.library's way through the dispatcher takes several times as long as a launch, which small models and decoding
-wait for; so where nobody watches, an op is its function and, under autograd, a torch.autograd.Function around it.
+The way through torch.library and the dispatcher costs more of Python's time than all else that an op does beside its
+kernels (kernels/LOG.md), and small models and decoding wait for Python; so where nobody watches, an op is its function
+and, under autograd, a torch.autograd.Function around it.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,7 @@
 """Compiling, of which Numba keeps the result on disk: done before any clock runs, and told where it takes its time."""
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 from numba.core import event
@@ -12,14 +11,9 @@ from tools.preparing.json_lines import parse
 from tools.preparing.text_encoders import TextEncoder
 
 
-@contextmanager
-def told(shown: bool = True) -> Iterator[None]:
+def told(shown: bool) -> AbstractContextManager:
     """Within it a person is told, once a program, that something is compiled and not only loaded."""
-    if not shown:
-        yield
-        return
-    with event.install_listener("numba:compile", _Listener()):
-        yield
+    return event.install_listener("numba:compile", _Listener()) if shown else nullcontext()
 
 
 def compile_ahead(encoder: TextEncoder, *, json: bool) -> None:
