@@ -85,8 +85,7 @@ def jobs(kind: str, axis: str, overrides: dict[str, Any]) -> dict[int, Job]:
 
 def row(value: int, measured: Measured | str, job: Job, peak: float | None) -> dict[str, Any]:
     """Return a point of an axis as the result file has it: tokens/s, seconds, bytes. `peak`: the device's FLOP/s."""
-    with torch.device("meta"):
-        n = GPT(job.config.model).num_parameters()
+    n = GPT.outline(job.config.model).num_parameters()
     flops = flops_per_token(job.config.model, n)
     about = {"value": value, "n_parameters": n, "flops_per_token": flops, "threads": job.threads}
     if isinstance(measured, str):

@@ -124,8 +124,7 @@ def what_is_asked(options: argparse.Namespace, rest: list[str]) -> Asked:
 def result_head(asked: Asked, processes: int) -> dict[str, Any]:
     """Return the result file as it is before anything is measured. ConfigError: --host_memory is no size."""
     config, device = asked.config, asked.device
-    with torch.device("meta"):
-        n_parameters = GPT(config.model).num_parameters()
+    n_parameters = GPT.outline(config.model).num_parameters()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
         "benchmark": "throughput",

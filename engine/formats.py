@@ -45,8 +45,7 @@ class WeightsError(ValueError):
 
 def expected_state(config: ModelConfig) -> State:
     """Return the names and shapes of a model's weights, as tensors without memory."""
-    with torch.device("meta"):
-        return drop_tied(config, GPT(config).state_dict())
+    return drop_tied(config, GPT.outline(config).state_dict())
 
 
 def drop_tied(config: ModelConfig, state: State) -> State:

@@ -6,13 +6,15 @@ where they are used, so one model runs with fp32 weights and bf16 activations, o
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from engine.config import ModelConfig
 from kernels import (
@@ -166,6 +168,15 @@ def rotary_tables(length: int, head_dim: int, device: torch.device, base: float 
     return angles.cos(), angles.sin()
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Within it layers leave their parameters as they are: even without memory torch would import its compiler."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 class GPT(nn.Module):
     """A decoder-only transformer with pre-normalisation (GPT-2's layout).
 
@@ -186,10 +197,10 @@ class GPT(nn.Module):
         self._rope: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def outline(cls, config: ModelConfig) -> "GPT":
-        """Return a model on the meta device: parameters with shapes and no memory, for a strategy to place and fill."""
-        with torch.device("meta"):
-            return cls(config)
+    def outline(cls, config: ModelConfig, dtype: torch.dtype | None = None) -> "GPT":
+        """Return a model on the meta device: parameters with shapes and no memory, for others to place and fill."""
+        with torch.device("meta"), _Uninitialised():
+            return cls(config, dtype)
 
     def initial_weights(self, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         """Yield each parameter's name and GPT-2's initial weights for it, fp32 in host memory, drawn when asked for.

@@ -73,8 +73,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", dtype: torc
     `.pt`. dtype None: as it is stored. WeightsError where the file is damaged, does not fit its model, or holds code.
     """
     config, state = read_weights(path)
-    with torch.device("meta"):
-        model = GPT(config, dtype)
+    model = GPT.outline(config, dtype)
     state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
     if config.tie_head:
         state["lm_head.weight"] = state["transformer.wte.weight"]

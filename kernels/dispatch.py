@@ -168,7 +168,13 @@ def force_chip(chip: Chip | str | None) -> None:
     _decisions.clear()
 
 
-@torch.compiler.assume_constant_result
+def constant_to_compilers(function: Callable) -> Callable:
+    """What `torch.compiler.assume_constant_result` does, which imports all of torch._dynamo to do it."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_to_compilers
 def chip(device: torch.device) -> Chip:
     """The row of the table for a device; an unlisted GPU gets the nearest older row with its own shared memory."""
     if device not in _chips:
@@ -178,7 +184,7 @@ def chip(device: torch.device) -> Chip:
     return _chips[device]
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compilers
 def backend(op: str, device: torch.device) -> str:
     """ "triton" or "torch": what runs `op` on `device`, decided at the first call."""
     key = op, device

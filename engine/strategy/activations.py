@@ -19,12 +19,14 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from engine.model import GPT, Attention
 from kernels import attention_packed
+from kernels.attention import chunked
+from kernels.attention_forward import attention_forward, attention_packed_forward
 
 # What computes attention's output and log-sum-exp: ours, and what F.scaled_dot_product_attention becomes.
 ATTENTION_OPS = (
-    torch.ops.pilesmith.attention.default,
-    torch.ops.pilesmith.attention_packed.default,
-    torch.ops.pilesmith.attention_chunked.default,
+    attention_forward.overload,
+    attention_packed_forward.overload,
+    chunked.overload,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,

@@ -100,9 +100,9 @@ def test_gradcheck(kind, kernel_path):
 
 def test_ops_are_registered_right(triton_path):
     x, bias = torch.randn(6, 40, requires_grad=True), torch.randn(40, requires_grad=True)
-    torch.library.opcheck(_bias_activation_op.definition, (x, bias, 0))
-    torch.library.opcheck(_bias_activation_op.definition, (x, None, 1))
-    torch.library.opcheck(_bias_activation_backward_op.definition, (x.detach(), x.detach(), bias.detach(), 2))
+    torch.library.opcheck(_bias_activation_op.overload, (x, bias, 0))
+    torch.library.opcheck(_bias_activation_op.overload, (x, None, 1))
+    torch.library.opcheck(_bias_activation_backward_op.overload, (x.detach(), x.detach(), bias.detach(), 2))
 
 
 @pytest.mark.gpu

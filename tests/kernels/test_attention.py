@@ -256,14 +256,14 @@ def test_packed_is_the_same_with_its_gradient_in_one_piece(path, documents, D, k
 def test_operators_keep_their_contract(triton_path):
     for doc_start in (None, document_starts(1, 17, 0.1)):
         _, q, k, v = packed(1, 17, 2, 1, 16, torch.float32)
-        torch.library.opcheck(attention_forward.definition, (q, k, v, doc_start, True, 0.25))
-        torch.library.opcheck(chunked.definition, (q, k, v, doc_start, True, 0.25))
+        torch.library.opcheck(attention_forward.overload, (q, k, v, doc_start, True, 0.25))
+        torch.library.opcheck(chunked.overload, (q, k, v, doc_start, True, 0.25))
         q, k, v = q.detach(), k.detach(), v.detach()
         out, lse = attention_forward(q, k, v, doc_start, True, 0.25)
-        torch.library.opcheck(attention_backward.definition, (out, q, k, v, doc_start, out, lse, True, 0.25))
+        torch.library.opcheck(attention_backward.overload, (out, q, k, v, doc_start, out, lse, True, 0.25))
         qkv = torch.randn(1, 17, 3, 2, 16, requires_grad=True)
-        torch.library.opcheck(attention_packed_forward.definition, (qkv, doc_start, True, 0.25))
-        packed_backward = attention_packed_backward.definition
+        torch.library.opcheck(attention_packed_forward.overload, (qkv, doc_start, True, 0.25))
+        packed_backward = attention_packed_backward.overload
         torch.library.opcheck(packed_backward, (out, qkv.detach(), doc_start, out, lse, True, 0.25))
 
 

@@ -1,5 +1,9 @@
 """Ops are called without the dispatcher where nobody watches, and by it where somebody does, with the same results."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +11,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.custom_op import custom_op
+from kernels.dispatch import constant_to_compilers
 
 
 @custom_op("test_scaled", opaque=True)
@@ -63,14 +68,14 @@ def gradients(call, values):
 @pytest.mark.parametrize("bias", [True, False])
 def test_both_ways_have_the_same_results(bias):
     values = inputs(bias)
-    torch.testing.assert_close(gradients(scaled, values), gradients(scaled.definition, values), rtol=0, atol=0)
+    torch.testing.assert_close(gradients(scaled, values), gradients(scaled.overload, values), rtol=0, atol=0)
 
 
 def test_nobody_watching_the_dispatcher_is_left_out(monkeypatch):
     def dispatched(*_):
         raise AssertionError("through the dispatcher")
 
-    monkeypatch.setattr(scaled, "definition", dispatched)
+    monkeypatch.setattr(scaled, "overload", dispatched)
     out, _ = scaled(*inputs())
     assert "Differentiable" in type(out.grad_fn).__name__
     with torch.no_grad():
@@ -99,3 +104,24 @@ def test_a_second_derivative_is_refused():
     (first,) = torch.autograd.grad(out.square().sum(), values[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+PROGRAM = """
+import sys
+import engine.train, tools.plan
+from engine.config import ModelConfig
+from engine.model import GPT
+GPT.outline(ModelConfig())
+print({"torch._dynamo", "torch._inductor"} & sys.modules.keys())
+"""
+
+
+def test_programs_start_without_the_compiler():
+    """Importing it takes as long as all the rest."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # only without it a triton_op
+    assert subprocess.check_output([sys.executable, "-c", PROGRAM], text=True, env=environment) == "set()\n"
+
+
+def test_constants_are_marked_as_torch_marks_them():
+    ours, torchs = (mark(lambda: 1) for mark in (constant_to_compilers, torch.compiler.assume_constant_result))
+    assert vars(ours) == vars(torchs) != {}

@@ -133,11 +133,11 @@ def test_gradcheck(bias, kernel_path):
 
 def test_ops_are_registered_right(triton_path):
     x, residual, weight, bias = leaves(6, 40, torch.float32)
-    torch.library.opcheck(_layer_norm_op.definition, (x, residual, weight, bias, 1e-5))
-    torch.library.opcheck(_layer_norm_op.definition, (x, None, weight, None, 1e-5))
+    torch.library.opcheck(_layer_norm_op.overload, (x, residual, weight, bias, 1e-5))
+    torch.library.opcheck(_layer_norm_op.overload, (x, None, weight, None, 1e-5))
     x, residual, weight = x.detach(), residual.detach(), weight.detach()
     rstd = torch.rand(6)
-    torch.library.opcheck(_layer_norm_backward_op.definition, (x, residual, x, weight, rstd, rstd, True))
+    torch.library.opcheck(_layer_norm_backward_op.overload, (x, residual, x, weight, rstd, rstd, True))
 
 
 @pytest.mark.gpu

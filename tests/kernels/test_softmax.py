@@ -111,8 +111,8 @@ def test_gradcheck(kernel_path):
 
 def test_ops_are_registered_right(triton_path):
     x = torch.randn(6, 40, requires_grad=True)
-    torch.library.opcheck(_softmax_op.definition, (x, 3, 0.5))
-    torch.library.opcheck(_softmax_backward_op.definition, (x.detach(), x.detach().softmax(1), 3, 0.5))
+    torch.library.opcheck(_softmax_op.overload, (x, 3, 0.5))
+    torch.library.opcheck(_softmax_backward_op.overload, (x.detach(), x.detach().softmax(1), 3, 0.5))
 
 
 @pytest.mark.gpu
