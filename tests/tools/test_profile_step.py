@@ -139,6 +139,14 @@ def test_scope_leaves_other_modules_alone():
     assert model[0].forward == before
 
 
+def test_the_profiler_takes_a_scope_for_an_operation():
+    """And so gives it the kernels that no other operation launches; a user's annotation gets none."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        scoped(torch.ones, "optimizer")(4)
+    (event,) = (e for e in profiler.events() if e.name == SCOPE + "optimizer")
+    assert not event.is_user_annotation and [child.name for child in event.cpu_children] == ["aten::ones"]
+
+
 def test_busy_time_is_a_union():
     cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
 

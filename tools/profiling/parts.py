@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch._C._profiler import _RecordFunctionFast
 from torch.autograd.profiler_util import FunctionEvent
-from torch.profiler import record_function
 
 from engine.model import GPT, MLP, ActivatedLinear, Attention, Block, Head, LayerNorm, Linear
 
@@ -47,10 +47,14 @@ _COMMUNICATION = ("c10d::", "nccl:", "gloo:", "record_param_comms")
 
 
 def scoped(function: Callable[..., Any], part: str) -> Callable[..., Any]:
-    """Return `function` with everything that it starts recorded as `part`."""
+    """Return `function` with everything that it starts recorded as `part`.
+
+    Not by `torch.profiler.record_function`, to whose scopes the profiler gives no kernels: those of a Triton kernel
+    that no operation of torch's launches, as the optimizer's, would be nobody's.
+    """
 
     def run(*arguments: Any, **options: Any) -> Any:
-        with record_function(SCOPE + part):
+        with _RecordFunctionFast(SCOPE + part):
             return function(*arguments, **options)
 
     return run
