@@ -106,7 +106,9 @@ class Attention(nn.Module):
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None, doc_start: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         B, T, C = x.shape
-        qkv = self.c_attn(x)  # (B, T, 3C): queries, keys, values, each H heads of D
+        # (B, T, 3C): queries, keys, values, each H heads of D. No view, as a linear layer returns of three dimensions:
+        # of one that is rotated in place autograd would copy the gradient four times.
+        qkv = torch.ops.aten._unsafe_view(self.c_attn(x.flatten(0, 1)), (B, T, 3 * C))
         if rope is not None:
             qkv = rotary(qkv, *rope, n_head=2 * self.n_head, head_dim=self.head_dim)
         qkv = qkv.view(B, T, 3, self.n_head, self.head_dim)
