@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from engine.strategy.resident import Resident
 from tools import profile_step
 from tools.profiling.memory import HELD, MOST_POINTS, Timeline, timeline
 from tools.profiling.parts import SCOPE, attribute, busy_seconds, scope, scoped, work_of
@@ -73,6 +74,19 @@ def test_a_long_timeline_is_thinned_and_keeps_its_peak():
     kept = line.to_dict()
     assert len(kept["seconds"]) == len(kept["held"]["norm"]) <= MOST_POINTS
     assert max(kept["held"]["norm"]) == 999 and kept["seconds"] == sorted(kept["seconds"])
+
+
+def test_what_a_profiler_begins_with_is_no_part_of_the_step(tmp_path, monkeypatch):
+    """On a GPU CUPTI starts, and ops enter torch.library, which takes seconds: in a step before the one that counts."""
+    watched, run = [], Resident.forward_backward
+
+    def forward_backward(*arguments):
+        watched.append(torch.autograd._profiler_enabled())
+        return run(*arguments)
+
+    monkeypatch.setattr(Resident, "forward_backward", forward_backward)
+    assert profile_step.main([*FLAGS, "--warmup", "1", "--out", str(tmp_path)]) == 0
+    assert watched == [False, True, True]
 
 
 def test_compile_is_refused(capsys):
