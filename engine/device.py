@@ -1,6 +1,7 @@
 """Which device and number format a run uses, each with its reason, and what memory is there."""
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -31,7 +32,9 @@ def choose_device(wanted: str, local_rank: int = 0) -> tuple[torch.device, str]:
     device, reason = find_device(wanted, local_rank)
     if device.type == "cuda":
         # States stay while activations come and go: in segments of a fixed size one would keep the other's from use.
-        if not (torch.version.hip or os.environ.keys() & {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}):
+        # But Windows' driver under Linux fails in the first allocation, or a later one (pytorch/pytorch#192330).
+        wsl = "microsoft" in platform.release().lower()
+        if not (torch.version.hip or wsl or os.environ.keys() & {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}):
             torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
         torch.cuda.set_device(device)  # the one that Triton launches on, whatever device its tensors are on
     return device, reason
