@@ -226,10 +226,17 @@ class HostInputs:
             return self._stream.record_event()
 
     def _take_slot(self, x: Tensor) -> Tensor:
-        """Return a host buffer that holds x: of the first step, but for longer sequences or a second graph."""
+        """Return a host buffer that holds x: of the first step, but for longer sequences or a second graph.
+
+        MemoryError where the system gives no more.
+        """
         if x.numel() > self._slot_elements or not self._pool:
             self._slot_elements = max(x.numel(), self._slot_elements)
-            made = torch.empty(self.sent, self._slot_elements, dtype=x.dtype, pin_memory=x.is_cuda)
+            try:
+                made = torch.empty(self.sent, self._slot_elements, dtype=x.dtype, pin_memory=x.is_cuda)
+            except RuntimeError as error:
+                size, said = self.sent * self._slot_elements * x.itemsize >> 20, str(error).splitlines()[0]
+                raise MemoryError(f"no {size} MiB of host memory for the inputs of blocks: {said}") from None
             # One allocation, since pinned memory comes in powers of two. Smaller buffers go with the inputs in them.
             self._pool = list(made)
             self.host_bytes = made.nbytes

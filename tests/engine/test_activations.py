@@ -301,6 +301,15 @@ def test_several_graphs_other_lengths_and_a_backward_pass_that_breaks_off(monkey
     assert not inputs.lost and inputs.host_bytes == before
 
 
+def test_memory_that_the_system_does_not_give_is_named(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("CUDA error: out of memory\nmore")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(MemoryError, match="no 12 MiB of host memory for the inputs of blocks: CUDA error: out of mem"):
+        HostInputs(ON_DEVICE + 3)._take_slot(torch.zeros(1 << 20))
+
+
 @pytest.mark.slow
 def test_runs_recompute_in_every_way_and_go_on_in_another(tiny_flags, tmp_path, capsys):
     def losses(run) -> dict[tuple[int, str], float]:
