@@ -41,6 +41,7 @@ def losses_and_gradients(
     gain, weight_gain = gains
     wide = torch.promote_types(x.dtype, torch.float32)
     losses, lse = x.new_empty(n, dtype=wide), x.new_empty(n, dtype=wide)
+    targets = targets.contiguous()  # the kernel steps from one to the next
     grad_x = x.new_empty(x.shape if need_x else 0)
     sums = _WeightSums(weight, WORKSPACE_BYTES) if need_weight else None
     grad_bias = x.new_zeros(vocab if need_bias else 0, dtype=wide)

@@ -104,6 +104,12 @@ def test_sizes(path, dtype, n, width, vocab, path_of):
     check(path_of(path), tensors, targets)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_targets_that_lie_apart(path, path_of):
+    tensors, targets = problem(9, 8, 50, torch.float32)
+    check(path_of(path), tensors, torch.stack((targets, torch.zeros_like(targets)), 1)[:, 0])
+
+
 @pytest.mark.parametrize("path", ["torch", "torch on gpu"])
 def test_bfloat16_sums_in_fp32(path, path_of, small_chunks):
     """67 tokens are 4 chunks on a GPU, of which the gradient in bf16 must not be the running sum."""
