@@ -77,6 +77,12 @@ def differences(there: dict[str, Any], here: ModelConfig) -> list[str]:
     ]
 
 
+def model_flags(there: ModelConfig, here: ModelConfig) -> str:
+    """Return the flags that make `here` the other model."""
+    asked, given = dataclasses.asdict(there), dataclasses.asdict(here)
+    return " ".join(f"--{k} {_as_typed(v)}" for k, v in asked.items() if k != "z_loss" and given[k] != v)
+
+
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     """Where the tokens are and how they are cut."""

@@ -28,11 +28,21 @@ from engine import checkpoint
 from engine.cards import peak_flops
 from engine.checkpoint import Progress
 from engine.command_line import INTERRUPTED, ends_on_ctrl_c, parse
-from engine.config import Config, ConfigError, DataConfig, ModelConfig, changes, differences, load_file, require
+from engine.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    changes,
+    differences,
+    load_file,
+    model_flags,
+    require,
+)
 from engine.data import Batch, DataError, TokenFile, TrainingBatches, open_files, prefetch, validation_batches
 from engine.device import choose_device, choose_dtype, peak_memory
 from engine.distributed import Processes
-from engine.formats import WeightsError
+from engine.formats import WeightsError, resize_vocab
 from engine.held_memory import by_part, gradient_bytes
 from engine.memory import Plan
 from engine.model import GPT, flops_per_token
@@ -202,7 +212,7 @@ def build_strategy(
     """Return the strategy with the states of a checkpoint, with weights from elsewhere, or with those of the seed."""
     model = GPT.outline(config.model)
     if elsewhere := start_from or config.init_from:
-        weights = weights_from(elsewhere, config.model, train_file)
+        weights = weights_from(elsewhere, config.model, train_file, pad=not start_from)
     else:
         weights = model.initial_weights(torch.Generator().manual_seed(config.seed))
     strategy = build(config, model, processes, device, dtype, grad_accum, weights)
@@ -361,15 +371,20 @@ def save(run: Run, final: bool) -> Path | None:
     return saved
 
 
-def weights_from(path: str | Path, config: ModelConfig, data: TokenFile) -> Iterator[tuple[str, Tensor]]:
+def weights_from(
+    path: str | Path, config: ModelConfig, data: TokenFile, *, pad: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """Return the names and fp32 weights of any file that generate reads: a run, a Hugging Face folder, a classic .pt.
 
+    pad: add the rows that round an embedding up to a multiple of 64, as GPT-2's 50257 to the 50304 of the presets.
     ConfigError where they belong to another model than `config` describes, or were trained with another tokenizer than
     made `data`.
     """
     there, state = read_weights(path)
+    if pad and config.vocab_size == math.ceil(there.vocab_size / 64) * 64:
+        there, state = resize_vocab(there, state, config.vocab_size)
     other = differences(asdict(there), config)
-    require(not other, f"{path} holds another model: {', '.join(other)}")
+    require(not other, f"{path} holds another model: {', '.join(other)}; its flags: {model_flags(there, config)}")
     tokenizer = recorded_tokenizer(path) or data.tokenizer
     require(
         tokenizer == data.tokenizer,

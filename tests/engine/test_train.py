@@ -19,10 +19,11 @@ from engine.command_line import parse
 from engine.config import changes, from_dict
 from engine.data import DataError
 from engine.distributed import Processes
+from engine.formats import resize_vocab
 from engine.report import read_metrics
 from engine.strategy.loss_scaling import LossScale
 from engine.strategy.resident import Resident
-from engine.weights import recorded_tokenizer
+from engine.weights import read_weights, recorded_tokenizer, write_weights
 
 
 def losses(run_dir) -> dict[int, float]:
@@ -366,7 +367,19 @@ def test_training_begins_with_weights_from_elsewhere(tiny_flags, tmp_path, capsy
     assert train.main([*tiny_flags, f"--run_dir={tmp_path}/second", f"--init_from={run}"]) == 0
     assert losses(tmp_path / "run")[1] > 6 and losses(tmp_path / "second")[1] < 4.7  # 6.2 is a guess among 512 words
     assert train.main([*tiny_flags, f"--run_dir={tmp_path}/third", f"--init_from={run}", "--n_layer=2"]) == 2
-    assert "n_layer is 1 there and 2 here" in capsys.readouterr().err
+    assert "n_layer is 1 there and 2 here; its flags: --n_layer 1\n" in capsys.readouterr().err
+
+
+def test_an_embedding_that_begins_a_run_is_padded_as_the_presets_are(tiny_flags, tmp_path, capsys):
+    assert train.main(tiny_flags) == 0
+    config, state = resize_vocab(*read_weights(tmp_path / "run"), 500)
+    write_weights(tmp_path / "weights", config, state)
+    other = [f"--run_dir={tmp_path}/second", f"--init_from={tmp_path}/weights"]
+    assert train.main([*tiny_flags, *other]) == 0
+    assert weights(tmp_path / "second")["transformer.wte.weight"].shape[0] == 512
+    assert train.main([*tiny_flags, *other, f"--run_dir={tmp_path}/third", "--vocab_size=576"]) == 2
+    assert "vocab_size is 500 there and 576 here" in capsys.readouterr().err
+    assert train.main([*tiny_flags, "--resume", "--max_steps=14", "--vocab_size=576"]) == 2
 
 
 def test_weights_and_tokens_are_of_one_tokenizer(tiny_flags, token_files, tmp_path, capsys):
