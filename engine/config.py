@@ -434,10 +434,16 @@ def from_dict(tree: dict[str, Any], source: str = "config") -> Config:
             if name not in leaves or leaves[name].section != section:
                 where = f"{section}.{name}" if section else name
                 known = [f.name for f in leaves.values() if f.section == section] + ([] if section else list(sections))
-                raise ConfigError(f"{source}: unknown setting {where!r}{setting_meant(name, known)}")
+                home = leaves[name].section if name in leaves else None
+                meant = setting_meant(name, known) if home is None else f"; {name} belongs {_place(home)}"
+                raise ConfigError(f"{source}: unknown setting {where!r}{meant}")
             values[section][name] = leaves[name].convert(leaf)
     hints = typing.get_type_hints(Config)
     return Config(**values[""], **{section: hints[section](**values[section]) for section in sections})
+
+
+def _place(section: str) -> str:
+    return f"in {section!r}" if section else "outside the sections"
 
 
 def merge(*trees: dict[str, Any]) -> dict[str, Any]:
@@ -474,7 +480,7 @@ def _as_typed(value: Any) -> str:
 
 def load_file(path: str | Path) -> dict[str, Any]:
     try:
-        tree = json.loads(Path(path).read_text(encoding="utf-8"))
+        tree = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # editors on Windows may begin it with a BOM
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except ValueError as error:  # JSONDecodeError, or bytes that are no UTF-8

@@ -174,10 +174,11 @@ def test_what_cannot_work_is_refused(line, said):
     "tree, said",
     [
         ({"model": {"n_layers": 3}}, "c.json: unknown setting 'model.n_layers'; did you mean 'n_layer'?"),
-        ({"n_layer": 3}, "unknown setting 'n_layer'"),  # outside its section
+        ({"n_layer": 3}, "unknown setting 'n_layer'; n_layer belongs in 'model'"),
         ({"optimizer": {"learning_rate": 1}}, "unknown setting 'optimizer.learning_rate'; did you mean 'lr'?"),
         ({"modle": {"n_layer": 3}}, "unknown setting 'modle'; did you mean 'model'?"),
-        ({"model": {"lr": 3}}, "unknown setting 'model.lr'"),
+        ({"model": {"lr": 3}}, "unknown setting 'model.lr'; lr belongs in 'optimizer'"),
+        ({"model": {"seed": 3}}, "unknown setting 'model.seed'; seed belongs outside the sections"),
         ({"model": 3}, "model must hold settings, got 3"),
         ([1, 2], "must hold settings, got [1, 2]"),
         ({"model": {"n_layer": "3x"}}, "n_layer must be a whole number, got '3x'"),
@@ -195,6 +196,11 @@ def test_a_file_that_cannot_work_is_refused(tmp_path, tree, said):
     with pytest.raises(ConfigError) as error:
         flags(f"--config {file}")
     assert said in str(error.value)
+
+
+def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "c.json").write_text('{"preset": "gpt2"}', encoding="utf-8-sig")
+    assert load_file(tmp_path / "c.json") == {"preset": "gpt2"}
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00", b""])
