@@ -33,7 +33,7 @@ from xml.etree import ElementTree
 import torch
 
 from benchmarks.environment import RESULTS, environment, write_result
-from engine.command_line import CommandLine, ends_on_ctrl_c
+from engine.command_line import CommandLine, ends_on_ctrl_c, let_go_of_output
 
 ROOT = Path(__file__).parents[1]
 LOGS = ROOT / "build" / "logs"
@@ -401,8 +401,11 @@ def main(arguments: list[str] | None = None) -> int:
     todo = [part for part in todo if not words or any(word in part.name for word in words)]
     folder = (options.out or (ROOT / "build" / "suite" if options.cpu else RESULTS)).resolve()
     if options.list:
-        for part in todo:
-            print(f"{part.limit_s:>4.0f} s  {shlex.join(part.command(folder / f'{part.name}.json')[1:])}")
+        lines = [f"{p.limit_s:>4.0f} s  {shlex.join(p.command(folder / f'{p.name}.json')[1:])}" for p in todo]
+        try:
+            print(*lines, sep="\n", flush=True)
+        except BrokenPipeError:
+            let_go_of_output()
         return 0
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:

@@ -332,6 +332,15 @@ def test_mistakes_are_said(flags, said, capsys):
     assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
+def test_a_reader_of_the_list_may_have_enough():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "benchmarks/suite.py", "--cpu", "--list"]
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, cwd=suite.ROOT)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
 @pytest.mark.slow
 def test_the_rehearsal_runs_every_part(tmp_path, validate):
     command = [sys.executable, "benchmarks/suite.py", "--cpu", "--minutes", "30", "--out", str(tmp_path)]
