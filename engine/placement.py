@@ -16,6 +16,7 @@ from engine.schedule import decay_length
 from kernels import dispatch
 
 CPU_MICRO_BATCH_TOKENS = 8192  # beyond this a CPU gains nothing and the activations leave its caches
+NO_DEEPSPEED = "DeepSpeed is not installed, so what needs it is left out"
 _OPEN = (None, "auto")
 _LEFT_AS_IT_IS = ("device", "dtype", "kernels", "compile", "host_memory")  # the planner does not choose these
 _EXACT = ("auto", "fp32")
@@ -79,7 +80,7 @@ def settle(
 
 def explain(chosen: Plan) -> list[str]:
     """Return the lines that say what was chosen, why, and what it is predicted to hold."""
-    missing = [] if find_spec("deepspeed") else ["plan: DeepSpeed is not installed, so what needs it is left out"]
+    missing = [] if find_spec("deepspeed") else [f"plan: {NO_DEEPSPEED}"]
     parts = ", ".join(
         f"{part.replace('_', ' ')} {size / GiB:.2f}" for part, size in chosen.footprint.card.items() if size
     )

@@ -21,6 +21,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -31,8 +32,9 @@ from engine.command_line import CommandLine, config_of, ends_on_ctrl_c, let_go_o
 from engine.config import PRESETS, ConfigError, ModelConfig, require, settings
 from engine.device import card_of
 from engine.device import host_memory as host_memory_here
-from engine.footprint import PARTS, Elements
+from engine.footprint import METHODS, PARTS, Elements, Method
 from engine.memory import GPUS_PER_MACHINE, Plan, Setup, choose, cost, nearest, passed_over, reason
+from engine.placement import NO_DEEPSPEED
 
 SHORT = {
     "weights": "weights", "gradients": "grads", "master_weights": "master", "optimizer_states": "states",
@@ -156,6 +158,7 @@ def show_card(card: Card, plans: list[Plan], preset: str, chosen: Plan | None, n
         f"{first.dtype} at {card.peak_flops(first.dtype) / 1e12:.0f} TFLOPS; "
         f"{gib(first.host_limit)} GiB of host memory to use",
         *emulated([first]),
+        *([] if any(p.method.stage for p in plans) else [NO_DEEPSPEED]),
         "",
     ]
     rows = []
@@ -192,6 +195,14 @@ def emulated(plans: list[Plan]) -> list[str]:
         if names
         else []
     )
+
+
+def needs_deepspeed(plans: Sequence[Plan | None]) -> list[str]:
+    """Return a line on what is needed and not installed for these choices; none where nothing is."""
+    names = list(dict.fromkeys(p.method.name for p in plans if p and p.method.stage))
+    if find_spec("deepspeed") or not names:
+        return []
+    return [f"DeepSpeed is not installed here; for {', '.join(names)}: pip install deepspeed"]
 
 
 def show_nearest(near: tuple[str, Plan]) -> str:
@@ -331,6 +342,7 @@ def run(asked: argparse.Namespace, flags: list[str]) -> int:
         micro_batch_size=asked.micro_batch_size,
         gpus_per_machine=asked.gpus_per_machine,
         network_bytes_s=asked.network_gbit * 1e9 / 8,
+        methods=methods_of(asked),
     )
     made = {}
     for card in cards:
@@ -349,7 +361,7 @@ def run(asked: argparse.Namespace, flags: list[str]) -> int:
             else to_json(None, card, asked.preset, False, near=near)
             for card, (chosen, plans, near) in made.items()
         ]
-        text = show_cards(made)
+        text, choices = show_cards(made), [chosen for chosen, *_ in made.values()]
     else:
         ((card, (chosen, plans, near)),) = made.items()
         shown = one_of_each_method(plans, chosen)
@@ -360,10 +372,12 @@ def run(asked: argparse.Namespace, flags: list[str]) -> int:
         text = show_card(card, plans, asked.preset, chosen, near)
         machine = f"{asked.gpus_per_machine} to a machine, {gib(host_memory)} GiB of its memory for each"
         text += f"\n\nMore of them, up to {machine}:\n"
-        text += show_scales(scales(setup))
+        more = scales(setup)
+        text, choices = text + show_scales(more), [chosen, *more.values()]
         title += f" on {asked.gpus} x {card.name}" if asked.gpus > 1 else f" on {card.name}"
     if asked.picture:
         draw(bars, title).savefig(asked.picture, dpi=150)
+    text += "".join(f"\n\n{line}" for line in needs_deepspeed(choices))
     entries = [entry | {"host_memory_bytes": host_memory} for entry in entries]
     title += f"; {gib(host_memory)} GiB of host memory, {origin}"
     print(json.dumps(entries, indent=1) if asked.json else f"{title}\n{text}", flush=True)
@@ -372,7 +386,7 @@ def run(asked: argparse.Namespace, flags: list[str]) -> int:
 
 def cards_of(name: str | None) -> tuple[Card, ...]:
     """Return the cards to plan for: the one that is called `name`, or many; without a name the GPU that is here."""
-    if name is None and torch.cuda.is_available():
+    if is_here(name):
         return (card_of(torch.device("cuda", 0)),)
     if name in (None, "all"):
         return COMMON
@@ -389,9 +403,20 @@ def host_of(asked: argparse.Namespace) -> tuple[int, str]:
     """Return the bytes of host memory to plan with, and whose they are: for the GPU that is here, as training does."""
     if asked.host_memory:
         return parse_memory(asked.host_memory), "asked for"
-    if asked.gpu is None and torch.cuda.is_available():
+    if is_here(asked.gpu):
         return host_memory_here(), "this machine's"
     return parse_memory(ASSUMED_HOST), "assumed"
+
+
+def methods_of(asked: argparse.Namespace) -> tuple[Method, ...]:
+    """Return the methods to weigh: as training does, for the GPU that is here without those that are not installed."""
+    everything = not is_here(asked.gpu) or find_spec("deepspeed")
+    return METHODS if everything else tuple(m for m in METHODS if not m.stage)
+
+
+def is_here(name: str | None) -> bool:
+    """Whether the card to plan for is the GPU that is here."""
+    return name is None and torch.cuda.is_available()
 
 
 def scales(setup: Setup) -> dict[int, Plan | None]:

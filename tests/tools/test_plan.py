@@ -108,6 +108,21 @@ def test_host_memory_is_what_is_here_for_the_gpu_that_is_here(capsys, monkeypatc
         assert {entry["host_memory_bytes"] for entry in entries(capsys, *command, *flags)} == {size * GiB}
 
 
+def test_without_deepspeed_the_plan_for_the_gpu_that_is_here_is_trainings(capsys, monkeypatch):
+    asked = ("--preset", "2b", "--micro_batch_size", "1")
+    here, named = (), ("--gpu", "quadro rtx 8000", "--host_memory", "64GB")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(program, "card_of", lambda device: get("quadro rtx 8000"))
+    monkeypatch.setattr(program, "host_memory_here", lambda: 64 * GiB)
+    assert entries(capsys, *asked, *here) == entries(capsys, *asked, *named)
+    missing, left_out = "DeepSpeed is not installed here; for zero-1, zero-2: pip install", placement.NO_DEEPSPEED
+    assert "DeepSpeed is not" not in output(capsys, *asked, *here) + output(capsys, *asked, *named)
+    monkeypatch.setattr(program, "find_spec", lambda name: None)
+    assert not any(entry["strategy"].startswith("zero") for entry in entries(capsys, *asked, *here))
+    assert "pip install" not in (said := output(capsys, *asked, *here)) and left_out in said
+    assert missing in (said := output(capsys, *asked, *named)) and left_out not in said
+
+
 def test_help_names_the_models_flags(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
