@@ -10,7 +10,7 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -172,15 +172,16 @@ def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
     return config, types.SimpleNamespace(resume=given.resume, local_rank=given.local_rank)
 
 
-def config_of(flags: list[str], options: argparse.Namespace) -> Config:
+def config_of(flags: list[str], options: argparse.Namespace, named: Iterable[str] | None = None) -> Config:
     """Return the configuration of a training run by the flags that a program with `options` of its own leaves.
 
-    ConfigError as `parse`; a mistyped flag may be meant for either.
+    ConfigError as `parse`; a mistyped flag may be meant for either. named: the settings that the program takes, None
+    for all.
     """
-    known = settings()
+    known = settings() if named is None else named
     for flag in flags:
         name = flag.removeprefix("--").partition("=")[0]
-        unknown = flag.startswith("--") and name not in {*known, "config", "resume"}
+        unknown = flag.startswith("--") and name not in {*settings(), "config", "resume"}
         require(not unknown, f"unknown flag {flag!r}{setting_meant(name, [*vars(options), *known], '--')}")
     return parse(flags)[0]
 

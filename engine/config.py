@@ -417,7 +417,8 @@ def setting_meant(name: str, known: Iterable[str], dashes: str = "") -> str:
     if reason and all(flag in known for flag in re.findall(r"--(\w+)", reason)):
         return f": {reason}"
     here = [own for own in NAMES.get(foreign, "").split() if own in known]
-    here = here or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = 0.8 if foreign in NAMES else 0.5  # a name from elsewhere is hardly one of ours, mistyped
+    here = here or difflib.get_close_matches(name, known, n=1, cutoff=near)
     return f"; did you mean '{dashes}{here[0]}'?" if here else ""
 
 

@@ -307,7 +307,7 @@ def model_of(asked: argparse.Namespace, flags: list[str]) -> ModelConfig:
         name = flag.removeprefix("--").partition("=")[0]
         trains = flag.startswith("--") and name in training
         require(not trains, f"{flag} is for training: beside its own flags plan takes a model's, {', '.join(fields)}")
-    return config_of([f"--preset={asked.preset}", *flags], asked).model
+    return config_of([f"--preset={asked.preset}", *flags], asked, fields).model
 
 
 @ends_on_ctrl_c()

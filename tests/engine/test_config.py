@@ -114,6 +114,7 @@ def test_whole_numbers(text, value):
         ("--N_BLOCKS 3", "did you mean '--n_layer'?"),
         ("--checkpoint-dir x", "did you mean '--run_dir'?"),
         ("--prompt x", "did you mean '--sample_prompt'?"),
+        ("--start x", "unknown flag '--start'\n"),
         ("--batch_size 8", "unknown flag '--batch_size': a step is --batch_tokens, in tokens"),
         ("--grad_accum 8", "unknown flag '--grad_accum': it follows from --batch_tokens and"),
         ("--dropout=0.1", "unknown flag '--dropout=0.1': there is none: one epoch over the Pile needs none"),
@@ -167,7 +168,7 @@ def test_whole_numbers(text, value):
 def test_what_cannot_work_is_refused(line, said):
     with pytest.raises(ConfigError) as error:
         flags(line)
-    assert said in str(error.value)
+    assert said in f"{error.value}\n"
 
 
 @pytest.mark.parametrize(

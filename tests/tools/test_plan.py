@@ -217,6 +217,9 @@ def test_what_does_not_fit_says_what_would(capsys, monkeypatch):
         (("--gpu", "t4", "--lr", "1"), "--lr is for training: beside its own flags plan takes a model's, n_layer"),
         (("--gpu", "t4", "--config", "a.json"), "--config is for training"),
         (("--gpu", "t4", "--n_layers", "3"), "did you mean '--n_layer'"),
+        (("--gpu", "t4", "--learning_rate", "1"), "unknown flag '--learning_rate'\n"),
+        (("--gpu", "t4", "--step", "1"), "unknown flag '--step'\n"),
+        (("--gpu", "t4", "--hidden_size", "1"), "did you mean '--n_embd'"),
         (("--gpu", "t4", "--n_head", "3"), "must be a multiple of n_head"),
     ],
 )
