@@ -106,6 +106,13 @@ def by_hand(made: Plan, preset: str) -> str:
     return " ".join([f"--preset {preset}", *changed, made.flags])
 
 
+def launcher(made: Plan) -> str:
+    """Return what starts engine/train.py on this plan's cards."""
+    if made.gpus == 1:
+        return "python"
+    return "deepspeed " + (f"--num_gpus {made.gpus}" if made.gpus <= made.gpus_per_machine else "--hostfile hosts")
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return columns lined up: to the right where a column holds numbers, words to the left."""
     columns = list(zip(header, *rows))
@@ -173,7 +180,7 @@ def show_card(card: Card, plans: list[Plan], preset: str, chosen: Plan | None, n
         others = passed_over(chosen, plans)
         lines += [
             f"Choice: {chosen.title}.",
-            f"By hand: engine/train.py {by_hand(chosen, preset)}",
+            f"By hand: {launcher(chosen)} engine/train.py {by_hand(chosen, preset)}",
             "Not chosen:" if others else "Nothing more exact is left to choose.",
             *(f"  {other}" for other in others),
             *(f"{sentence}." for sentence in cost(chosen, plans)),

@@ -152,7 +152,8 @@ def test_json_holds_what_programs_need(capsys):
 def test_flags_ask_for_what_is_shown(asked, capsys, monkeypatch):
     made = [entry for entry in entries(capsys, "--preset", *asked.split()) if entry["fits"]]
     assert len(made) > 3 and made[0]["chosen"]
-    assert f"\nBy hand: engine/train.py {made[0]['flags']}\n" in output(capsys, "--preset", *asked.split())
+    starts = "deepspeed --num_gpus 2" if "--gpus 2" in asked else "python"
+    assert f"\nBy hand: {starts} engine/train.py {made[0]['flags']}\n" in output(capsys, "--preset", *asked.split())
     card = next(card for card in CARDS if card.name == made[0]["gpu"])
     monkeypatch.setattr(placement, "card_of", lambda device: card)
     monkeypatch.setattr(placement, "host_memory", lambda wanted: (256 if "256GB" in asked else 64) * GiB)
@@ -165,6 +166,11 @@ def test_flags_ask_for_what_is_shown(asked, capsys, monkeypatch):
         assert (chosen.name, chosen.micro_batch_size) == (entry["strategy"], entry["micro_batch_size"])
         assert (grad_accum, chosen.batch_tokens) == (entry["grad_accum"], entry["batch_tokens"])
         assert (chosen.footprint.card, chosen.host_bytes) == (entry["peak_bytes"], entry["host_bytes"])
+
+
+def test_several_machines_are_started_by_their_hosts(capsys):
+    asked = "--preset gpt2 --gpu l4 --gpus 4 --gpus_per_machine 2 --micro_batch_size 8 --batch_tokens 65536"
+    assert "\nBy hand: deepspeed --hostfile hosts engine/train.py --preset gpt2 " in output(capsys, *asked.split())
 
 
 def test_settings_reach_the_planner(capsys):
