@@ -106,7 +106,7 @@ def prepare(
     except ValueError as error:
         raise PrepareError(str(error)) from None
     settings = Settings(tokenizer=tokenizer_name, max_data=max_data, text_key=text_key)
-    workspace = Workspace(out_file, inputs, settings, encoder.dtype)
+    workspace = Workspace(out_file, inputs, settings, encoder.dtype, told=progress)
     with _explained(workspace), workspace.locked(shared=shard is not None):
         if description := workspace.finished():
             if shard is None:

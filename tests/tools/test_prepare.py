@@ -17,7 +17,7 @@ from engine.data import TokenFile
 from tests.tools.conftest import TEXTS, command, ids, run_flags, texts, tokens, write_shard
 from tools import prepare
 from tools.prepare import find_inputs, main, summarize
-from tools.preparing import pipeline
+from tools.preparing import pipeline, token_file
 from tools.preparing.token_file import PrepareError, description_path, read_description
 
 
@@ -197,9 +197,13 @@ def test_a_finished_file_is_left_alone(inputs: list[Path], tmp_path: Path, capsy
 
     before = written()
     monkeypatch.setattr(pipeline.ShardStream, "__init__", None)  # nothing is read
-    os.utime(inputs[0])  # a copy has another time and the same content
+    for input in inputs[:2]:
+        os.utime(input, (1, 1))  # a copy has another time and the same content
+    token_file._tell.cache_clear()
+    assert "hashes" not in capsys.readouterr().out
     prepare.prepare(inputs, out)
-    assert "nothing to do" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "nothing to do" in said and said.count("by their hashes") == 1
     assert written() == before
     assert not (tmp_path / "out.bin.parts").exists()
 

@@ -54,13 +54,18 @@ class Source(msgspec.Struct, kw_only=True):
         mine, others = ((source.file, source.file_bytes, source.file_mtime_ns) for source in (self, other))
         return mine == others
 
-    def is_still(self, path: Path) -> bool:
-        """Whether `path` is the input this tells of; where only the time changed, as a copy's does, by its hash."""
+    def is_still(self, path: Path, *, told: bool = False) -> bool:
+        """Whether `path` is the input this tells of; where only the time changed, as a copy's does, by its hash.
+
+        told: a person is, once a program, that inputs are hashed, which for large ones takes minutes.
+        """
         now = Source.of(path)
         if self.is_of(now):
             return True
         if (self.file, self.file_bytes) != (now.file, now.file_bytes) or self.file_sha256 is None:
             return False
+        if told:
+            _tell()
         return _hash(path, now.file_mtime_ns) == self.file_sha256
 
     def count(self, lines: int, problems: list[Problem]) -> None:
@@ -118,6 +123,11 @@ def listed(names: Sequence[str]) -> str:
 @functools.cache
 def _hash(path: Path, mtime_ns: int) -> str:
     return hash_file(path)
+
+
+@functools.cache
+def _tell() -> None:
+    print("inputs have another time than before: looking by their hashes whether they are the same", flush=True)
 
 
 def description_path(file: Path) -> Path:

@@ -130,10 +130,16 @@ class Segment:
 
 
 class Workspace:
-    """The inputs of a token file, what has been made of them, and the locks that keep runs apart."""
+    """The inputs of a token file, what has been made of them, and the locks that keep runs apart.
 
-    def __init__(self, file: Path, inputs: Sequence[Path], settings: Settings, dtype: np.dtype) -> None:
+    told: a person is, where inputs are hashed.
+    """
+
+    def __init__(
+        self, file: Path, inputs: Sequence[Path], settings: Settings, dtype: np.dtype, *, told: bool = False
+    ) -> None:
         self.file, self.inputs, self.settings, self.dtype = file, list(inputs), settings, dtype
+        self._told = told
         self.folder = file.with_name(file.name + ".parts")
         self._merged, self._state = self.folder / "merged", self.folder / "merged.json"
         self._numbers = {source.name: number for number, source in enumerate(self.inputs)}
@@ -202,8 +208,12 @@ class Workspace:
         if key not in self._same:
             others = chain([recorded], self._recorded(source))  # which looks through the folder
             hashed = (other for other in others if other.is_of(recorded) and other.file_sha256)
-            self._same[key] = recorded.file_bytes == now.file_bytes and any(other.is_still(source) for other in hashed)
+            same = (self._is_still(other, source) for other in hashed)
+            self._same[key] = recorded.file_bytes == now.file_bytes and any(same)
         return self._same[key]
+
+    def _is_still(self, recorded: Source, source: Path) -> bool:
+        return recorded.is_still(source, told=self._told)
 
     def _recorded(self, source: Path) -> Iterator[Source]:
         """Yield what is recorded of an input, of whatever state of it."""
@@ -265,7 +275,7 @@ class Workspace:
         description = read_description(self.file)
         if description is None or not self.settings.made(description) or len(description.sources) != len(self.inputs):
             return None
-        still = all(source.is_still(path) for source, path in zip(description.sources, self.inputs))
+        still = all(self._is_still(*pair) for pair in zip(description.sources, self.inputs))
         return description if still else None
 
     def tidy(self, *, shown: bool = False) -> list[str]:
@@ -296,7 +306,7 @@ class Workspace:
         description = read_description(self.file)
         if description is None or not self.settings.made(description):
             return []
-        same = [a for a, b in takewhile(lambda pair: pair[0].is_still(pair[1]), zip(description.sources, self.inputs))]
+        same = [a for a, _ in takewhile(lambda pair: self._is_still(*pair), zip(description.sources, self.inputs))]
         if len(same) <= len(self._read_merged().sources):
             return []
         size = sum(source.tokens for source in same) * self.dtype.itemsize
