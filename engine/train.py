@@ -141,9 +141,11 @@ def prepare_default_data(config: Config, processes: Processes) -> None:
         folders = ["--train_dir", str(EMBEDDED_DATA / "train"), "--val_dir", str(EMBEDDED_DATA / "val")]
         outputs = ["--out_train_file", config.data.train_file, "--out_val_file", config.data.val_file]
         for command in (["tools.download", "--source", "stdlib", *folders], ["tools.prepare", *folders, *outputs]):
-            if code := subprocess.run([sys.executable, "-m", *command]).returncode:
-                why = "was interrupted" if code in (-signal.SIGINT, INTERRUPTED) else "failed; its message is above"
-                raise DataError(f"python -m {' '.join(command)} {why}")
+            code = subprocess.run([sys.executable, "-m", *command]).returncode
+            if code in (-signal.SIGINT, INTERRUPTED):
+                raise KeyboardInterrupt
+            if code:
+                raise DataError(f"python -m {' '.join(command)} failed; its message is above")
     processes.barrier()
 
 
