@@ -4,7 +4,7 @@ run_dir/checkpoints/step_00000100/
     config.json                    the configuration as it was asked for
     model.safetensors              the weights, fp32, under the model's own names
     optimizer-00000.safetensors …  "<parameter>/exp_avg" and "<parameter>/exp_avg_sq", fp32, in files of about 256 MiB
-    state.json                     step, tokens, losses, the strategy's counters, which file holds what
+    state.json                     step, tokens, losses, counters, the fingerprint of the data, which file holds what
 
 Everything is written and synced in a temporary folder, which is then renamed.
 """
@@ -215,13 +215,14 @@ def save(
     progress: Progress,
     tokenizer: str,
     abandoned: Iterable[Path] = (),
+    train_data: dict[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint of progress.step finished steps and remove those no longer kept; all processes call it.
 
-    tokenizer: the training data's, by name. abandoned: checkpoints of a course that the run went back from, which go
-    when this one is complete and before it has its name: wherever it is killed, none comes after this one. Beside the
-    states a save takes host memory for the largest parameter alone, 12 bytes a number. CheckpointError, on every
-    process, where the disk refuses; the earlier checkpoints are then untouched.
+    tokenizer: the training data's, by name; train_data: the fingerprint of its file. abandoned: checkpoints of a course
+    that the run went back from, which go when this one is complete and before it has its name: wherever it is killed,
+    none comes after this one. Beside the states a save takes host memory for the largest parameter alone, 12 bytes a
+    number. CheckpointError, on every process, where the disk refuses; the earlier checkpoints are then untouched.
     """
     folder = Path(config.run_dir) / "checkpoints"
     final = folder / _name(progress.step)
@@ -233,7 +234,8 @@ def save(
     error = None
     if writer:
         state = {"format": FORMAT, "world_size": processes.world_size, "counters": strategy.counters()}
-        error = writer.finish(config, state | asdict(progress) | {"tokenizer": tokenizer}, final, abandoned)
+        state |= asdict(progress) | {"tokenizer": tokenizer, "train_data": train_data}
+        error = writer.finish(config, state, final, abandoned)
         if error is None and newest(config.run_dir) == final:  # not one abandoned that the disk would not remove
             _remove_old(config)
     if processes.world_size > 1:

@@ -4,12 +4,14 @@ A token file is flat little-endian uint16 (uint32 where a vocabulary needs it), 
 the JSON beside it (`X.bin.json`) says the rest. Without that JSON it is read as nanoGPT writes it: uint16, GPT-2's ids.
 """
 
+import hashlib
 import json
 import math
 import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -96,8 +98,7 @@ class TokenFile:
         rows, highest = math.ceil(self.vocab_size / 64) * 64, self.vocab_size - 1
         if self.vocab_size > vocab_size:
             raise DataError(f"{self.path} has ids up to {highest}: set --vocab_size {rows}")
-        places = np.linspace(0, max(0, len(self) - _SAMPLED_TOKENS), _SAMPLED_WINDOWS, dtype=np.int64)
-        sample = np.stack([self.tokens[place : place + _SAMPLED_TOKENS] for place in places.tolist()])
+        sample = self._sample()
         if not self.described and b"\0" not in sample.tobytes():  # ids below 256 are among the commonest
             raise self._is_text()
         if sample.max() >= vocab_size:
@@ -105,6 +106,16 @@ class TokenFile:
                 f"{self.path} has id {sample.max()} and the model {vocab_size} tokens: "
                 "it is damaged, or no token file; prepare it"
             )
+
+    @cached_property
+    def fingerprint(self) -> dict[str, int | str]:
+        """What tells the file from others without reading all of it."""
+        return {"tokens": len(self), "sample_sha256": hashlib.sha256(self._sample().tobytes()).hexdigest()}
+
+    def _sample(self) -> np.ndarray:
+        """Return tokens of windows spread evenly over the file."""
+        places = np.linspace(0, max(0, len(self) - _SAMPLED_TOKENS), _SAMPLED_WINDOWS, dtype=np.int64)
+        return np.stack([self.tokens[place : place + _SAMPLED_TOKENS] for place in places.tolist()])
 
     def _is_text(self) -> DataError:
         return DataError(f"{self.path} is text, not tokens: prepare it first, with python tools/prepare.py")

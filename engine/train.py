@@ -272,6 +272,12 @@ def first_lines(run: Run) -> Iterator[str]:
         if changed := changes(before, asked, except_for=("run_dir", *(["max_steps"] if lengthened else []))):
             yield f"changed since the checkpoint: {', '.join(changed)}"
         yield from lengthened
+        trained_on = checkpoint.read_state(run.start_from).get("train_data")  # older checkpoints do not say
+        if trained_on not in (None, data.file.fingerprint):
+            yield (
+                f"warning: {data.file.path} holds other tokens than the {trained_on['tokens']:,} "
+                "that the checkpoint was trained on: some may come again, others never"
+            )
 
 
 def loop(run: Run, interrupt: Interrupt) -> int:
@@ -360,9 +366,11 @@ def validate(run: Run) -> None:
 
 def save(run: Run, final: bool) -> Path | None:
     """Write a checkpoint and return it; None where the disk is full and there will be a later chance to save."""
-    tokenizer = run.data.file.tokenizer
+    file = run.data.file
     try:
-        saved = checkpoint.save(run.asked, run.strategy, run.processes, run.progress, tokenizer, run.abandoned)
+        saved = checkpoint.save(
+            run.asked, run.strategy, run.processes, run.progress, file.tokenizer, run.abandoned, file.fingerprint
+        )
     except checkpoint.CheckpointError as error:
         if final:
             raise

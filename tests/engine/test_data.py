@@ -44,6 +44,15 @@ def test_a_file_of_nanogpt_is_read_as_it_is(tmp_path):
     assert len(file) == 1000 and (np.asarray(file.tokens) == tokens).all()
 
 
+def test_files_are_told_apart_by_a_part_of_their_tokens(tmp_path):
+    tokens = np.arange(100_000) % 50_000
+    first = write(tmp_path / "a.bin", tokens).fingerprint
+    assert write(tmp_path / "b.bin", tokens).fingerprint == first and first["tokens"] == 100_000
+    tokens[50:] = np.arange(100_000 - 50) % 50_000  # a document more at the beginning
+    assert write(tmp_path / "c.bin", tokens).fingerprint["sample_sha256"] != first["sample_sha256"]
+    assert write(tmp_path / "d.bin", [1, 2]).fingerprint != write(tmp_path / "e.bin", [1, 3]).fingerprint
+
+
 def test_the_description_beside_it_is_followed(tmp_path):
     tokens = [5, 100_257, 70_000, 100_257, 1]
     about = dict(tokenizer="cl100k_base", vocab_size=100_277, end_of_text=100_257, tokens=5)

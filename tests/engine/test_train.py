@@ -351,6 +351,27 @@ def test_what_a_resumed_run_does_otherwise_is_said(tiny_flags, token_files, tmp_
     assert said == ["compile true -> false", "zero_stage 1 -> auto"]
 
 
+def test_a_resumed_run_says_that_its_training_file_holds_other_tokens(tiny_flags, token_files, tmp_path, capsys):
+    train_file, tokens = tmp_path / "train.bin", token_files[0].read_bytes()
+    shutil.copy(f"{token_files[0]}.json", f"{train_file}.json")
+    train_file.write_bytes(tokens)
+    assert train.main([*tiny_flags, f"--train_file={train_file}", "--max_steps=3"]) == 0
+    resumed, warned = [f"--run_dir={tmp_path}/run", "--resume"], f"warning: {train_file} holds other tokens than"
+    shutil.copy(train_file, tmp_path / "copy")
+    (tmp_path / "copy").rename(train_file)
+    assert train.main([*resumed, "--max_steps=4"]) == 0 and warned not in capsys.readouterr().out
+    train_file.write_bytes(tokens[2:] + tokens[:2])
+    assert train.main([*resumed, "--max_steps=5"]) == 0 and warned in capsys.readouterr().out
+    assert train.main([*resumed, "--max_steps=6"]) == 0 and warned not in capsys.readouterr().out
+    last = checkpoint.newest(tmp_path / "run") / "state.json"
+    last.write_text(
+        json.dumps({key: value for key, value in json.loads(last.read_text()).items() if "data" not in key})
+    )
+    assert (
+        train.main([*resumed, "--max_steps=7"]) == 0 and warned not in capsys.readouterr().out
+    )  # saved by an older one
+
+
 def test_validation_on_the_training_file_is_warned_of(tiny_flags, token_files, tmp_path, capsys):
     (tmp_path / "same.bin").symlink_to(token_files[1])
     (tmp_path / "same.bin.json").symlink_to(f"{token_files[1]}.json")
