@@ -10,6 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import tiktoken
+
 from engine.checkpoint import CheckpointError
 from engine.command_line import CommandLine, ends_on_ctrl_c, positive
 from engine.config import ConfigError, ModelConfig
@@ -98,24 +100,33 @@ def _write_for_transformers(
         print(f"tokenizer: {tokenizer}, by the rows of the embedding, as none is recorded; --tokenizer_name: another")
     # Rows beyond r50k's words are padding only where the words are r50k's.
     rows = options.vocab_size or (config.vocab_size if tokenizer not in (None, DEFAULT_TOKENIZER) else None)
-    encoding, files = None, {}
-    try:
-        if not tokenizer:
-            raise ValueError(
-                f"none is recorded for this model of {config.vocab_size} tokens; --tokenizer_name names it"
-            )
-        encoding = load_encoding(tokenizer)
-        if encoding.n_vocab > (rows or config.vocab_size):
-            encoding, n_vocab = None, encoding.n_vocab
-            raise ValueError(f"{tokenizer} has {n_vocab} tokens and the model {rows or config.vocab_size}")
-        files = tokenizer_files(encoding, config.block_size)
-    except ValueError as error:
+    encoding, why_not = _encoding(tokenizer, rows or config.vocab_size)
+    files = {}
+    if encoding:
+        try:
+            files = tokenizer_files(encoding, config.block_size)
+        except ValueError as error:
+            why_not = str(error)
+    if why_not:
         there = Path(options.out) / TOKENIZER_FILE
         left = f"the {TOKENIZER_FILE} that is there stays" if there.exists() else f"put its {TOKENIZER_FILE} there"
-        print(f"no tokenizer is written: {error}; {left}")
+        print(f"no tokenizer is written: {why_not}; {left}")
     return write_hugging_face(
         options.out, config, state, options.format, vocab_size=rows, encoding=encoding, tokenizer=files
     )
+
+
+def _encoding(tokenizer: str | None, rows: int) -> tuple[tiktoken.Encoding | None, str]:
+    """Return the encoding of a model of `rows` tokens, and where there is none why."""
+    if not tokenizer:
+        return None, f"none is recorded for this model of {rows} tokens; --tokenizer_name names it"
+    try:
+        encoding = load_encoding(tokenizer)
+    except ValueError as error:
+        return None, str(error)
+    if encoding.n_vocab > rows:
+        return None, f"{tokenizer} has {encoding.n_vocab} tokens and the model {rows}"
+    return encoding, ""
 
 
 def _keep_words(rows: int, there: int, tokenizer: str) -> None:
