@@ -1,21 +1,21 @@
 """The files of an encoding give its ids in transformers, which reads them as its own."""
 
+import base64
+import hashlib
 import json
 import random
 
 import pytest
 import tiktoken
+from tiktoken_ext import openai_public
 
 from engine.tokenizer import R50K_PATTERN, load_encoding, load_ranks
 from engine.tokenizer_files import merges, tokenizer_files
 
-CL100K_PATTERN = (
-    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"""
-    r"""|\s+(?!\S)|\s"""
-)
 TEXT = [
     *("Hello, world!", " hello", "it's WE'LL", "'s", "1234567", "٣𝟘½", "naïve café", "中文 日本語", "😀👍🏽", "\u0301"),
     *(" ", "    ", "\t", "\n", "\r\n", "\x85", "\xa0", "\u3000", "\u200b", "\0", " .", "--", "==", "def f(x):\n\t"),
+    *("it's!\n", "it'S", "DON'T", "camelCase", "HTMLElement", " ǅ", "ʰ", "//\n/", " " * 25, " " * 30, "\n" + " " * 7),
 ]
 
 
@@ -28,16 +28,26 @@ def read_by_transformers(folder, encoding, model_type="gpt2"):
     return AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.fixture(scope="module", params=["r50k_base", "another"])
+def ranks_of(name: str, sha256: str) -> dict[bytes, int]:
+    """The ranks of p50k_base; for a larger encoding r50k's and a few more, up to its last, with a gap."""
+    ranks = load_ranks()
+    if name == "p50k_base":  # r50k's, and runs of spaces after the special token
+        ranks |= {b" " * count: 50_255 + count for count in range(2, 26)}
+        lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
+        assert hashlib.sha256(lines).hexdigest() == sha256
+        return ranks
+    last = {"cl100k_base": 100_255, "o200k_base": 199_997}[name]
+    ranks = {token: rank if rank < 30_000 else rank + last - 50_255 for token, rank in ranks.items()}
+    return ranks | {b"!\n": 40_000, b"it's": 40_001, b"/\n": 40_002}  # which not every pattern splits
+
+
+@pytest.fixture(scope="module", params=["r50k_base", "p50k_base", "cl100k_base", "o200k_base"])
 def both(request, tmp_path_factory):
-    """An encoding and what transformers makes of its files."""
-    encoding, model_type = load_encoding(), "gpt2"
-    if request.param == "another":  # with another way to split, a gap in its ids, and several special tokens
-        ranks = {token: rank + 3 * (rank > 30_000) for token, rank in load_ranks().items()}
-        ranks[b"!\n"] = 50_290  # which r50k's way would split
-        specials = {"<|endoftext|>": 30_002, "<|fim_prefix|>": 50_300}
-        encoding = tiktoken.Encoding("other", pat_str=CL100K_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
-        model_type = "gpt_neox"
+    """An encoding, with tiktoken's pattern and special tokens, and what transformers makes of its files."""
+    name, model_type = request.param, "gpt2" if request.param == "r50k_base" else "gpt_neox"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openai_public, "load_tiktoken_bpe", lambda url, expected_hash: ranks_of(name, expected_hash))
+        encoding = load_encoding() if name == "r50k_base" else tiktoken.Encoding(**getattr(openai_public, name)())
     return encoding, read_by_transformers(tmp_path_factory.mktemp("tokenizer"), encoding, model_type)
 
 
