@@ -110,7 +110,10 @@ def launcher(made: Plan) -> str:
     """Return what starts engine/train.py on this plan's cards."""
     if made.gpus == 1:
         return "python"
-    return "deepspeed " + (f"--num_gpus {made.gpus}" if made.gpus <= made.gpus_per_machine else "--hostfile hosts")
+    if made.gpus > made.gpus_per_machine:
+        return "deepspeed --hostfile hosts"
+    starts = "deepspeed --num_gpus" if find_spec("deepspeed") else "torchrun --nproc_per_node"  # which is PyTorch's
+    return f"{starts} {made.gpus}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -168,9 +168,11 @@ def test_flags_ask_for_what_is_shown(asked, capsys, monkeypatch):
         assert (chosen.footprint.card, chosen.host_bytes) == (entry["peak_bytes"], entry["host_bytes"])
 
 
-def test_several_machines_are_started_by_their_hosts(capsys):
-    asked = "--preset gpt2 --gpu l4 --gpus 4 --gpus_per_machine 2 --micro_batch_size 8 --batch_tokens 65536"
-    assert "\nBy hand: deepspeed --hostfile hosts engine/train.py --preset gpt2 " in output(capsys, *asked.split())
+def test_what_starts_several_gpus(capsys, monkeypatch):
+    asked = "--preset gpt2 --gpu l4 --gpus 4 --micro_batch_size 8 --batch_tokens 65536 --gpus_per_machine"
+    assert "\nBy hand: deepspeed --hostfile hosts engine/train.py --preset gpt2 " in output(capsys, *asked.split(), "2")
+    monkeypatch.setattr(program, "find_spec", lambda name: None)
+    assert "\nBy hand: torchrun --nproc_per_node 4 engine/train.py " in output(capsys, *asked.split(), "4")
 
 
 def test_settings_reach_the_planner(capsys):
