@@ -6,6 +6,7 @@ the interpreter, which tests run under, and the compiler cannot share one; finis
 
 import hashlib
 import importlib
+import io
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -79,7 +80,8 @@ def with_launch(case: Case, config: LaunchConfig) -> Case:
 class Row:
     """What one configuration costs on one chip.
 
-    load_bytes: the widest load of a thread from global memory, on NVIDIA. error: why it did not compile, else empty.
+    load_bytes: the widest load of a thread from global memory, on NVIDIA; warning: what its assembler says of lost
+    speed, as where Hopper's matrix instructions wait for each other. error: why it did not compile, else empty.
     """
 
     op: str
@@ -94,6 +96,7 @@ class Row:
     shared_limit_bytes: int = 0
     load_bytes: int = 0
     tensor_cores: bool = False
+    warning: str = ""
     error: str = ""
 
     @property
@@ -105,7 +108,7 @@ class Row:
             return f"needs {self.shared_bytes} B of shared memory, the chip has {self.shared_limit_bytes}"
         if self.stack_bytes or self.spills:
             return f"spills: {self.stack_bytes} B of stack, {self.spills} registers"
-        return ""
+        return self.warning
 
 
 def triton_targets(op: str) -> list[str]:
@@ -127,11 +130,15 @@ def compile_case(case: Case, target: str) -> Row:
     attributes = {(kernel.arg_names.index(a),): [["tt.divisibility", 16]] for a in divisible}
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     head = {"op": case.op, "label": case.label, "target": target, **options}
+    knobs, printed = triton.knobs, io.StringIO()
     try:
-        compiled = triton.compile(ASTSource(kernel, signature, case.constants, attributes), target=gpu, options=options)
+        with knobs.nvidia.scope(), knobs.compilation.scope(), redirect_stdout(printed):
+            knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True  # what is cached has no log
+            source = ASTSource(kernel, signature, case.constants, attributes)
+            compiled = triton.compile(source, target=gpu, options=options)
     except Exception as failure:  # every stage of the compiler has its own kind
         return Row(**head, error=f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}")
-    cost = _nvidia_cost(compiled) if kind == "cuda" else _amd_cost(compiled)
+    cost = _nvidia_cost(compiled.asm["ptx"], printed.getvalue()) if kind == "cuda" else _amd_cost(compiled)
     # Hopper keeps 1 KiB of shared memory for each block; the table's 227 KiB are what a block may ask for beside it.
     return Row(**head, shared_bytes=compiled.metadata.shared, shared_limit_bytes=CHIPS[target].shared_bytes, **cost)
 
@@ -185,20 +192,17 @@ def _unwrap(kernel: Callable) -> Callable:
     return kernel
 
 
-def _nvidia_cost(compiled) -> dict[str, object]:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(compiled.asm["cubin"])
-        f.flush()
-        text = subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True, check=True)
-    usage, ptx = text.stdout + text.stderr, compiled.asm["ptx"]
+def _nvidia_cost(ptx: str, log: str) -> dict[str, object]:
+    """log: what the assembler, ptxas, printed."""
     loads = re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
     copies = [16] * ("cp.async.cg" in ptx or "cp.async.bulk" in ptx)
+    lost = re.search(r"Potential Performance Loss: (.*?)(?: in the function .*)?$", log, re.MULTILINE)
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "stack_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+        "stack_bytes": int(re.search(r"(\d+) bytes stack frame", log)[1]),
         "load_bytes": max([int(count or 1) * int(bits) // 8 for count, bits in loads] + copies, default=0),
         "tensor_cores": "mma" in ptx,
+        "warning": lost[1] if lost else "",
     }
 
 

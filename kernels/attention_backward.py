@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels.attention_tiles import (
     key_spans,
     launch_settings,
+    load_row_numbers,
     load_tile,
     of_head,
     offset,
@@ -78,15 +79,15 @@ def backward_q_kernel(
     begin, full_begin, full_end, end = key_spans(doc_start, first, T, CAUSAL, DOCS, ROWS, KEYS)
 
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    acc = _backward_q_span(
+        acc, q_tile, grad_tile, row_lse, row_sum, k, v, k_t, v_t, batch, group, rows, row_starts,
+        full_begin, full_end, T, scale_log2, False, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES, TMA,
+    )  # fmt: skip
     if DOCS:
         acc = _backward_q_span(
             acc, q_tile, grad_tile, row_lse, row_sum, k, v, k_t, v_t, batch, group, rows, row_starts,
             begin, full_begin, T, scale_log2, True, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES, TMA,
         )  # fmt: skip
-    acc = _backward_q_span(
-        acc, q_tile, grad_tile, row_lse, row_sum, k, v, k_t, v_t, batch, group, rows, row_starts,
-        full_begin, full_end, T, scale_log2, False, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES, TMA,
-    )  # fmt: skip
     acc = _backward_q_span(
         acc, q_tile, grad_tile, row_lse, row_sum, k, v, k_t, v_t, batch, group, rows, row_starts,
         full_end, end, T, scale_log2, True, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES, TMA,
@@ -97,26 +98,28 @@ def backward_q_kernel(
 
 @triton.jit
 def _backward_kv_span(
-    dk, dv, k, v, q, grad, lse, delta, q_t, grad_t, batch, head, keys, key_ends, begin, end, T, scale_log2,
+    dk, dv, k, v, q, grad, lse, delta, doc_end, q_t, grad_t, batch, head, first, begin, end, T, scale_log2,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_STAGES: tl.constexpr, TMA: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
-    """Adds the share of the queries begin..end to dk (still without the scale) and dv, both (KEYS, BLOCK_D)."""
+    """Adds the share of the queries begin..end to dk (still without the scale) and dv, both (KEYS, BLOCK_D).
+
+    Queries from T on have gradients of zero, and so add nothing.
+    """
     for start in tl.range(begin, end, ROWS, num_stages=EDGE_STAGES if MASK else None):
         start = tl.multiple_of(start, ROWS)
-        rows = start + tl.arange(0, ROWS)
         q_tile = load_tile(q, q_t, batch, start, head, T, ROWS, D, BLOCK_D, MASK, TMA)
-        if MASK:  # rows beyond T get an infinite log-sum-exp, so a probability of zero
-            row_lse = tl.load(lse + rows, mask=rows < T, other=float("inf"))
-            row_sum = tl.load(delta + rows, mask=rows < T, other=0.0)
-        else:
-            row_lse, row_sum = tl.load(lse + rows), tl.load(delta + rows)
+        row_lse = load_row_numbers(lse, batch, start, head, T, ROWS, MASK, TMA)
+        row_sum = load_row_numbers(delta, batch, start, head, T, ROWS, MASK, TMA)
         # Transposed, (KEYS, ROWS): the products with q and grad then read their tiles as they lie.
         p = tl.math.exp2(tl.dot(k, q_tile.T, input_precision="ieee") * scale_log2 - row_lse[None, :])
-        if MASK:
+        if MASK:  # what only masks need is made here: beside whole tiles there are no registers left for it
+            rows, keys = start + tl.arange(0, ROWS), first + tl.arange(0, KEYS)
             if CAUSAL:
                 p = tl.where(keys[:, None] <= rows[None, :], p, 0.0)
             if DOCS:
+                key_ends = tl.load(doc_end + keys, mask=keys < T, other=0)
                 p = tl.where(rows[None, :] < key_ends[:, None], p, 0.0)
         grad_tile = load_tile(grad, grad_t, batch, start, head, T, ROWS, D, BLOCK_D, MASK, TMA)
         dv = tl.dot(p.to(grad_tile.dtype), grad_tile, dv, input_precision="ieee")
@@ -140,7 +143,6 @@ def backward_kv_kernel(
     """
     first = tl.program_id(0) * KEYS  # early keys are seen by most queries, so the longest start first here too
     group, batch = tl.program_id(1), tl.program_id(2)
-    keys = first + tl.arange(0, KEYS)
     k = of_head(k, batch, group, k_b, k_t, k_h, TMA)
     v = of_head(v, batch, group, v_b, v_t, v_h, TMA)
     k_tile = load_tile(k, k_t, batch, first, group, T, KEYS, D, BLOCK_D, True, TMA)
@@ -151,10 +153,8 @@ def backward_kv_kernel(
     if CAUSAL:
         begin = first // ROWS * ROWS
         full_begin = tl.minimum(tl.cdiv(first + KEYS, ROWS) * ROWS, tl.cdiv(T, ROWS) * ROWS)
-    key_ends = keys
     if DOCS:
         doc_end += tl.cast(batch, tl.int64) * T
-        key_ends = tl.load(doc_end + keys, mask=keys < T, other=0)
         full_end = tl.load(doc_end + first) // ROWS * ROWS
         end = tl.load(doc_end + tl.minimum(first + KEYS, T) - 1)
     full_end = tl.maximum(full_end, full_begin)
@@ -165,22 +165,23 @@ def backward_kv_kernel(
         head = group * SHARED + shared
         q_head = of_head(q, batch, head, q_b, q_t, q_h, TMA)
         grad_head = of_head(grad, batch, head, grad_b, grad_t, grad_h, TMA)
-        statistics = (tl.cast(batch, tl.int64) * H + head) * T
+        lse_head = of_head(lse, batch, head, tl.cast(T, tl.int64) * H, 1, T, TMA)
+        delta_head = of_head(delta, batch, head, tl.cast(T, tl.int64) * H, 1, T, TMA)
         if CAUSAL:
             acc_k, acc_v = _backward_kv_span(
-                acc_k, acc_v, k_tile, v_tile, q_head, grad_head, lse + statistics, delta + statistics,
-                q_t, grad_t, batch, head, keys, key_ends, begin, tl.minimum(full_begin, end), T, scale_log2,
-                True, CAUSAL, DOCS, D, ROWS, BLOCK_D, EDGE_STAGES, TMA,
+                acc_k, acc_v, k_tile, v_tile, q_head, grad_head, lse_head, delta_head, doc_end,
+                q_t, grad_t, batch, head, first, begin, tl.minimum(full_begin, end), T, scale_log2,
+                True, CAUSAL, DOCS, D, ROWS, KEYS, BLOCK_D, EDGE_STAGES, TMA,
             )  # fmt: skip
         acc_k, acc_v = _backward_kv_span(
-            acc_k, acc_v, k_tile, v_tile, q_head, grad_head, lse + statistics, delta + statistics,
-            q_t, grad_t, batch, head, keys, key_ends, full_begin, full_end, T, scale_log2,
-            False, CAUSAL, DOCS, D, ROWS, BLOCK_D, EDGE_STAGES, TMA,
+            acc_k, acc_v, k_tile, v_tile, q_head, grad_head, lse_head, delta_head, doc_end,
+            q_t, grad_t, batch, head, first, full_begin, full_end, T, scale_log2,
+            False, CAUSAL, DOCS, D, ROWS, KEYS, BLOCK_D, EDGE_STAGES, TMA,
         )  # fmt: skip
         acc_k, acc_v = _backward_kv_span(
-            acc_k, acc_v, k_tile, v_tile, q_head, grad_head, lse + statistics, delta + statistics,
-            q_t, grad_t, batch, head, keys, key_ends, full_end, end, T, scale_log2,
-            True, CAUSAL, DOCS, D, ROWS, BLOCK_D, EDGE_STAGES, TMA,
+            acc_k, acc_v, k_tile, v_tile, q_head, grad_head, lse_head, delta_head, doc_end,
+            q_t, grad_t, batch, head, first, full_end, end, T, scale_log2,
+            True, CAUSAL, DOCS, D, ROWS, KEYS, BLOCK_D, EDGE_STAGES, TMA,
         )  # fmt: skip
 
     tile = offset(batch, first, group, tl.cast(T, tl.int64) * dk_t, dk_t, D)
@@ -238,7 +239,7 @@ def _write_gradients(
     if doc_start is not None:
         keys = torch.arange(T, dtype=doc_start.dtype, device=q.device).expand(B, T).contiguous()
         doc_end = torch.searchsorted(doc_start.contiguous(), keys, right=True, out_int32=True)
-    config, arguments = launch_settings("attention_backward_kv", causal, doc_start, **tensors)
+    config, arguments = launch_settings("attention_backward_kv", causal, doc_start, **tensors, lse=lse, delta=delta)
     backward_kv_kernel[(triton.cdiv(T, config["KEYS"]), G, B)](
-        doc_end=doc_end, lse=lse, delta=delta, dk=dk, dv=dv, dk_t=dk.stride(1), **numbers, **arguments
+        doc_end=doc_end, dk=dk, dv=dv, dk_t=dk.stride(1), **numbers, **arguments
     )

@@ -88,15 +88,15 @@ def forward_kernel(
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
     m = tl.full((ROWS,), FLOOR, tl.float32)
     l = tl.zeros((ROWS,), tl.float32)
+    acc, m, l = attend_span(
+        acc, m, l, q_tile, k, v, k_t, v_t, batch, group, rows, row_starts, full_begin, full_end, T, scale_log2,
+        False, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES, TMA,
+    )  # fmt: skip
     if DOCS:
         acc, m, l = attend_span(
             acc, m, l, q_tile, k, v, k_t, v_t, batch, group, rows, row_starts, begin, full_begin, T,
             scale_log2, True, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES, TMA,
         )  # fmt: skip
-    acc, m, l = attend_span(
-        acc, m, l, q_tile, k, v, k_t, v_t, batch, group, rows, row_starts, full_begin, full_end, T, scale_log2,
-        False, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES, TMA,
-    )  # fmt: skip
     acc, m, l = attend_span(
         acc, m, l, q_tile, k, v, k_t, v_t, batch, group, rows, row_starts, full_end, end, T, scale_log2,
         True, CAUSAL, DOCS, D, KEYS, BLOCK_D, EDGE_STAGES, TMA,

@@ -13,7 +13,8 @@ from kernels.launch_configs import LaunchConfig, launch_config
 
 # The running maximum starts here instead of at -inf, so that a row that sees nothing yet gives exp2(-inf) = 0, not NaN.
 FLOOR = tl.constexpr(-1.0e30)
-TILE_OF = {"q": "ROWS", "k": "KEYS", "v": "KEYS", "grad": "ROWS"}  # how many rows of each tensor a kernel loads at once
+# How many rows of each tensor a kernel loads at once: vectors (B, T, heads, D), and numbers (B, H, T).
+TILE_OF = {"q": "ROWS", "k": "KEYS", "v": "KEYS", "grad": "ROWS", "lse": "ROWS", "delta": "ROWS"}
 
 
 @triton.jit
@@ -52,6 +53,19 @@ def load_tile(
         else:
             tile = tl.load(where)
     return tile
+
+
+@triton.jit
+def load_row_numbers(x, batch, row, head, T, ROWS: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr):
+    """A number of each of the rows row..row + ROWS of `of_head`, with zeros from T on (if MASK or TMA)."""
+    if TMA:
+        numbers = x.load([batch, head, row]).reshape(ROWS)
+    elif MASK:
+        rows = row + tl.arange(0, ROWS)
+        numbers = tl.load(x + rows, mask=rows < T, other=0.0)
+    else:
+        numbers = tl.load(x + row + tl.arange(0, ROWS))
+    return numbers
 
 
 @triton.jit
@@ -125,15 +139,17 @@ def launch_settings(
 ) -> tuple[LaunchConfig, dict[str, Any]]:
     """The chip's launch configuration of one kernel; and that with the kernel's constants and its tensors and strides.
 
-    tensors: q, k, v and perhaps grad, (B, T, heads, D), which become descriptors where the configuration says so.
+    tensors: q, k, v and perhaps grad, (B, T, heads, D), and lse and delta, (B, H, T); they become descriptors where the
+    configuration says so.
     """
     q, k = tensors["q"], tensors["k"]
     D = q.shape[-1]
     width = max(16, triton.next_power_of_2(D))
     config = {"TMA": 0} | launch_config(chip(q.device), kernel, width)
     if config["TMA"] and not all(map(describable, tensors.values())):
-        config = launch_config(chip(q.device), f"{kernel}_pointers", width) | {"TMA": 0}
-    strides = {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("bth")}
+        config = launch_config(chip(q.device), f"{kernel}_pointers", width, config) | {"TMA": 0}
+    vectors = {name: x for name, x in tensors.items() if x.ndim == 4}
+    strides = {f"{name}_{axis}": x.stride(i) for name, x in vectors.items() for i, axis in enumerate("bth")}
     if config["TMA"]:
         tensors = {name: describe(x, config[TILE_OF[name]], width) for name, x in tensors.items()}
     constants = {
@@ -148,14 +164,15 @@ def launch_settings(
 
 def describable(x: Tensor) -> bool:
     """Whether a descriptor can be made: of something, at an address and with rows at multiples of 16 bytes."""
-    steps = (stride * x.element_size() for stride in x.stride()[:3])
+    steps = (stride * x.element_size() for stride in x.stride()[:-1])
     return x.numel() > 0 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
 
 
 def describe(x: Tensor, rows: int, width: int) -> TensorDescriptor:
-    """The descriptor of x (B, T, H, D) that gives tiles of `rows` rows of one head, zeros beyond T and D."""
-    x = x.transpose(1, 2)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width])
+    """The descriptor of x (B, T, H, D) or numbers (B, H, T) that gives `rows` rows of a head, zeros beyond T and D."""
+    tile = [1, 1, rows, width][: x.ndim]
+    x = x.transpose(1, 2) if x.ndim == 4 else x
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), tile)
 
 
 def element_case(
@@ -169,8 +186,10 @@ def element_case(
         constants |= {"doc_start": None, "doc_end": None}
     signature = {a: _type_of(a, dtype) for a in kernel.arg_names if a not in constants}
     if config["TMA"]:
-        tiles = {name: f"1,1,{config[rows]},{width}" for name, rows in TILE_OF.items() if name in signature}
-        signature |= {name: f"tensordesc<{dtype}[{tile}]>" for name, tile in tiles.items()}
+        vectors = {a for a in TILE_OF if f"{a}_t" in signature}
+        numbers = {"lse", "delta"} if "backward_kv" in name else set()
+        signature |= {a: f"tensordesc<{dtype}[1,1,{config[TILE_OF[a]]},{width}]>" for a in vectors}
+        signature |= {a: f"tensordesc<fp32[1,1,{config[TILE_OF[a]]}]>" for a in numbers}
     strides = [a for a in signature if a[-2:] in ("_b", "_t", "_h")]
     return Case(
         op=name.removesuffix("_many") if "decode" in name else "attention",

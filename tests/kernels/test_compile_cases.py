@@ -1,4 +1,4 @@
-"""Every launch configuration that we ship compiles for its chip, fits its shared memory and does not spill.
+"""Every launch configuration that we ship compiles for its chip, fits it, does not spill and is not warned of.
 
 The default run takes a sample; `pytest -m slow` takes all. Finished rows are cached by source, options and versions.
 """
@@ -27,11 +27,12 @@ def narrow(rows):
 
 
 def test_a_sample_of_what_ships():
-    """For each file the first case of each chip of a sample, causal softmax, attention at every preset's width."""
+    """For each file the first case of each chip of a sample, causal softmax, attention at presets' widths."""
     seen, sample = set(), []
     for module, label, target in aot.all_jobs():
         main = module == "attention_forward" and target in ("cuda:86", "cuda:90") and "bf16 d64 " in label
         main = main or (target == "cuda:86" and label.startswith("forward_causal_768"))
+        main = main or (target == "cuda:90" and label.startswith("attention_backward_kv fp16 d128 docs"))
         if main or (target in ("cuda:75", "cuda:86", "hip:gfx942") and (module, target) not in seen):
             seen.add((module, target))
             sample.append((module, label, target))
@@ -59,7 +60,10 @@ def test_every_chip_that_dispatch_serves_is_covered():
 FAULTY = """
 import dataclasses
 from kernels.aot import Case, compile_case
+from kernels.attention_forward import forward_kernel
+from kernels.attention_tiles import element_case
 from kernels.dispatch import tl, triton
+from kernels.launch_configs import use_launch_config
 
 @triton.jit
 def product(a, b, M: tl.constexpr):
@@ -78,20 +82,25 @@ case = Case(op="x", label="x", kernel=product, signature=signature, constants={"
 print(compile_case(case, "cuda:80").fault)
 print(compile_case(dataclasses.replace(case, num_warps=1, constants={"M": 128}), "cuda:80").fault)
 print(compile_case(Case(op="x", label="x", kernel=wrong, signature=signature, constants={"M": 16}), "cuda:80").fault)
+tile = {"ROWS": 128, "KEYS": 128, "num_warps": 4, "num_stages": 2, "EDGE_STAGES": None, "TMA": 1}
+with use_launch_config("attention_forward", 64, tile):
+    case = element_case("attention_forward", forward_kernel, "cuda:90", "bf16", 64, D=64)
+print(compile_case(case, "cuda:90").fault)
 """
 
 
 def test_a_fault_is_seen(tmp_path):
-    """Too much shared memory, a kernel that spills, and one that is no Triton at all."""
+    """Too much shared memory, a kernel that spills, one that is no Triton at all, and one whose products wait."""
     row = aot.Row(op="x", label="x", target="cuda:75", num_warps=4, num_stages=3, shared_bytes=9, shared_limit_bytes=8)
     assert "shared memory" in row.fault
     (tmp_path / "program.py").write_text(FAULTY)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, tmp_path / "program.py"], env=environment, capture_output=True, text=True)
-    fine, spilling, wrong = done.stdout.split("\n")[:3]
+    fine, spilling, wrong, waiting = done.stdout.split("\n")[:4]
     assert fine == "", done.stderr
     assert spilling.startswith("spills")
     assert wrong.startswith("CompilationError")
+    assert waiting.startswith("wgmma.mma_async instructions are serialized due to insufficient register resources")
 
 
 def test_rows_are_cached(tmp_path):

@@ -18,7 +18,8 @@ from kernels.launch_configs import LaunchConfig, use_launch_config
 from tools.tuning.cases import SHORT, Problem, Timed, Tunable, random, timed_backward, timed_forward, wrong
 
 WIDTHS = (16, 32, 64, 128, 256)
-LENGTHS = (97, 333, 1024)  # that results are judged at: odd ones, and whole tiles
+# What results are judged at: odd lengths, of which descriptors take every fourth, and whole tiles.
+LENGTHS = (97, 332, 1024)
 
 
 @dataclass(frozen=True)
