@@ -249,10 +249,11 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
     document_masking: bool = False,
-) -> list[Batch]:
+) -> Iterator[Batch]:
     """Return this process's part of about `tokens` tokens in windows spread evenly over the file, always the same.
 
-    The number of windows is cut to a multiple of world_size, so every process has as many as the others.
+    The number of windows is cut to a multiple of world_size, so every process has as many as the others. DataError at
+    once where there are too few; batches are read as they are asked for.
     """
     available = file.windows(block_size)
     count = min(available, max(world_size, tokens // block_size)) // world_size * world_size
@@ -261,9 +262,9 @@ def validation_batches(
             f"{file.path} has {available} windows of {block_size} tokens, fewer than the {world_size} processes"
         )
     chosen = (np.arange(count, dtype=np.int64) * available // count)[rank::world_size]
-    return [
+    return (
         file.batch(chosen[i : i + batch_size], block_size, document_masking) for i in range(0, len(chosen), batch_size)
-    ]
+    )
 
 
 def prefetch(

@@ -64,15 +64,16 @@ def load(options: argparse.Namespace) -> tuple[GPT, tiktoken.Encoding]:
         rows >= encoding.n_vocab,
         f"{path} has {rows} tokens and {encoding.name} {encoding.n_vocab}: give the --tokenizer_name of its training",
     )
-    of_run = (
-        ""
-        if path == Path(options.model_path)
-        else f" (the run's {'best' if path == best(options.model_path) else 'newest'})"
-    )
-    note(f"model: {path}{of_run}, {model.num_parameters():,} parameters, context {model.config.block_size}")
+    note(model_line(model, path, options.model_path))
     note(f"tokenizer: {encoding.name}")
     note(f"device: {device} ({device_reason}); dtype: {str(dtype).removeprefix('torch.')} ({dtype_reason})")
     return model, encoding
+
+
+def model_line(model: GPT, path: Path, asked: str) -> str:
+    """Return a line on the model at `path`, to which find_weights led from what was asked for."""
+    of_run = "" if path == Path(asked) else f" (the run's {'best' if path == best(asked) else 'newest'})"
+    return f"model: {path}{of_run}, {model.num_parameters():,} parameters, context {model.config.block_size}"
 
 
 def write(model: GPT, encoding: tiktoken.Encoding, options: argparse.Namespace) -> None:

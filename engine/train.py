@@ -52,7 +52,7 @@ from engine.sampling import sample_text
 from engine.schedule import learning_rate, never_drops, new_length
 from engine.strategy import Strategy, build
 from engine.tokenizer import load_encoding
-from engine.weights import find_weights, read_weights, recorded_tokenizer
+from engine.weights import find_weights, read_weights, require_tokenizer
 from kernels import dispatch
 
 EMBEDDED_DATA = Path("data/embedded")
@@ -199,7 +199,7 @@ def open_data(
     validation = validation_batches(
         val_file, batch_size=options.micro_batch_size, tokens=config.report.eval_tokens, **common
     )
-    return data, val_file, [batch.pin() for batch in validation] if pin else validation
+    return data, val_file, [batch.pin() if pin else batch for batch in validation]
 
 
 def build_strategy(
@@ -395,12 +395,7 @@ def weights_from(
         there, state = resize_vocab(there, state, config.vocab_size)
     other = differences(asdict(there), config)
     require(not other, f"{path} holds another model: {', '.join(other)}; its flags: {model_flags(there, config)}")
-    tokenizer = recorded_tokenizer(path) or data.tokenizer
-    require(
-        tokenizer == data.tokenizer,
-        f"{path} was trained on tokens of {tokenizer}, and {data.path} has those of {data.tokenizer}: "
-        f"prepare the text with --tokenizer_name {tokenizer}",
-    )
+    require_tokenizer(path, data)
     return ((name, state.pop(name).float()) for name in list(state))
 
 

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine import checkpoint
-from engine.config import ConfigError, ModelConfig
+from engine.config import ConfigError, ModelConfig, require
+from engine.data import TokenFile
 from engine.formats import (
     State,
     WeightsError,
@@ -108,6 +109,16 @@ def recorded_tokenizer(path: str | Path) -> str | None:
             return (opened.metadata() or {}).get("tokenizer")
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
+
+
+def require_tokenizer(path: str | Path, data: TokenFile) -> None:
+    """Raise ConfigError where another tokenizer is recorded of the weights at `path` than the one that made `data`."""
+    tokenizer = recorded_tokenizer(path) or data.tokenizer
+    require(
+        tokenizer == data.tokenizer,
+        f"{path} was trained on tokens of {tokenizer}, and {data.path} has those of {data.tokenizer}: "
+        f"prepare the text with --tokenizer_name {tokenizer}",
+    )
 
 
 def check_target(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import miniature, optimizer_quality, plans, render, scaling, suite, throughput
-from engine import generate, train
+from engine import evaluate, generate, train
 from engine.command_line import CommandLine, beyond_ctrl_c
 from tools import (
     compile_kernels,
@@ -52,6 +52,14 @@ from tools import (
         (generate, "--model_path=a --start x", "did you mean '--input_text'?\n"),
         (generate, "--model_path=a --batch_size=8", "unknown flag '--batch_size=8'\n"),
         (generate, "--model_path=a --num-samples=0", "--num_samples: must be"),
+        (evaluate, "--model-path=a --data-file=x --token=5", "unknown flag '--token=5'; did you mean '--tokens'?\n"),
+        (evaluate, "--model_path=a --data_file=x --batch_size=8", "did you mean '--micro_batch_size'?\n"),
+        (
+            evaluate,
+            "--model_path=a --data_file=x --tokens=some",
+            "--tokens: must be a whole number from 1 on, got 'some'",
+        ),
+        (evaluate, "--model_path=a", "error: the following arguments are required: --data_file\n"),
         (compile_kernels, "--opp=rotary", "error: unknown flag '--opp=rotary'; did you mean '--op'?\n"),
         (export_weights, "--model-path=a --out=b --format=gpt2 --vocab-siz=8", "did you mean '--vocab_size'?\n"),
         (import_weights, "--model-path=a --out=b --vocab-mul=8", "did you mean '--vocab_multiple'?\n"),
@@ -104,8 +112,9 @@ def test_an_environment_that_cannot_be(name, said, tiny_flags, monkeypatch, caps
 @pytest.mark.parametrize(
     "program",
     [
-        miniature, optimizer_quality, plans, render, scaling, suite, throughput, generate, train, compile_kernels,
-        convert_hdf5, download, export_weights, import_weights, plan, prepare, profile_step, track_memory, tune,
+        miniature, optimizer_quality, plans, render, scaling, suite, throughput, evaluate, generate, train,
+        compile_kernels, convert_hdf5, download, export_weights, import_weights, plan, prepare,
+        profile_step, track_memory, tune,
     ],
 )  # fmt: skip
 def test_ctrl_c_ends_every_program_with_a_line(program, monkeypatch, capsys) -> None:

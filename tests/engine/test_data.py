@@ -265,7 +265,7 @@ def test_validation_is_the_same_windows_spread_over_the_file(tmp_path):
     file = write(tmp_path / "x.bin", range(4 * 1000 + 1))
 
     def windows(**options):
-        batches = validation_batches(file, block_size=4, batch_size=16, tokens=400, **options)
+        batches = list(validation_batches(file, block_size=4, batch_size=16, tokens=400, **options))
         assert all(batch.tokens.shape[0] <= 16 for batch in batches)
         return [int(row[0]) // 4 for batch in batches for row in batch.tokens]
 
@@ -277,7 +277,7 @@ def test_validation_is_the_same_windows_spread_over_the_file(tmp_path):
 
 def test_validation_takes_no_window_twice_from_a_short_file(tmp_path):
     file = write(tmp_path / "x.bin", range(4 * 7 + 1))
-    batches = validation_batches(file, block_size=4, batch_size=3, tokens=10**6)
+    batches = list(validation_batches(file, block_size=4, batch_size=3, tokens=10**6))
     assert [len(batch.tokens) for batch in batches] == [3, 3, 1]
     assert len({int(row[0]) for batch in batches for row in batch.tokens}) == 7
     with pytest.raises(DataError, match="7 windows of 4 tokens, fewer than the 8 processes"):

@@ -1,5 +1,6 @@
 """The code for GPUs, run on a pretended one: the same numbers as on a CPU, and nothing that only a GPU would show."""
 
+import json
 import re
 from contextlib import nullcontext
 
@@ -8,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from engine import generate, train
+from engine import evaluate, generate, train
 from engine.command_line import parse
 from engine.distributed import Processes
 from engine.model import GPT
@@ -19,6 +20,7 @@ from engine.streamed_adamw import StreamedAdamW
 from kernels import dispatch
 from kernels.adamw import CHUNK_ON_CARD, UNPACKED_BYTES, adamw
 from kernels.number_formats import BLOCK, GROUP
+from tests.engine.conftest import gpt, save_model
 from tests.pretended_card import pretended_card
 from tests.pretended_streams import Stream
 
@@ -151,6 +153,19 @@ def test_text_on_a_card_is_that_on_a_cpu(chip, small, tmp_path, monkeypatch, cap
             assert generate.main([*asked, f"--device={device}"]) == 0
         texts.append(capsys.readouterr().out.split("tokens in")[0])
     assert texts[0] == texts[1] and len(texts[0]) > 20
+
+
+@pytest.mark.parametrize("chip", [HOPPER, PASCAL])
+def test_an_evaluation_on_a_card_is_that_on_a_cpu(chip, token_files, tmp_path, monkeypatch, capsys):
+    weights = save_model(tmp_path / "m.safetensors", gpt(vocab_size=512, n_head=2, n_embd=32))
+    asked = [f"--model_path={weights}", f"--data_file={token_files[1]}", "--tokens=160", "--dtype=fp32", "--json"]
+    found = []
+    for device in ("cpu", "cuda"):
+        with pretended_card(monkeypatch, chip) if device == "cuda" else nullcontext():
+            assert evaluate.main([*asked, "--document_masking", f"--device={device}"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    for name in ("loss", "standard_error", "bits_per_byte"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-4)
 
 
 @pytest.mark.parametrize(
