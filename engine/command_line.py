@@ -1,6 +1,7 @@
 """Command lines: a flag for every setting of a run, types of arguments that several programs have, and Ctrl-C.
 
-Settings go, weakest first: defaults, `--preset`, the run that is resumed, `--config FILE`, flags.
+Settings go, weakest first: defaults, `--preset`, the run that is resumed, `--config FILE`, flags. The model's shape is
+that of `--init_from` where no preset, run, file or flag gives one.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,9 +128,10 @@ class _Parser(CommandLine):
 
 
 def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
-    """Return the configuration that the command line asks for, and what is no part of it: `resume`, `local_rank`.
+    """Return the configuration that the command line asks for, and what is no part of it.
 
-    `resume` is None, "latest", "auto", or a checkpoint's or run's path. Dashes and underscores in flags are the same.
+    `resume` is None, "latest", "auto", or a checkpoint's or run's path; `shape_from_weights`: the model's shape is that
+    of `--init_from`; and there is `local_rank`. Dashes and underscores in flags are the same.
     ConfigError: an unknown flag (with the nearest name), a value of the wrong type, settings that exclude each other.
     """
     flags = settings()
@@ -168,8 +171,12 @@ def parse(arguments: list[str]) -> tuple[Config, types.SimpleNamespace]:
         base = merge(_resumed(given.resume, merge(base, chosen)), base)
     _require_both_files(merge(base, chosen).get("data", {}), flags)
     name = chosen.get("preset", base.get("preset", "13m"))
-    config = from_dict(merge(preset(name), base, chosen), given.config or "command line")
-    return config, types.SimpleNamespace(resume=given.resume, local_rank=given.local_rank)
+    shaped = given.config or base or "preset" in chosen or chosen.get("model", {}).keys() - {"z_loss"}
+    shape_from_weights = bool(chosen.get("init_from")) and not shaped
+    shape = {"model": _shape_of(chosen["init_from"])} if shape_from_weights else {}
+    config = from_dict(merge(preset(name), base, shape, chosen), given.config or "command line")
+    options = {"resume": given.resume, "local_rank": given.local_rank, "shape_from_weights": shape_from_weights}
+    return config, types.SimpleNamespace(**options)
 
 
 def config_of(flags: list[str], options: argparse.Namespace, named: Iterable[str] | None = None) -> Config:
@@ -200,6 +207,21 @@ def _require_both_files(data: dict[str, Any], flags: dict[str, Setting]) -> None
         raise ConfigError(
             f"--{given[0]} {data[given[0]]} without --{other}, which would be {flags[other].default}: give both"
         )
+
+
+def _shape_of(path: str) -> dict[str, Any]:
+    """The shape of the model that `--init_from` begins with; ConfigError where there is none to be read."""
+    from engine.formats import R50K_PADDED, R50K_TOKENS, WeightsError  # PyTorch: most programs here begin without it
+    from engine.weights import read_shape
+
+    try:
+        shape = asdict(read_shape(path))
+    except WeightsError as error:
+        raise ConfigError(f"--init_from: {error}") from None
+    del shape["z_loss"]  # how it was trained
+    if shape["vocab_size"] == R50K_TOKENS:
+        shape["vocab_size"] = R50K_PADDED  # as the presets have it, and export takes it back
+    return shape
 
 
 def _resumed(checkpoint: str, chosen: dict[str, Any]) -> dict[str, Any]:

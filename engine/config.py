@@ -246,7 +246,11 @@ class Config:
     preset: str = field(default="13m", metadata={"help": "the named starting point"})
     run_dir: str = field(default="", metadata={"help": "where the run is written; empty: runs/<preset>"})
     init_from: str = field(
-        default="", metadata={"help": "weights to begin with: a run, a GPT-2 or GPT-NeoX folder, a .safetensors, a .pt"}
+        default="",
+        metadata={
+            "help": "weights to begin with, and the shape where neither preset, file nor flag gives one: "
+            "a run, a GPT-2 or GPT-NeoX folder, a .safetensors, a .pt"
+        },
     )
     seed: int = field(default=1337, metadata={"help": "of the initial weights, the data order and the samples"})
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -5,6 +5,7 @@
     deepspeed engine/train.py --preset 2b                        # the same program under DeepSpeed's launcher
     python engine/train.py --preset 13m --resume                 # go on where the run stopped
     python engine/train.py --preset 13m --resume auto            # the same, or begin: for scripts that restart
+    python engine/train.py --init_from gpt2/ --run_dir runs/mine # begin with other weights, in their shape
 
 Every field of engine/config.py is a flag; `--help` lists them.
 """
@@ -439,6 +440,8 @@ def main(arguments: list[str] | None = None) -> int:
                 return 0
             if processes.main:
                 checkpoint.require_space(config)
+                if options.shape_from_weights:
+                    print(f"shape: that of {config.init_from}; the other settings are {config.preset}'s", flush=True)
             code = loop(set_up(config, start_from, processes), interrupt)
         processes.barrier()
         return code

@@ -89,11 +89,20 @@ def read_weights(path: str | Path) -> tuple[ModelConfig, State]:
 
     Takes what `load_model` takes and raises the same. Tensors may be backed by the file: do not write over it.
     """
+    return _read(path, "cpu")
+
+
+def read_shape(path: str | Path) -> ModelConfig:
+    """Return the shape alone of what `read_weights` reads; raises the same, and leaves the numbers where they are."""
+    return _read(path, "meta")[0]
+
+
+def _read(path: str | Path, device: str) -> tuple[ModelConfig, State]:
     path = find_weights(path)
     try:
         if path.is_dir() or path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        return from_classic(_read_pickle(path))
+            return _read_safetensors(path, device)
+        return from_classic(_read_pickle(path, device))
     except (WeightsError, ConfigError) as error:
         raise WeightsError(f"{path}: {error}") from None
 
@@ -193,7 +202,7 @@ def write_classic(path: str | Path, config: ModelConfig, state: State) -> Path:
     return path
 
 
-def _read_safetensors(path: Path) -> tuple[ModelConfig, State]:
+def _read_safetensors(path: Path, device: str) -> tuple[ModelConfig, State]:
     folder, files = path.parent, [path]
     if path.is_dir():
         folder, files = path, [path / WEIGHTS_FILE]
@@ -204,7 +213,7 @@ def _read_safetensors(path: Path) -> tuple[ModelConfig, State]:
     for file in files:
         with _opened(file) as opened:
             metadata = opened.metadata() or {}
-            state |= {name: opened.get_tensor(name) for name in opened.keys()}
+            state |= {name: _tensor(opened, name, device) for name in opened.keys()}
     if "model_config" in metadata:
         config = _model_config(json.loads(metadata["model_config"]))
     elif not (folder / "config.json").exists():
@@ -216,6 +225,12 @@ def _read_safetensors(path: Path) -> tuple[ModelConfig, State]:
         config = _model_config(about["model"])
     compare(expected_state(config), state, "the file")
     return config, state
+
+
+def _tensor(opened: safe_open, name: str, device: str) -> Tensor:
+    if device == "meta":  # which safetensors does not have
+        return torch.empty(opened.get_slice(name).get_shape(), device=device)
+    return opened.get_tensor(name)
 
 
 @contextmanager
@@ -234,12 +249,12 @@ def _model_config(about: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**about)
 
 
-def _read_pickle(path: Path) -> State:
+def _read_pickle(path: Path, device: str) -> State:
     """Return the state dict in a file of torch.save, of which nothing but tensors and plain values is ever loaded."""
     try:
         with torch.serialization.safe_globals(_numpy_scalars()):
             # Mapped, so that the optimizer's state beside the weights costs no memory.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises half a dozen types here
         reason = error.__context__ or error  # torch wraps it in advice to load the file anyway
         code = re.search(r"GLOBAL (\S+)", str(reason))

@@ -27,6 +27,8 @@ from engine.config import (
 )
 from engine.foreign_names import NAMES, REASONS
 from engine.model import GPT
+from engine.weights import write_hugging_face
+from tests.engine.conftest import gpt, save_model
 
 
 def flags(line: str) -> Config:
@@ -340,3 +342,22 @@ def test_names_from_elsewhere_lead_to_flags_that_there_are():
     named = [name for names in NAMES.values() for name in names.split()]
     named += re.findall(r"--(\w+)", " ".join(REASONS.values()))
     assert set(named) <= ours and not (NAMES.keys() | REASONS.keys()) & ours and not NAMES.keys() & REASONS.keys()
+
+
+def test_weights_to_begin_with_bring_their_shape(tmp_path):
+    ours = gpt(vocab_size=50257, positions="rotary", z_loss=0.1)
+    write_hugging_face(tmp_path / "hf", ours.config, ours.state_dict(), "gpt-neox")
+    config, options = parse([f"--init_from={tmp_path}/hf", "--z_loss=0.5", "--lr=0.1"])
+    padded = dataclasses.replace(ours.config, vocab_size=50304, z_loss=0.5)
+    assert options.shape_from_weights and config.model == padded
+    assert (config.preset, config.optimizer.max_steps, config.optimizer.lr) == ("13m", 1000, 0.1)
+    (tmp_path / "c.json").write_text("{}")
+    for other in ("--preset=13m", "--n_layer=1", f"--config={tmp_path}/c.json"):
+        config, options = parse([f"--init_from={tmp_path}/hf", other])
+        assert not options.shape_from_weights and config.model.n_embd == 128
+    ours = save_model(tmp_path / "m.safetensors", gpt(z_loss=0.1))
+    assert flags(f"--init_from {ours}").model == ModelConfig(
+        n_layer=2, n_head=3, n_embd=24, block_size=16, vocab_size=64
+    )
+    with pytest.raises(ConfigError, match="--init_from: .*none is missing"):
+        flags(f"--init_from {tmp_path}/none")

@@ -390,6 +390,20 @@ def test_training_begins_with_weights_from_elsewhere(tiny_flags, tmp_path, capsy
     assert "n_layer is 1 there and 2 here; its flags: --n_layer 1\n" in capsys.readouterr().err
 
 
+def test_weights_from_elsewhere_bring_their_shape(tiny_flags, tmp_path, capsys):
+    assert train.main(tiny_flags) == 0
+    shape = ("preset", "n_embd", "n_head", "block_size", "vocab_size")
+    shapeless = [flag for flag in tiny_flags if not flag[2:].startswith(shape)] + [f"--run_dir={tmp_path}/second"]
+    capsys.readouterr()
+    for steps in (4, 6):  # the second goes on with the shape of the run
+        begun = [f"--init_from={tmp_path}/run", "--resume=auto", f"--max_steps={steps}"]
+        assert train.main([*shapeless, *begun]) == 0
+        said = f"shape: that of {tmp_path}/run; the other settings are 13m's\n"
+        assert capsys.readouterr().out.startswith(said) == (steps == 4)
+    before, after = (weights(tmp_path / run) for run in ("run", "second"))
+    assert {name: tensor.shape for name, tensor in before.items()} == {n: tensor.shape for n, tensor in after.items()}
+
+
 def test_an_embedding_that_begins_a_run_is_padded_as_the_presets_are(tiny_flags, tmp_path, capsys):
     assert train.main(tiny_flags) == 0
     config, state = resize_vocab(*read_weights(tmp_path / "run"), 500)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from benchmarks.classic import ClassicGPT
 from engine.config import ModelConfig
 from engine.formats import WeightsError
-from engine.weights import load_model, write_classic
+from engine.weights import load_model, read_shape, write_classic
 from tests.engine.conftest import CLASSIC, gpt, randomise, tokens
 from tools import export_weights, import_weights
 
@@ -56,6 +56,7 @@ def test_classic_checkpoint_gives_the_same_logits(tmp_path, proj, zipped):
     torch.save(checkpoint, tmp_path / "classic.pt", _use_new_zipfile_serialization=zipped)
     ours = load_model(tmp_path / "classic.pt")
     config = ours.config
+    assert read_shape(tmp_path / "classic.pt") == config
     assert (config.n_layer, config.n_head, config.n_embd, config.block_size, config.vocab_size) == (3, 4, 32, 16, 61)
     torch.testing.assert_close(ours(tokens()), theirs(tokens())[0], atol=1e-5, rtol=1e-5)
 

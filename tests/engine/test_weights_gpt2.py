@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.formats import WeightsError
 from engine.model import GPT
-from engine.weights import load_model, read_weights, write_hugging_face
+from engine.weights import load_model, read_shape, read_weights, write_hugging_face
 from tests.engine.conftest import CLASSIC, gpt, randomise, tokens
 from tools import export_weights, import_weights
 
@@ -92,6 +92,7 @@ def test_gpt2_in_several_files_and_without_its_prefix(tmp_path):
     state |= {"h.0.attn.bias": torch.ones(1, 1, 16, 16), "h.0.attn.masked_bias": torch.tensor(-1e4)}
     save_file(state, tmp_path / "bare/model.safetensors")
     for name in ("many", "bare"):
+        assert read_shape(tmp_path / name) == read_weights(tmp_path / name)[0]
         torch.testing.assert_close(load_model(tmp_path / name)(tokens()), theirs(tokens()).logits, atol=1e-5, rtol=1e-5)
 
 
