@@ -3,6 +3,7 @@
     python engine/generate.py --model_path runs/13m --input_text "你好" --max_new_tokens 100
     python engine/generate.py --model_path gpt2/ --input_text "Once upon a time" --temperature 0.7 --top_k 40
     python engine/generate.py --model_path classic.pt --temperature 0          # the likeliest token each time
+    python engine/generate.py --model_path runs/13m --input_file prompt.txt    # --input_text -: from standard input
 
 The model is a run, a checkpoint, a .safetensors file, a folder of Hugging Face's GPT-2 or GPT-NeoX, or the classic
 script's .pt. The text goes to standard output as it is made, everything else to standard error.
@@ -30,7 +31,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = CommandLine(__doc__)
     add = parser.add_argument
     add("--model_path", required=True, metavar="PATH", help=f"{ACCEPTED}; of a run the best checkpoint is taken")
-    add("--input_text", default="", metavar="TEXT", help="what to continue; empty: the beginning of a document")
+    prompts = parser.add_mutually_exclusive_group()
+    about = "what to continue; empty: the beginning of a document; -: standard input"
+    prompts.add_argument("--input_text", default="", metavar="TEXT", help=about)
+    about = "the same from a file, in UTF-8; a line feed at its end is left out"
+    prompts.add_argument("--input_file", metavar="FILE", help=about)
     add("--max_new_tokens", type=positive, default=100, metavar="N", help="tokens to write [%(default)s]")
     add("--temperature", type=float, default=0.8, metavar="X", help="0: the likeliest token each time [%(default)s]")
     add("--top_k", type=int, default=50, metavar="N", help="draw from the N likeliest; 0: from all [%(default)s]")
@@ -46,6 +51,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N [%(default)s]")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="of weights and computation [%(default)s]")
     return parser.parse_args(arguments)
+
+
+def read_prompt(options: argparse.Namespace) -> str:
+    """Return the text to continue; ConfigError where it cannot be read.
+
+    Of a file or standard input a line feed at the end is left out: editors and echo put one there, and after it a model
+    begins a new line.
+    """
+    piped = options.input_file is None and options.input_text == "-"
+    if options.input_file is None and not piped:
+        return options.input_text
+    name = "standard input" if piped else options.input_file
+    try:
+        content = sys.stdin.buffer.read() if piped else Path(name).read_bytes()
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{name}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is not UTF-8: byte {error.start + 1}") from None
+    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
 
 
 def load(options: argparse.Namespace) -> tuple[GPT, tiktoken.Encoding]:
@@ -130,6 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         check_sampling(options.temperature, options.top_k, options.top_p)
         require(abs(options.seed) <= MAX_SEED, f"--seed must be at most {MAX_SEED}, got {options.seed}")
+        options.input_text = read_prompt(options)
         write(*load(options), options)
     except (CheckpointError, ConfigError, WeightsError) as error:
         note(f"error: {error}")

@@ -51,6 +51,11 @@ from tools import (
         (generate, "--model_path=a --prompt=x", "unknown flag '--prompt=x'; did you mean '--input_text'?\n"),
         (generate, "--model_path=a --start x", "did you mean '--input_text'?\n"),
         (generate, "--model_path=a --batch_size=8", "unknown flag '--batch_size=8'\n"),
+        (
+            generate,
+            "--model_path=a --input_text=- --input-file=x",
+            "--input_file: not allowed with argument --input_text",
+        ),
         (generate, "--model_path=a --num-samples=0", "--num_samples: must be"),
         (evaluate, "--model-path=a --data-file=x --token=5", "unknown flag '--token=5'; did you mean '--tokens'?\n"),
         (evaluate, "--model_path=a --data_file=x --batch_size=8", "did you mean '--micro_batch_size'?\n"),

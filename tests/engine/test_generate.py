@@ -270,6 +270,21 @@ def test_several_samples(saved, capsys):
     assert greedy[0] == greedy[1]
 
 
+@pytest.mark.parametrize(
+    ("content", "prompt"),
+    [("你好", "你好"), ("a\n\nb\n", "a\n\nb"), ("a\r\n", "a"), ("\ufeffa\n\n", "a\n"), ("a\r", "a\r"), ("\n", "")],
+)
+def test_a_prompt_from_a_file_or_standard_input(saved, tmp_path, capsys, monkeypatch, content, prompt):
+    flags = [f"--model_path={saved}", "--max_new_tokens=3"]
+    expected = run(capsys, *flags, f"--input_text={prompt}")[:2]
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(content.encode())
+    assert run(capsys, *flags, f"--input_file={file}")[:2] == expected
+    with open(file) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert run(capsys, *flags, "--input_text", "-")[:2] == expected
+
+
 def test_stopping_at_the_end_of_text(tmp_path, capsys):
     gpt = model(vocab_size=50304, head_bias=True)
     with torch.no_grad():
@@ -291,6 +306,8 @@ def test_stopping_at_the_end_of_text(tmp_path, capsys):
         (["--seed=99999999999999999999999"], "--seed must be at most 9223372036854775807"),
         ([f"--model_path={__file__}"], "weights can be a run, a checkpoint, a .safetensors"),
         (["--tokenizer_name=r50"], "unknown tokenizer 'r50'"),
+        (["--input_file=nowhere"], "error: nowhere: No such file or directory\n"),
+        ([f"--input_file={sys.executable}"], "is not UTF-8: byte "),
     ],
 )
 def test_errors_say_what_is_wrong(saved, capsys, flags, said):
