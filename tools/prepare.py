@@ -6,7 +6,8 @@
     python tools/prepare.py --shard 2/4                  the second of four machines' share of the work ...
     python tools/prepare.py --merge                      ... and, when all four are done, one file of all shares
 
-A folder without shards is taken for documents in plain text, one a file (.txt, .txt.zst, .txt.gz).
+Folders are searched with all folders inside them, hidden ones left out. One without shards is taken for documents in
+plain text, one a file (.txt, .txt.zst, .txt.gz).
 
 Interrupted, the same command goes on where it was; finished, it does nothing. What a shard should not contain is
 counted and listed at the end, and the rest prepared; --strict stops at the first line that would be lost or changed.
@@ -19,7 +20,6 @@ import re
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,12 +27,13 @@ from pathlib import Path
 from engine.command_line import CommandLine, ends_on_ctrl_c, positive
 from engine.report import human
 from engine.tokenizer import DEFAULT_TOKENIZER
-from tools.preparing.chunks import KINDS, SHARD_ENDINGS, TEXT_KEY, Problem
+from tools.preparing.chunks import KINDS, TEXT_KEY, Problem
 from tools.preparing.compiling import compile_ahead, told
+from tools.preparing.inputs import check_inputs, find_inputs, names_of, root_of
 from tools.preparing.pipeline import Pipeline, Work, refuse_losses
 from tools.preparing.text_encoders import TextEncoder, load_text_encoder
-from tools.preparing.text_files import TEXT_ENDINGS, is_text_file
-from tools.preparing.token_file import NoText, PrepareError, Source, claimed, description_path, listed
+from tools.preparing.text_files import is_text_file
+from tools.preparing.token_file import NoText, PrepareError, Source, claimed, description_path, folder_of, listed
 from tools.preparing.workers import Helpers, available_cores, shares
 from tools.preparing.workspace import Settings, Workspace
 from tools.progress import Progress
@@ -40,40 +41,6 @@ from tools.progress import Progress
 PATIENCE_S = 5
 MAX_LISTED = 20  # inputs whose lines are listed of each kind of problem
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def find_inputs(folder: Path) -> list[Path]:
-    """Return a folder's shards, or where it has none its text files, by name.
-
-    PrepareError where it has neither, or one of them twice: unpacked, or compressed in two ways.
-    """
-    if folder.is_file():
-        raise PrepareError(f"{folder} is a file: name its folder")
-    files = sorted(folder.glob("*"))
-    shards = [file for file in files if file.name.lower().endswith(SHARD_ENDINGS)]
-    texts = [file for file in files if is_text_file(file)]
-    if shards and texts:  # such as a README or a licence
-        print(f"{folder}: {listed([file.name for file in texts])} left out, since there are shards")
-    inside = [file for file in files if file.is_dir() and not file.name.startswith(".")]
-    folders = listed([str(file) for file in inside if file.suffix != ".parts"])  # a workspace is ours
-    unsearched = f"{folders}: folders in a folder are not searched" if folders else ""
-    if unsearched and (shards or texts):
-        print(f"warning: {unsearched}")
-    if not (shards or texts):
-        what = f"holds no shards ({', '.join(SHARD_ENDINGS)}) and no texts ({', '.join(TEXT_ENDINGS)})"
-        raise PrepareError(
-            f"{folder} {what if folder.is_dir() else 'does not exist'}. {unsearched + '. ' if unsearched else ''}"
-            "To fetch some of the Pile: python tools/download.py --size small; without a network: "
-            "python tools/download.py --source stdlib"
-        )
-    named: dict[str, Path] = {}
-    for file in shards or texts:
-        ending = next(e for e in SHARD_ENDINGS + TEXT_ENDINGS if file.name.lower().endswith(e))
-        other = named.setdefault(file.name[: -len(ending)], file)
-        if other is not file:
-            what = "shard" if shards else "text"
-            raise PrepareError(f"{folder}: {other.name} and {file.name}: the same {what} twice? move one away")
-    return shards or texts
 
 
 def prepare(
@@ -84,6 +51,7 @@ def prepare(
     workers: int | None = None,
     strict: bool = False,
     *,
+    root: Path | None = None,
     shard: tuple[int, int] | None = None,
     merge: bool = False,
     text_key: str = TEXT_KEY,
@@ -92,21 +60,22 @@ def prepare(
 ) -> list[Source]:
     """Write the documents of `inputs`, in order, to `out_file` and `out_file`.json; return what each input gave.
 
-    max_data: JSON objects taken of each input, None for all. workers: threads that parse and encode, None for as many
-    as cores may be used. shard (i, n): only prepare the i-th, from 1, of n shares of the inputs; the file is then made
-    by a call with `merge`, which prepares nothing. text_key: of the text in a shard's objects. overwrite: replace what
-    was prepared from other inputs. PrepareError says what went wrong, where, and what to do; what is done by then is
-    kept for the next call.
+    root: the folder from which inputs are named, None for the one that has all. max_data: JSON objects taken of each
+    input, None for all. workers: threads that parse and encode, None for as many as cores may be used. shard (i, n):
+    only prepare the i-th, from 1, of n shares of the inputs; the file is then made by a call with `merge`, which
+    prepares nothing. text_key: of the text in a shard's objects. overwrite: replace what was prepared from other
+    inputs. PrepareError says what went wrong, where, and what to do; what is done by then is kept for the next call.
     """
-    _check_names(inputs)
-    check_output(out_file, inputs, overwrite)
+    check_inputs(inputs)
+    root = root or root_of(inputs)
+    check_output(out_file, inputs, root, overwrite)
     try:
         with told(progress):
             encoder = load_text_encoder(tokenizer_name)
     except ValueError as error:
         raise PrepareError(str(error)) from None
     settings = Settings(tokenizer=tokenizer_name, max_data=max_data, text_key=text_key)
-    workspace = Workspace(out_file, inputs, settings, encoder.dtype, told=progress)
+    workspace = Workspace(out_file, inputs, settings, encoder.dtype, root, told=progress)
     with _explained(workspace), workspace.locked(shared=shard is not None):
         if description := workspace.finished():
             if shard is None:
@@ -187,18 +156,7 @@ def _fill(
             time.sleep(0.05)
 
 
-def _check_names(inputs: Sequence[Path]) -> None:
-    names = Counter(path.name for path in inputs)
-    if not inputs:
-        raise PrepareError("no inputs: name at least one shard")
-    for path in inputs:
-        if names[path.name] > 1:
-            raise PrepareError(f"two inputs are called {path.name}: give them different names")
-        if not path.is_file():
-            raise PrepareError(f"{path} does not exist")
-
-
-def check_output(out_file: Path, inputs: Sequence[Path], overwrite: bool = False) -> None:
+def check_output(out_file: Path, inputs: Sequence[Path], root: Path, overwrite: bool = False) -> None:
     """PrepareError where `out_file` would replace what this program did not make, or not from these inputs."""
     if not out_file.exists():
         return
@@ -211,11 +169,14 @@ def check_output(out_file: Path, inputs: Sequence[Path], overwrite: bool = False
             f"{out_file} is there already, and without a {missing} of this program's it may be anything: "
             "move it away, or name another file"
         )
-    if not (overwrite or made.is_of(inputs, out_file)):
-        theirs, ours = listed([source.file for source in made.sources]), listed([path.name for path in inputs])
+    if overwrite:
+        return
+    names = names_of(inputs, root)
+    if not made.is_of(names, folder_of(root, out_file)):
+        theirs, ours = listed([source.file for source in made.sources]), listed(list(names.values()))
         folder = "" if made.folder is None else f" in {os.path.normpath(out_file.parent / made.folder)}"
         raise PrepareError(
-            f"{out_file} was prepared from {theirs}{folder}, and now is to be from {ours} in {inputs[0].parent}: "
+            f"{out_file} was prepared from {theirs}{folder}, and now is to be from {ours} in {root}: "
             "name another file, or replace it with --overwrite"
         )
 
@@ -223,9 +184,10 @@ def check_output(out_file: Path, inputs: Sequence[Path], overwrite: bool = False
 def _check_complete(workspace: Workspace) -> None:
     """PrepareError naming the inputs that are not done."""
     if missing := workspace.missing(workspace.inputs):
+        names = listed([workspace.name(source) for source in missing])
         raise PrepareError(
-            f"{workspace.file}: {len(missing)} of {len(workspace.inputs)} inputs are not done: "
-            f"{listed([source.name for source in missing])}. Prepare them with the same command without --merge, or "
+            f"{workspace.file}: {len(missing)} of {len(workspace.inputs)} inputs are not done: {names}. "
+            "Prepare them with the same command without --merge, or "
             f"copy what other machines have in {workspace.folder.name} into {workspace.folder}"
         )
 
@@ -317,11 +279,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--out_train_file and --out_val_file are both {options.out_train_file}: name two files")
     try:
         jobs = [
-            (options.train_dir, find_inputs(options.train_dir), options.out_train_file),
-            (options.val_dir, find_inputs(options.val_dir), options.out_val_file),
+            (options.train_dir, find_inputs(options.train_dir, options.val_dir), options.out_train_file),
+            (options.val_dir, find_inputs(options.val_dir, options.train_dir), options.out_val_file),
         ]
-        for _, inputs, out_file in jobs:  # before the first takes hours
-            check_output(out_file, inputs, options.overwrite)
+        for folder, inputs, out_file in jobs:  # before the first takes hours
+            check_output(out_file, inputs, folder, options.overwrite)
         for folder, inputs, out_file in jobs:
             try:
                 sources = prepare(
@@ -331,6 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
                     options.max_data,
                     options.workers,
                     options.strict,
+                    root=folder,
                     shard=options.shard,
                     merge=options.merge,
                     text_key=options.text_key,

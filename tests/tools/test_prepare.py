@@ -322,10 +322,10 @@ def test_hundreds_of_inputs_are_not_all_named(tmp_path: Path, capsys) -> None:
     assert "keeping what it has of 00.txt, 01.txt, 02.txt and 21 more\n" in capsys.readouterr().out
 
 
-def test_inputs_of_one_name_are_refused(tmp_path: Path) -> None:
-    paths = [write_shard(tmp_path / folder / "a.jsonl.zst", TEXTS) for folder in "xy"]
-    with pytest.raises(PrepareError, match="two inputs are called a.jsonl.zst"):
-        prepare.prepare(paths, tmp_path / "out.bin")
+def test_an_input_given_twice_is_refused(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.jsonl.zst", TEXTS)
+    with pytest.raises(PrepareError, match="a.jsonl.zst is given twice"):
+        prepare.prepare([path, path], tmp_path / "out.bin")
     with pytest.raises(PrepareError, match="no inputs"):
         prepare.prepare([], tmp_path / "out.bin")
 
@@ -338,18 +338,6 @@ def test_the_program(tmp_path: Path) -> None:
     assert tokens(tmp_path / "train.bin") == ids(texts(50))
     assert tokens(tmp_path / "val.bin") == ids(TEXTS)
     assert f"{tmp_path}/val/val.jsonl.zst:4\n" in done.stdout  # TEXTS has a separator
-
-
-def test_folders_that_are_not_searched_are_named(tmp_path: Path, capsys) -> None:
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "out.bin.parts").mkdir()  # of an earlier run of this program
-    (tmp_path / ".cache").mkdir()
-    (tmp_path / "sub/a.txt").write_text("a")
-    with pytest.raises(PrepareError, match=r"holds no shards .*/sub: folders in a folder are not searched\. To fetch"):
-        find_inputs(tmp_path)
-    (tmp_path / "b.txt").write_text("b")
-    assert find_inputs(tmp_path) == [tmp_path / "b.txt"]
-    assert capsys.readouterr().out == f"warning: {tmp_path}/sub: folders in a folder are not searched\n"
 
 
 ERRORS = {

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -32,7 +32,7 @@ class NoText(PrepareError):
 class Source(msgspec.Struct, kw_only=True):
     """An input, and what it gave; in a part of a token file, what that part of the input gave."""
 
-    file: str
+    file: str  # its path in the folder of all inputs
     lines: int = 0
     documents: int = 0
     tokens: int = 0
@@ -45,21 +45,21 @@ class Source(msgspec.Struct, kw_only=True):
     file_sha256: str | None = None  # None where not all of it was read
 
     @classmethod
-    def of(cls, path: Path) -> "Source":
+    def of(cls, path: Path, name: str | None = None) -> "Source":
         stat = path.stat()
-        return cls(file=path.name, file_bytes=stat.st_size, file_mtime_ns=stat.st_mtime_ns)
+        return cls(file=name or path.name, file_bytes=stat.st_size, file_mtime_ns=stat.st_mtime_ns)
 
     def is_of(self, other: "Source") -> bool:
         """Whether both are of one state of one file."""
         mine, others = ((source.file, source.file_bytes, source.file_mtime_ns) for source in (self, other))
         return mine == others
 
-    def is_still(self, path: Path, *, told: bool = False) -> bool:
+    def is_still(self, path: Path, name: str, *, told: bool = False) -> bool:
         """Whether `path` is the input this tells of; where only the time changed, as a copy's does, by its hash.
 
         told: a person is, once a program, that inputs are hashed, which for large ones takes minutes.
         """
-        now = Source.of(path)
+        now = Source.of(path, name)
         if self.is_of(now):
             return True
         if (self.file, self.file_bytes) != (now.file, now.file_bytes) or self.file_sha256 is None:
@@ -108,11 +108,10 @@ class Description(msgspec.Struct, kw_only=True):
     folder: str | None = None  # of the inputs, as seen from the token file: both may move together
     sources: list[Source]
 
-    def is_of(self, inputs: Sequence[Path], file: Path) -> bool:
-        """Whether `file`, of which this tells, is from the folder of these inputs, or from some of them only."""
-        names = {(path.name, path.stat().st_size) for path in inputs}
-        ours = all((source.file, source.file_bytes) in names for source in self.sources)
-        return ours or self.folder == folder_of(inputs, file)
+    def is_of(self, names: Mapping[Path, str], folder: str) -> bool:
+        """Whether the token file is from this folder, or from some of these inputs only."""
+        known = {(name, path.stat().st_size) for path, name in names.items()}
+        return self.folder == folder or all((source.file, source.file_bytes) in known for source in self.sources)
 
 
 def listed(names: Sequence[str]) -> str:
@@ -134,10 +133,9 @@ def description_path(file: Path) -> Path:
     return file.with_name(file.name + ".json")
 
 
-def folder_of(inputs: Sequence[Path], file: Path) -> str:
-    """Return the folder that has all inputs, as seen from a token file."""
-    folders = {path.parent for path in inputs}  # each is resolved once: there may be thousands of inputs
-    return os.path.relpath(os.path.commonpath([folder.resolve() for folder in folders]), file.parent.resolve())
+def folder_of(root: Path, file: Path) -> str:
+    """Return the folder of the inputs, as seen from a token file."""
+    return os.path.relpath(root.resolve(), file.parent.resolve())
 
 
 def claimed(file: Path) -> Description | None:

@@ -26,6 +26,7 @@ class Job(msgspec.Struct):
 
     file: str
     inputs: list[str]
+    root: str
     mine: list[int]  # which of the inputs it may work on
     settings: Settings
     threads: int
@@ -82,6 +83,7 @@ class Helpers:
         job = Job(
             file=str(workspace.file.absolute()),
             inputs=[str(source.absolute()) for source in workspace.inputs],
+            root=str(workspace.root.absolute()),
             mine=[workspace.number(source) for source in inputs],
             settings=workspace.settings,
             threads=1,
@@ -138,7 +140,8 @@ def help_out() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         encoder = TextEncoder(job.settings.tokenizer)
-        workspace = Workspace(Path(job.file), [Path(path) for path in job.inputs], job.settings, encoder.dtype)
+        inputs = [Path(path) for path in job.inputs]
+        workspace = Workspace(Path(job.file), inputs, job.settings, encoder.dtype, Path(job.root))
         with workspace.helping() as welcome:
             if welcome:
                 with Pipeline(workspace, encoder, job.threads, _tell, merging=job.merging) as pipeline:

@@ -10,6 +10,7 @@ disk one by one: after a power failure their checksums tell which of them are to
 """
 
 import glob
+import hashlib
 import os
 import shutil
 import time
@@ -26,6 +27,7 @@ import numpy as np
 from engine.whole_file import sync
 from tools.disk import append_file, checksum, is_at, lock, try_lock, write_all, write_json, write_whole
 from tools.preparing.chunks import CHUNK_BYTES, TEXT_KEY, Problem
+from tools.preparing.inputs import names_of, root_of
 from tools.preparing.token_file import (
     FORMAT,
     Description,
@@ -40,6 +42,7 @@ from tools.progress import Progress
 
 SEGMENT_CHUNKS = 8
 MERGED_BYTES = 64 << 20  # of ids to one state on disk, which names every input: there may be many, and small
+MAX_STEM = 40  # characters, of four bytes at most: a name may have 255 bytes
 PATIENCE_S = 5  # for the helpers of a run that was killed to end as well
 
 
@@ -99,7 +102,7 @@ class Segment:
     def __init__(self, workspace: "Workspace", source: Path, number: int, file: BinaryIO) -> None:
         self._workspace, self.input, self.number, self._file = workspace, source, number, file
         self._crc32 = 0
-        self.source = Source.of(source)
+        self.source = workspace.now(source)
 
     def append(self, ids: np.ndarray, documents: int, size: int, lines: int, problems: list[Problem]) -> None:
         """Write the ids of a chunk and count what it had; size: UTF-8 bytes. OSError where the disk is full."""
@@ -113,7 +116,7 @@ class Segment:
 
     def finish(self, end: Place, sha256: str | None) -> None:
         """Make the segment count; PrepareError where the input changed meanwhile."""
-        if not self.source.is_of(Source.of(self.input)):
+        if not self.source.is_of(self._workspace.now(self.input)):
             raise PrepareError(f"{self.input} changed while it was read: run the same command again when it is done")
         self.source.file_sha256 = sha256
         tokens, record = self._workspace.segment_files(self.input, self.number)
@@ -132,23 +135,48 @@ class Segment:
 class Workspace:
     """The inputs of a token file, what has been made of them, and the locks that keep runs apart.
 
-    told: a person is, where inputs are hashed.
+    root: the folder from which inputs are named, None for the one that has all. told: a person is, where inputs are
+    hashed.
     """
 
     def __init__(
-        self, file: Path, inputs: Sequence[Path], settings: Settings, dtype: np.dtype, *, told: bool = False
+        self,
+        file: Path,
+        inputs: Sequence[Path],
+        settings: Settings,
+        dtype: np.dtype,
+        root: Path | None = None,
+        *,
+        told: bool = False,
     ) -> None:
         self.file, self.inputs, self.settings, self.dtype = file, list(inputs), settings, dtype
+        self.root = root or root_of(inputs)
         self._told = told
         self.folder = file.with_name(file.name + ".parts")
         self._merged, self._state = self.folder / "merged", self.folder / "merged.json"
-        self._numbers = {source.name: number for number, source in enumerate(self.inputs)}
+        self._names = names_of(self.inputs, self.root)
+        self._numbers = {source: number for number, source in enumerate(self.inputs)}
         self._same: dict[tuple[Path, int, int], bool] = {}
         self._seen: tuple[tuple[int, ...] | None, Merged] | None = None  # a state of `merged`, and what it comes to
 
     def number(self, source: Path) -> int:
         """Return the place of an input among all, from 0."""
-        return self._numbers[source.name]
+        return self._numbers[source]
+
+    def name(self, source: Path) -> str:
+        """Return the path of an input in the folder of all."""
+        return self._names[source]
+
+    def now(self, source: Path) -> Source:
+        """Return a record of an input as it is now."""
+        return Source.of(source, self.name(source))
+
+    def _stem(self, source: Path) -> str:
+        """Return what the files of an input are called: its name or, in a folder, the end of it and a hash of all."""
+        name = self.name(source)
+        if "/" not in name:
+            return name
+        return f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}-{source.name[-MAX_STEM:]}"
 
     @contextmanager
     def locked(self, *, shared: bool) -> Iterator[None]:
@@ -179,12 +207,12 @@ class Workspace:
     @contextmanager
     def owning(self, source: Path) -> Iterator[bool]:
         """Be the first process at an input, unless another is."""
-        with lock(self.folder / f"{source.name}.owner") as mine:
+        with lock(self.folder / f"{self._stem(source)}.owner") as mine:
             yield mine
 
     def segment_files(self, source: Path, number: int) -> tuple[Path, Path]:
         """Return the paths of a finished segment's ids and record."""
-        stem = f"{source.name}.{number:05}"
+        stem = f"{self._stem(source)}.{number:05}"
         return self.folder / f"{stem}.tokens", self.folder / f"{stem}.json"
 
     def record(self, source: Path, number: int) -> Record | None:
@@ -201,7 +229,7 @@ class Workspace:
 
     def _is_current(self, recorded: Source, source: Path) -> bool:
         """Whether a record is of an input as it is now; where only the time changed, as a copy's does, by its hash."""
-        now = Source.of(source)
+        now = self.now(source)
         if recorded.is_of(now):
             return True
         key = source, recorded.file_mtime_ns, now.file_mtime_ns
@@ -213,14 +241,14 @@ class Workspace:
         return self._same[key]
 
     def _is_still(self, recorded: Source, source: Path) -> bool:
-        return recorded.is_still(source, told=self._told)
+        return recorded.is_still(source, self.name(source), told=self._told)
 
     def _recorded(self, source: Path) -> Iterator[Source]:
         """Yield what is recorded of an input, of whatever state of it."""
-        for path in self.folder.glob(f"{glob.escape(source.name)}.?????.json"):
+        for path in self.folder.glob(f"{glob.escape(self._stem(source))}.?????.json"):
             with suppress(FileNotFoundError, msgspec.DecodeError):
                 yield msgspec.json.decode(path.read_bytes(), type=Record).source
-        yield from (recorded for recorded in self._read_state().sources if recorded.file == source.name)
+        yield from (recorded for recorded in self._read_state().sources if recorded.file == self.name(source))
 
     def place_after(self, source: Path, number: int) -> Place | None:
         """Return a place after a segment up to which an input is done, None where that segment is not."""
@@ -232,7 +260,7 @@ class Workspace:
 
     def take(self, source: Path, number: int) -> Segment | None:
         """Return a segment to be written, None where another process has it or it is finished."""
-        path = self.folder / f"{source.name}.{number:05}.part"
+        path = self.folder / f"{self._stem(source)}.{number:05}.part"
         file = open(path, "ab", buffering=0)
         if not try_lock(file) or not is_at(file, path):
             file.close()
@@ -259,7 +287,7 @@ class Workspace:
         """Return what an input has given up to segment `before`, or as far as it is done without a gap."""
         while True:
             merged, number = self._read_merged(), self.number(source)
-            whole = Source.of(source)
+            whole = self.now(source)
             for found in merged.sources[number : number + 1]:
                 whole.add(found)
             place = merged_place = merged.place(number)
@@ -281,15 +309,15 @@ class Workspace:
     def tidy(self, *, shown: bool = False) -> list[str]:
         """Remove what is damaged, of other settings, or of inputs as they were before; return these inputs' names."""
         names = set()
-        inputs = {source.name: source for source in self.inputs}
+        inputs = {self._stem(source): source for source in self.inputs}
         with self._progress("checking", shown) as progress:
             for path in self.folder.glob("*.?????.json"):
-                name, number = path.name.removesuffix(".json").rsplit(".", 1)
+                stem, number = path.name.removesuffix(".json").rsplit(".", 1)
                 tokens = path.with_suffix(".tokens")
-                record = self.record(inputs[name], int(number)) if name in inputs else None
+                record = self.record(inputs[stem], int(number)) if stem in inputs else None
                 size = tokens.stat().st_size if tokens.exists() else 0
                 if record is None or checksum(tokens) != record.crc32:
-                    names.add(name)
+                    names.add(self.name(inputs[stem]) if stem in inputs else stem)
                     path.unlink()
                     tokens.unlink(missing_ok=True)
                 progress.add(size)
@@ -343,7 +371,7 @@ class Workspace:
             if not (record := self.record(source, number)):
                 break
             if number == 0:
-                merged.sources.append(Source.of(source))
+                merged.sources.append(self.now(source))
             tokens, path = self.segment_files(source, number)
             append_file(tokens, record.source.tokens * self.dtype.itemsize, file, progress.add)
             merged.sources[-1].add(record.source)
@@ -365,7 +393,7 @@ class Workspace:
             bytes=sum(source.bytes for source in sources),
             max_data=self.settings.max_data,
             text_key=self.settings.text_key,
-            folder=folder_of(self.inputs, self.file),
+            folder=folder_of(self.root, self.file),
             sources=sources,
         )
         if description.tokens == 0:

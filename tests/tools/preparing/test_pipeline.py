@@ -26,7 +26,7 @@ def write_texts(folder: Path, count: int, ending: str = "txt") -> list[Path]:
 def test_twice_as_many_inputs_are_twice_the_work(ending: str, tmp_path: Path, monkeypatch) -> None:
     looked, synced = [], []
     of, fsync = Source.of, os.fsync
-    monkeypatch.setattr(Source, "of", lambda path: (looked.append(path), of(path))[1])
+    monkeypatch.setattr(Source, "of", lambda *named: (looked.append(named), of(*named))[1])
     monkeypatch.setattr(os, "fsync", lambda file: (synced.append(file), fsync(file))[1])
     counts = []
     for count in (20, 40):
