@@ -205,7 +205,8 @@ def _require_both_files(data: dict[str, Any], flags: dict[str, Setting]) -> None
     if len(given) == 1 and data[given[0]] != flags[given[0]].default:
         other = "val_file" if given == ["train_file"] else "train_file"
         raise ConfigError(
-            f"--{given[0]} {data[given[0]]} without --{other}, which would be {flags[other].default}: give both"
+            f"--{given[0]} {data[given[0]]} without --{other}, which would be {flags[other].default}: give both; "
+            "python tools/prepare.py --val_fraction 0.01 makes them of one folder"
         )
 
 

@@ -55,7 +55,10 @@ class TokenFile:
         if path == "" or self.path.is_dir():
             raise DataError(f"{str(path)!r} is no file; give the .bin that python tools/prepare.py makes")
         if not self.path.exists():
-            raise DataError(f"{path} is missing; make it with: python tools/prepare.py, or give the path where it is")
+            raise DataError(
+                f"{path} is missing; make it with: python tools/prepare.py (--val_fraction 0.01 where all text is to "
+                "train on), or give the path where it is"
+            )
         description = self.path.with_name(self.path.name + ".json")
         self.described = description.exists()
         if not self.described and self.path.suffix in _TEXTS:

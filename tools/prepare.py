@@ -3,6 +3,7 @@
     python tools/prepare.py                              data/train and data/val, on all cores
     python tools/prepare.py --max_data 1000              the first 1000 JSON objects of each shard
     python tools/prepare.py --text_key content           of lines like {"content": "..."}
+    python tools/prepare.py --val_fraction 0.01          validate on about a hundredth of the documents of --train_dir
     python tools/prepare.py --shard 2/4                  the second of four machines' share of the work ...
     python tools/prepare.py --merge                      ... and, when all four are done, one file of all shares
 
@@ -22,15 +23,18 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine.command_line import CommandLine, ends_on_ctrl_c, positive
 from engine.report import human
 from engine.tokenizer import DEFAULT_TOKENIZER
-from tools.preparing.chunks import KINDS, TEXT_KEY, Problem
+from tools.preparing.chunks import TEXT_KEY, Problem
 from tools.preparing.compiling import compile_ahead, told
-from tools.preparing.inputs import check_inputs, find_inputs, names_of, root_of
+from tools.preparing.inputs import NoInputs, check_inputs, find_inputs, names_of, root_of
 from tools.preparing.pipeline import Pipeline, Work, refuse_losses
+from tools.preparing.split import Split
+from tools.preparing.summary import summarize
 from tools.preparing.text_encoders import TextEncoder, load_text_encoder
 from tools.preparing.text_files import is_text_file
 from tools.preparing.token_file import NoText, PrepareError, Source, claimed, description_path, folder_of, listed
@@ -38,8 +42,8 @@ from tools.preparing.workers import Helpers, available_cores, shares
 from tools.preparing.workspace import Settings, Workspace
 from tools.progress import Progress
 
+VAL_DIR = Path("data/val")
 PATIENCE_S = 5
-MAX_LISTED = 20  # inputs whose lines are listed of each kind of problem
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -55,6 +59,7 @@ def prepare(
     shard: tuple[int, int] | None = None,
     merge: bool = False,
     text_key: str = TEXT_KEY,
+    split: Split | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> list[Source]:
@@ -63,8 +68,9 @@ def prepare(
     root: the folder from which inputs are named, None for the one that has all. max_data: JSON objects taken of each
     input, None for all. workers: threads that parse and encode, None for as many as cores may be used. shard (i, n):
     only prepare the i-th, from 1, of n shares of the inputs; the file is then made by a call with `merge`, which
-    prepares nothing. text_key: of the text in a shard's objects. overwrite: replace what was prepared from other
-    inputs. PrepareError says what went wrong, where, and what to do; what is done by then is kept for the next call.
+    prepares nothing. text_key: of the text in a shard's objects. split: the documents to take, None for all.
+    overwrite: replace what was prepared from other inputs. PrepareError says what went wrong, where, and what to do;
+    what is done by then is kept for the next call.
     """
     check_inputs(inputs)
     root = root or root_of(inputs)
@@ -74,7 +80,7 @@ def prepare(
             encoder = load_text_encoder(tokenizer_name)
     except ValueError as error:
         raise PrepareError(str(error)) from None
-    settings = Settings(tokenizer=tokenizer_name, max_data=max_data, text_key=text_key)
+    settings = Settings(tokenizer=tokenizer_name, max_data=max_data, text_key=text_key, split=split)
     workspace = Workspace(out_file, inputs, settings, encoder.dtype, root, told=progress)
     with _explained(workspace), workspace.locked(shared=shard is not None):
         if description := workspace.finished():
@@ -212,26 +218,6 @@ def _explained(workspace: Workspace) -> Iterator[None]:
         ) from error
 
 
-def summarize(folder: Path, sources: Sequence[Source]) -> list[str]:
-    """Return lines on what was found in the inputs that should not be there: counts by kind, and the first lines."""
-    lines = []
-    for kind, meaning in KINDS.items():
-        affected = [source for source in sources if kind in source.examples]
-        if not affected:
-            continue
-        count = sum((source.skipped | source.noted)[kind] for source in affected)
-        lines.append(f"{count} x {meaning}:")
-        for source in affected[:MAX_LISTED]:
-            for line, detail in source.examples[kind]:
-                lines.append(f"    {folder / source.file}:{line}{f': {detail}' if detail else ''}")
-            more = (source.skipped | source.noted)[kind] - len(source.examples[kind])
-            if more:
-                lines.append(f"    and {more} more in {source.file}")
-        if others := affected[MAX_LISTED:]:
-            lines.append(f"    and more in {listed([source.file for source in others])}")
-    return lines
-
-
 def _print_summary(folder: Path, sources: Sequence[Source]) -> None:
     for line in summarize(folder, sources):
         print(line, flush=True)
@@ -245,6 +231,16 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
+def parse_fraction(text: str) -> float:
+    """Return a number above 0 and below 1."""
+    try:
+        if 0 < (fraction := float(text)) < 1:
+            return fraction
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be above 0 and below 1, got {text!r}")
+
+
 def parse_key(text: str) -> str:
     """Return a key that JSON has no second way to write, \\u aside."""
     if re.search(r'["\\/\x00-\x1f]', text):
@@ -252,16 +248,45 @@ def parse_key(text: str) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class Job:
+    """A token file to make of a folder's inputs."""
+
+    folder: Path
+    inputs: list[Path]
+    out_file: Path
+    split: Split | None = None
+
+
+def _jobs(options: argparse.Namespace) -> list[Job]:
+    """Return the training file and the validation file to make; PrepareError where there are no inputs."""
+    train_dir, outputs = options.train_dir, (options.out_train_file, options.out_val_file)
+    if fraction := options.val_fraction:
+        inputs = find_inputs(train_dir)
+        splits = [Split(val_fraction=fraction, side=side) for side in ("train", "val")]
+        return [Job(train_dir, inputs, *pair) for pair in zip(outputs, splits)]
+    val_dir = options.val_dir or VAL_DIR
+    train = find_inputs(train_dir, val_dir)
+    try:
+        val = find_inputs(val_dir, train_dir)
+    except NoInputs as error:
+        raise PrepareError(f"{error}; to validate on some of {train_dir}: --val_fraction 0.01") from None
+    return [Job(train_dir, train, outputs[0]), Job(val_dir, val, outputs[1])]
+
+
 @ends_on_ctrl_c("interrupted; the same command goes on")
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandLine(__doc__)
     for name, path, metavar in (
         ("--train_dir", "data/train", "FOLDER"),
-        ("--val_dir", "data/val", "FOLDER"),
         ("--out_train_file", "data/train/pile_train.bin", "FILE"),
         ("--out_val_file", "data/val/pile_dev.bin", "FILE"),
     ):
         parser.add_argument(name, type=Path, default=Path(path), metavar=metavar, help="default %(default)s")
+    about = f"default {VAL_DIR}"
+    parser.add_argument("--val_dir", type=Path, metavar="FOLDER", help=about)
+    about = "of the documents of --train_dir, by a hash of their text, instead of --val_dir"
+    parser.add_argument("--val_fraction", type=parse_fraction, metavar="X", help=about)
     about = "any of tiktoken's, default %(default)s"
     parser.add_argument("--tokenizer_name", default=DEFAULT_TOKENIZER, metavar="NAME", help=about)
     parser.add_argument("--max_data", type=positive, metavar="N", help="JSON objects of each shard (default all)")
@@ -275,34 +300,37 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.shard and options.merge:
         parser.error("--shard prepares a share, --merge puts all of them together: choose one")
+    if options.val_fraction and options.val_dir:
+        parser.error("--val_fraction takes the validation text from --train_dir: leave out --val_dir")
     if options.out_train_file.resolve() == options.out_val_file.resolve():
         parser.error(f"--out_train_file and --out_val_file are both {options.out_train_file}: name two files")
     try:
-        jobs = [
-            (options.train_dir, find_inputs(options.train_dir, options.val_dir), options.out_train_file),
-            (options.val_dir, find_inputs(options.val_dir, options.train_dir), options.out_val_file),
-        ]
-        for folder, inputs, out_file in jobs:  # before the first takes hours
-            check_output(out_file, inputs, folder, options.overwrite)
-        for folder, inputs, out_file in jobs:
+        jobs = _jobs(options)
+        for job in jobs:  # before the first takes hours
+            check_output(job.out_file, job.inputs, job.folder, options.overwrite)
+        for job in jobs:
+            told_of = job.split is None or job.split.side == "train"  # the other side is of the same files
             try:
                 sources = prepare(
-                    inputs,
-                    out_file,
+                    job.inputs,
+                    job.out_file,
                     options.tokenizer_name,
                     options.max_data,
                     options.workers,
                     options.strict,
-                    root=folder,
+                    root=job.folder,
                     shard=options.shard,
                     merge=options.merge,
                     text_key=options.text_key,
+                    split=job.split,
                     overwrite=options.overwrite,
                 )
             except NoText as error:
-                _print_summary(folder, error.sources)
+                if told_of:
+                    _print_summary(job.folder, error.sources)
                 raise
-            _print_summary(folder, sources)
+            if told_of:
+                _print_summary(job.folder, sources)
     except PrepareError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

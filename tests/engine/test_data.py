@@ -64,7 +64,9 @@ def test_the_description_beside_it_is_followed(tmp_path):
 
 
 def test_files_that_cannot_be_used_say_why(tmp_path):
-    with pytest.raises(DataError, match="x.bin is missing; make it with: .*, or give the path where it is"):
+    with pytest.raises(
+        DataError, match=r"x.bin is missing; make it with: .* \(--val_fraction 0.01 .*, or give the path where it is"
+    ):
         TokenFile(tmp_path / "x.bin")
     (tmp_path / "x.bin").write_bytes(b"")
     with pytest.raises(DataError, match="x.bin is empty"):

@@ -44,6 +44,7 @@ def test_documents_become_tiktokens_ids_in_order(tmp_path: Path) -> None:
         "bytes": sum(len(text.encode()) for text in documents),
         "max_data": None,
         "text_key": "text",
+        "split": None,
         "folder": ".",
         "sources": None,
     }
@@ -343,7 +344,7 @@ def test_the_program(tmp_path: Path) -> None:
 ERRORS = {
     "no folder": ([], r"train does not exist\. .*python tools/download.py"),
     "empty folder": (["train"], r"train holds no shards .*python tools/download.py"),
-    "no val": (["train/a.jsonl"], r"val does not exist"),
+    "no val": (["train/a.jsonl"], r"val does not exist.*; to validate on some of .*/train: --val_fraction 0.01\n"),
     "a file": (["train/a.jsonl", f"--train_dir={__file__}"], r"test_prepare.py is a file: name its folder"),
     "another ending": (["train/a.json"], r"train holds no shards .*\.jsonl.* and no texts \(\.txt, "),
     "unknown tokenizer": (

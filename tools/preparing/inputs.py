@@ -11,6 +11,10 @@ from tools.preparing.text_files import TEXT_ENDINGS, is_text_file
 from tools.preparing.token_file import PrepareError, listed
 
 
+class NoInputs(PrepareError):
+    """A folder that is not there, or has nothing to prepare."""
+
+
 def find_inputs(folder: Path, without: Path | None = None) -> list[Path]:
     """Return the shards below a folder, or where there are none the text files, in the order of their relative paths.
 
@@ -25,7 +29,7 @@ def find_inputs(folder: Path, without: Path | None = None) -> list[Path]:
     inputs = shards or texts
     if not inputs:
         what = f"holds no shards ({', '.join(SHARD_ENDINGS)}) and no texts ({', '.join(TEXT_ENDINGS)})"
-        raise PrepareError(
+        raise NoInputs(
             f"{folder} {what if folder.is_dir() else 'does not exist'}. "
             "To fetch some of the Pile: python tools/download.py --size small; without a network: "
             "python tools/download.py --source stdlib"

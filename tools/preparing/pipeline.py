@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import local
@@ -211,6 +211,9 @@ class Pipeline:
         if not hasattr(self._of_thread, "encode"):
             self._of_thread.encode = self._encoder.encoder()
         documents = read(chunk)
+        if split := self._workspace.settings.split:
+            text, ends = split.select(documents.text, documents.ends)
+            documents = replace(documents, text=text, ends=ends)
         if len(chunk.data) == self._workspace.settings.chunk_bytes:
             spare.append(chunk.data)
         else:

@@ -10,6 +10,7 @@ import numpy as np
 
 from tools.disk import hash_file
 from tools.preparing.chunks import LOSSES, TEXT_KEY, Problem
+from tools.preparing.split import Split
 
 FORMAT = 1
 MAX_EXAMPLES = 5  # lines named of each kind of problem and input
@@ -22,10 +23,14 @@ class PrepareError(RuntimeError):
 class NoText(PrepareError):
     """There is no text in any input; `sources` tell what is."""
 
-    def __init__(self, sources: "list[Source]") -> None:
+    def __init__(self, sources: "list[Source]", split: Split | None = None) -> None:
         names = listed([source.file for source in sources])
         hint = " (--text_key names another key of the texts)" if any("no_text" in s.skipped for s in sources) else ""
-        super().__init__(f"no text in {names}: there is nothing to write{hint}")
+        what = "text"
+        if split:
+            what += " to train on" if split.side == "train" else " to validate on"
+            hint += f" (--val_fraction {split.val_fraction} divides whole documents: these may be too few)"
+        super().__init__(f"no {what} in {names}: there is nothing to write{hint}")
         self.sources = sources
 
 
@@ -105,6 +110,7 @@ class Description(msgspec.Struct, kw_only=True):
     bytes: int
     max_data: int | None = None
     text_key: str = TEXT_KEY
+    split: Split | None = None  # None: all documents
     folder: str | None = None  # of the inputs, as seen from the token file: both may move together
     sources: list[Source]
 

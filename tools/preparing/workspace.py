@@ -28,6 +28,7 @@ from engine.whole_file import sync
 from tools.disk import append_file, checksum, is_at, lock, try_lock, write_all, write_json, write_whole
 from tools.preparing.chunks import CHUNK_BYTES, TEXT_KEY, Problem
 from tools.preparing.inputs import names_of, root_of
+from tools.preparing.split import Split
 from tools.preparing.token_file import (
     FORMAT,
     Description,
@@ -53,13 +54,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: str
     max_data: int | None = None
     text_key: str = TEXT_KEY
+    split: Split | None = None
     chunk_bytes: int = CHUNK_BYTES
     segment_chunks: int = SEGMENT_CHUNKS
 
     def made(self, description: Description) -> bool:
         """Whether a token file was made with these settings; how its inputs were cut changes nothing."""
-        theirs = description.format, description.tokenizer, description.max_data, description.text_key
-        return theirs == (self.format, self.tokenizer, self.max_data, self.text_key)
+        decisive = ("format", "tokenizer", "max_data", "text_key", "split")
+        return all(getattr(description, name) == getattr(self, name) for name in decisive)
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -393,11 +395,12 @@ class Workspace:
             bytes=sum(source.bytes for source in sources),
             max_data=self.settings.max_data,
             text_key=self.settings.text_key,
+            split=self.settings.split,
             folder=folder_of(self.root, self.file),
             sources=sources,
         )
         if description.tokens == 0:
-            raise NoText(sources)
+            raise NoText(sources, self.settings.split)
         # A token file without its JSON would pass for GPT-2's, one with another's for damaged; a JSON alone is nothing.
         self.file.unlink(missing_ok=True)
         write_json(self.folder / "description", description)
