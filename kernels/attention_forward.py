@@ -3,7 +3,9 @@
 Shapes as in kernels/attention.py. Scores are kept in base 2: scale * log2(e) is folded into one factor and `lse` is the
 base-2 log-sum-exp, fp32 (B, H, T), in both passes. Every kernel works on a tile of queries and walks over tiles of keys
 (or the other way round) in up to three spans: tiles that a document boundary cuts, tiles that are wholly visible, tiles
-on the diagonal or the edge. Only the first and the last pay for masks; tiles that nothing sees are never visited.
+on the diagonal or the edge. The first and the last pay for masks; tiles that nothing sees are never visited.
+Queries walk over wholly visible keys first: where a masked loop begins with accumulators of zero, ptxas makes each of
+Hopper's products wait for the one before.
 (Dao, FlashAttention-2, 2023; Dao et al., Flash-Decoding, 2023)
 """
 

@@ -5,7 +5,8 @@
     python tools/compile_kernels.py --workers 8 --cache /tmp/rows
 
 Registers are a thread's; stack is what spilled; shared memory is a block's. Ends with 1 if a configuration spills,
-does not fit its chip or does not compile. Finished rows are cached by source, options and Triton's version.
+does not fit its chip, does not compile or is warned of by ptxas. Finished rows are cached by source, options and
+Triton's version.
 """
 
 import sys

@@ -4,10 +4,10 @@
     python tools/tune.py --kernels attention_forward --cases 128 --sizes 2048,16384
     python tools/tune.py --dry_run --chip cuda:86 --limit 8            # compile and prune for a chip that is not here
 
-A configuration whose tiles cannot fit the chip's shared memory is not compiled; one that spills, or does not fit after
-all, is not run; one whose results are wrong is refused. The winner replaces the old one in kernels/configs/<chip>.json
-where it is faster over all sizes together, with the figures that earned it under "measured"; kernels are launched by
-it, and a chip without one takes the nearest.
+A configuration whose tiles cannot fit the chip's shared memory is not compiled; one that spills, does not fit after all
+or that ptxas warns of is not run; one whose results are wrong is refused. The winner replaces the old one in
+kernels/configs/<chip>.json where it is faster over all sizes together, with the figures that earned it under
+"measured"; kernels are launched by it, and a chip without one takes the nearest.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def compile_candidate(kernel: str, config: LaunchConfig, case: str, target: str)
 def compile_trials(
     tunable: Tunable, trials: list[Trial], case: str, target: str, pool: ProcessPoolExecutor
 ) -> list[Trial]:
-    """Compile what is not refused yet; refuse what spills or does not fit."""
+    """Compile what is not refused yet; refuse what spills, does not fit or is warned of."""
     with beyond_ctrl_c():
         rows = {
             i: pool.submit(compile_candidate, tunable.kernel, t.config, case, target)
